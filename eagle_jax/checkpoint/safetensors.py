@@ -1,0 +1,113 @@
+"""Safetensors files as dictionaries of numpy arrays.
+
+The library writes whatever a non-contiguous array's memory holds and truncates the old file before
+it writes the new one; `write` does neither. Reading is the library's, which validates the header.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes  # registers bfloat16 with numpy
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+DTYPES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "int32": "I32",
+    "int64": "I64",
+    "float16": "F16",
+    ml_dtypes.bfloat16.__name__: "BF16",
+    "float32": "F32",
+    "float64": "F64",
+}
+
+
+def read(path: str | Path) -> dict[str, np.ndarray]:
+    """All tensors of a safetensors file, with the dtypes they have on disk.
+
+    Raises:
+        ValueError: the file is missing, truncated or corrupt.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give the path of a .safetensors file")
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: truncated or corrupt ({error}); download or export the file again"
+        ) from error
+
+
+def write(
+    path: str | Path,
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file; a failure leaves the old file, or none.
+
+    Args:
+        path: the file; its folder must exist.
+        tensors: arrays of any shape, numpy's or JAX's.
+        metadata: free text of the header.
+
+    Raises:
+        ValueError: an array has a dtype outside `DTYPES`.
+        OSError: the file cannot be written.
+    """
+    # Widest dtypes first keeps every tensor aligned to its own items, as the format asks.
+    arrays = {name: np.asarray(value) for name, value in tensors.items()}
+    arrays = dict(sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    with replacing(path) as file:
+        file.write(_header(arrays, metadata))
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of `path` when the block ends without an error.
+
+    It is written beside `path`, since a rename is atomic within one file system only.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        # Not NamedTemporaryFile: its mode 0600 would hide a shared checkpoint from its readers.
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _header(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None) -> bytes:
+    """Length (8 bytes) and JSON, padded with spaces so that the data starts aligned."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, array in arrays.items():
+        if array.dtype.name not in DTYPES:
+            raise ValueError(
+                f"{name} has dtype {array.dtype.name}; cast it to one of {', '.join(DTYPES)}"
+            )
+        start, end = end, end + array.nbytes
+        entries[name] = {
+            "dtype": DTYPES[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,324 @@
+"""Decoding: `generate` and `stream`, every method through the one engine.
+
+    params = eagle_jax.load("tiny")
+    out = eagle_jax.decode.generate(params, "What is a prime number?", method="eagle")
+    print(out.text, out.statistics.tau)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from eagle_jax.decode import engine
+from eagle_jax.decode.method import Method
+from eagle_jax.decode.methods.eagle import Eagle
+from eagle_jax.decode.methods.vanilla import Vanilla
+from eagle_jax.decode.sampling import sampling
+from eagle_jax.decode.tree import MC_SIM_7B_63, StaticTree, chain, named_tree, static_tree
+from eagle_jax.params import Params
+from eagle_jax.text import StreamDecoder
+
+__all__ = [
+    "METHODS",
+    "Eagle",
+    "Generation",
+    "StaticTree",
+    "Statistics",
+    "Vanilla",
+    "chain",
+    "default_tree",
+    "generate",
+    "named_tree",
+    "static_tree",
+    "stream",
+]
+
+# Small on CPUs, where every verified token costs arithmetic; the paper's tree elsewhere.
+_CPU_TREE = static_tree([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
+
+
+def default_tree() -> StaticTree:
+    """The tree that `method="eagle"` uses on this backend."""
+    return _CPU_TREE if jax.default_backend() == "cpu" else MC_SIM_7B_63
+
+
+METHODS: Mapping[str, Callable[[], Method]] = {
+    "vanilla": Vanilla,
+    "eagle": lambda: Eagle(default_tree()),
+}
+
+Prompt = (
+    str
+    | Sequence[str]
+    | Sequence[int]
+    | Sequence[Mapping[str, str]]
+    | Sequence[Sequence[int]]
+    | Sequence[Sequence[Mapping[str, str]]]
+    | np.ndarray
+    | jax.Array
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What a generation did and what it cost.
+
+    Attributes:
+        new_tokens: committed tokens, per row; an end token counts.
+        rounds: target passes over a tree, per row (the prompt's pass is not one).
+        tau: mean acceptance length over all rows: committed tokens per round, the bonus token of
+            every round included, so vanilla's is 1.
+        accepted_per_depth: share of rounds that committed a drafted token at depth 1, 2, ...
+        compile_seconds, prefill_seconds, decode_seconds: wall clock, apart from each other.
+        tokens_per_second: committed tokens of all rows over `decode_seconds`.
+        device: that it ran on.
+    """
+
+    new_tokens: tuple[int, ...]
+    rounds: tuple[int, ...]
+    tau: float
+    accepted_per_depth: tuple[float, ...]
+    compile_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    tokens_per_second: float
+    device: str
+
+    def json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """The answer to one prompt, or to a batch.
+
+    Attributes:
+        text: decoded answer without special tokens; a list for a batch; none without tokenizer.
+        tokens: ids of the answer, its end token included; a list of arrays for a batch.
+        statistics: of the whole call.
+    """
+
+    text: Any
+    tokens: Any
+    statistics: Statistics
+
+
+def generate(params: Params, prompt: Prompt, **options: Any) -> Generation:
+    """Decode answers to one prompt or to a batch.
+
+    Args:
+        params: from `eagle_jax.load`.
+        prompt: a string (a user's message, if the tokenizer has a chat template), a chat (list of
+            `{"role", "content"}`), token ids, or a list of any of these: a batch.
+        method: "eagle", "vanilla", or an instance such as `Eagle(tree=chain(5))`.
+        max_new_tokens: longest answer; the model's context may end it sooner.
+        temperature: 0 is greedy.
+        top_k, top_p: filters of the sampled distribution; 0 and 1 switch them off.
+        seed: of the sampling noise: a list with one per row, or one number, row i of a batch then
+            takes seed + i. A row's text depends on its prompt and seed alone, not on the method
+            nor on its neighbours.
+        raw: take strings as they are, without the chat template.
+        ignore_eos: decode on to `max_new_tokens` (for measurements).
+
+    Returns:
+        Text, token ids and statistics.
+
+    Raises:
+        ValueError: a bad argument, an empty prompt, or one that does not fit the context.
+    """
+    session = _Session(params, prompt, **options)
+    session.advance()
+    return session.result()
+
+
+def stream(
+    params: Params, prompt: Prompt, *, rounds_per_chunk: int = 4, **options: Any
+) -> Iterator[Generation]:
+    """Decode one prompt, yielding what is new as it comes; the same program as `generate`.
+
+    Yields:
+        Generations whose `text` and `tokens` are the newly committed part, and whose `statistics`
+        cover everything so far. Joined, they are exactly what `generate` returns.
+
+    Raises:
+        ValueError: as `generate`; a batch.
+    """
+    if rounds_per_chunk < 1:
+        raise ValueError(f"rounds_per_chunk={rounds_per_chunk}: must be at least 1")
+    session = _Session(params, prompt, **options)
+    if session.batched:
+        raise ValueError("prompt: stream takes one prompt; use generate for a batch")
+    return _stream(session, rounds_per_chunk)
+
+
+def _stream(session: _Session, rounds_per_chunk: int) -> Iterator[Generation]:
+    tokenizer = session.params.tokenizer
+    decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
+    seen = 0
+    while not session.finished():
+        session.advance(rounds_per_chunk)
+        tokens = session.answers()[0]
+        new, seen = tokens[seen:], len(tokens)
+        text = None
+        if decoder is not None:
+            text = decoder.feed(new.tolist()) + (decoder.flush() if session.finished() else "")
+        yield Generation(text, new, session.statistics())
+
+
+class _Session:
+    """One generation: checked arguments, the engine's state, and what to report of it."""
+
+    def __init__(
+        self,
+        params: Params,
+        prompt: Prompt,
+        *,
+        method: str | Method = "eagle",
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        raw: bool = False,
+        ignore_eos: bool = False,
+    ) -> None:
+        self.params = params
+        self.settings = sampling(temperature, top_k, top_p)
+        self.method = _method(method, params)
+        self.prompts, self.batched = _encode(params, prompt, raw)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+        context = params.target_config.max_position_embeddings
+        limits = [min(len(p) + max_new_tokens, context) for p in self.prompts]
+        eos = () if ignore_eos or params.tokenizer is None else params.tokenizer.eos_ids
+        longest = engine.bucket_prompt(max(map(len, self.prompts)))
+        self.program = engine.Program(
+            self.method,
+            params.target_config,
+            params.draft_config if self.method.needs_draft else None,
+            engine.capacity(longest, max_new_tokens, self.method.depth),
+            eos,
+        )
+        if not self.method.needs_draft:  # keep the unused draft out of the program's arguments
+            self.params = dataclasses.replace(params, draft=None, draft_config=None)
+        self.clock = engine.Clock()
+        seeds = _seeds(seed, len(self.prompts))
+        self.state = engine.start(
+            self.program, self.params, self.prompts, limits, seeds, self.clock
+        )
+
+    def advance(self, max_rounds: int = 2**31 - 1) -> None:
+        self.state = engine.advance(
+            self.program, self.params, self.state, self.settings, self.clock, max_rounds
+        )
+
+    def finished(self) -> bool:
+        return bool(np.all(np.asarray(self.state.done)))
+
+    def answers(self) -> list[np.ndarray]:
+        tokens, length = jax.device_get((self.state.tokens, self.state.length))
+        return [
+            row[len(prompt) : end]
+            for row, prompt, end in zip(tokens, self.prompts, length, strict=True)
+        ]
+
+    def statistics(self) -> Statistics:
+        length, rounds, accepted = jax.device_get(
+            (self.state.length, self.state.rounds, self.state.accepted)
+        )
+        new = [int(end) - len(prompt) for end, prompt in zip(length, self.prompts, strict=True)]
+        total = max(int(rounds.sum()), 1)
+        reached = accepted.sum(axis=0)[::-1].cumsum()[::-1][1:]
+        return Statistics(
+            new_tokens=tuple(new),
+            rounds=tuple(int(r) for r in rounds),
+            tau=sum(new) / total,
+            accepted_per_depth=tuple(float(r) / total for r in reached),
+            compile_seconds=self.clock.compile,
+            prefill_seconds=self.clock.prefill,
+            decode_seconds=self.clock.decode,
+            tokens_per_second=sum(new) / max(self.clock.decode, 1e-9),
+            device=engine.device_name(),
+        )
+
+    def result(self) -> Generation:
+        tokens, tokenizer = self.answers(), self.params.tokenizer
+        texts = None if tokenizer is None else [tokenizer.decode(t.tolist()) for t in tokens]
+        if self.batched:
+            return Generation(texts, tokens, self.statistics())
+        return Generation(None if texts is None else texts[0], tokens[0], self.statistics())
+
+
+def _method(method: str | Method, params: Params) -> Method:
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"method={method!r}: unknown; use one of {', '.join(METHODS)}")
+        method = METHODS[method]()
+    if method.needs_draft and params.draft is None:
+        raise ValueError("method: needs a draft, and params has none; load one with draft=DIR")
+    return method
+
+
+def _seeds(seed: int | Sequence[int], rows: int) -> list[int]:
+    seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != rows:
+        raise ValueError(f"seed={seeds}: {len(seeds)} seeds for {rows} rows; give one per row")
+    for value in seeds:
+        if not 0 <= value < 2**32:
+            raise ValueError(f"seed={value}: must be at least 0 and below 2**32")
+    return seeds
+
+
+def _encode(params: Params, prompt: Prompt, raw: bool) -> tuple[list[np.ndarray], bool]:
+    """Token ids of every row, and whether a batch was given."""
+    batched = _is_batch(prompt)
+    rows = list(prompt) if batched else [prompt]
+    if not rows:
+        raise ValueError("prompt=[]: empty batch; give at least one prompt")
+    return [_encode_one(params, row, raw) for row in rows], batched
+
+
+def _is_batch(prompt: Any) -> bool:
+    if isinstance(prompt, str):
+        return False
+    if isinstance(prompt, np.ndarray | jax.Array):
+        return prompt.ndim == 2
+    first = next(iter(prompt), None)
+    return not isinstance(first, int | np.integer | Mapping) or isinstance(first, bool)
+
+
+def _encode_one(params: Params, prompt: Any, raw: bool) -> np.ndarray:
+    vocab, context = params.target_config.vocab_size, params.target_config.max_position_embeddings
+    is_text = isinstance(prompt, str)
+    is_chat = not is_text and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    if len(prompt) == 0 or (is_text and not prompt.strip()):
+        raise ValueError(f"prompt={prompt!r}: empty; give some text, messages, or token ids")
+    if is_text or is_chat:
+        tokenizer = params.tokenizer
+        if tokenizer is None:
+            raise ValueError("prompt: text needs a tokenizer, and params has none; give token ids")
+        if is_chat:
+            prompt = tokenizer.chat(prompt)
+        elif raw or tokenizer.chat_template is None:
+            bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+            prompt = bos + tokenizer.encode(prompt)
+        else:
+            prompt = tokenizer.chat([{"role": "user", "content": prompt}])
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"prompt={str(prompt)[:60]}: must be text, messages, or integer token ids")
+    outside = ids[(ids < 0) | (ids >= vocab)]
+    if outside.size:
+        raise ValueError(f"prompt: token id {outside[0]} is outside the vocabulary 0..{vocab - 1}")
+    if len(ids) >= context:
+        raise ValueError(
+            f"prompt: {len(ids)} tokens leave no room in the context of {context}; shorten it"
+        )
+    return ids.astype(np.int32)

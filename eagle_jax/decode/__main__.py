@@ -1,0 +1,117 @@
+"""`python -m eagle_jax.decode "prompt"` streams an answer; `--input` answers a file of prompts.
+
+The answer goes to standard output, statistics to standard error; with `--json`, one JSON line with
+text and statistics is all that standard output gets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from eagle_jax.cli import run
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser(
+        prog="python -m eagle_jax.decode",
+        description="Answer a prompt, or a file of prompts, with speculative decoding.",
+        epilog='example: python -m eagle_jax.decode "What is a prime number?" --temperature 0.7',
+    )
+    out.add_argument("prompt", nargs="?", help="the user's message; '-' reads standard input")
+    out.add_argument("--model", default="tiny", help="shipped pair or directory (default: tiny)")
+    out.add_argument("--draft", help="directory of another draft for the same target")
+    out.add_argument("--method", default="eagle", help="eagle (default) or vanilla")
+    out.add_argument(
+        "--tree", help="for eagle: mc_sim_7b_63, chain-N, or rank paths such as '0 1 00 01'"
+    )
+    out.add_argument("--plain", action="store_true", help="eagle: draft without the noise coupling")
+    out.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    out.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    out.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off")
+    out.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off")
+    out.add_argument("--seed", type=int, default=0, help="same seed, same text, whatever the method")
+    out.add_argument("--raw", action="store_true", help="continue the text, no chat template")
+    out.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: by device")
+    out.add_argument("--json", action="store_true", help="print one JSON line only")
+    files = out.add_argument_group("a file of prompts")
+    files.add_argument("--input", metavar="JSONL", help="one conversation a line (plain or gzip)")
+    files.add_argument("--output", metavar="JSONL", help="answered conversations; resumes")
+    files.add_argument("--batch-size", type=int, default=8, metavar="N")
+    files.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
+    return out
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    args = parser().parse_args(argv)
+    if (args.prompt is None) == (args.input is None):
+        raise ValueError("prompt: give one, or --input FILE with --output FILE (--help explains)")
+    if (args.input is None) != (args.output is None):
+        raise ValueError(f"output={args.output!r}: --input and --output go together")
+
+    from eagle_jax.params import load  # heavy; after the arguments are known to be good
+
+    params = load(args.model, draft=args.draft, dtype=args.dtype)
+    options: dict[str, Any] = {
+        "method": _method(args),
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "raw": args.raw,
+    }
+    if args.input is not None:
+        from eagle_jax.decode.batch import answer_file
+
+        summary = answer_file(
+            params,
+            args.input,
+            args.output,
+            batch_size=args.batch_size,
+            limit=args.limit,
+            seed=args.seed,
+            **options,
+        )
+        print(json.dumps(summary))
+        return
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    _answer(params, prompt, show=not args.json, seed=args.seed, **options)
+
+
+def _method(args: argparse.Namespace) -> Any:
+    from eagle_jax.decode import Eagle, default_tree, named_tree
+
+    if args.method != "eagle":
+        if args.tree or args.plain:
+            raise ValueError(f"tree={args.tree!r}: only for --method eagle, not {args.method!r}")
+        return args.method
+    return Eagle(named_tree(args.tree) if args.tree else default_tree(), coupled=not args.plain)
+
+
+def _answer(params: Any, prompt: str, show: bool, **options: Any) -> None:
+    from eagle_jax.decode import stream
+
+    text, last = "", None
+    for part in stream(params, prompt, **options):
+        text, last = text + (part.text or ""), part.statistics
+        if show:
+            print(part.text or "", end="", flush=True)
+    assert last is not None
+    if not show:
+        print(json.dumps({"text": text, **dataclasses.asdict(last)}))
+        return
+    print()
+    print(
+        f"[{sum(last.new_tokens)} tokens, {last.tokens_per_second:.1f} tokens/s, "
+        f"acceptance length {last.tau:.2f} (bonus token included), {last.device}]",
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    run(main)

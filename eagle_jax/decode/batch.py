@@ -1,0 +1,140 @@
+"""Answer a file of prompts in batches: `python -m eagle_jax.decode --input --output`.
+
+Each output line is the conversation with the model's answer in place of whatever followed the last
+user message. Lines are written as batches finish (longest prompts first, so that memory trouble
+shows at once); a run that was stopped goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from eagle_jax.decode import engine, generate
+from eagle_jax.params import Params
+from eagle_jax.text import read_prompts
+
+Messages = list[dict[str, str]]
+
+
+def answer_file(
+    params: Params,
+    source: str | Path,
+    target: str | Path,
+    *,
+    batch_size: int = 8,
+    limit: int | None = None,
+    seed: int = 0,
+    max_new_tokens: int = 256,
+    raw: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Answer every conversation of `source` and append to `target`.
+
+    Args:
+        params: of the model.
+        source: conversations, JSONL, plain or gzip.
+        target: receives one line per prompt: `{"index", "messages", "finish"}`; "finish" is "stop"
+            (the model ended its answer) or "length".
+        batch_size: rows decoded together.
+        limit: answer the first so many only.
+        seed: row i of the file is sampled with seed + i, so batching never changes an answer.
+        max_new_tokens: longest answer; prompts that leave less room than this are skipped.
+        raw: not allowed here, answers are chat turns.
+        **options: as `generate`.
+
+    Returns:
+        Counts, seconds and tokens per second, for one JSON line.
+
+    Raises:
+        ValueError: a malformed line, with its number.
+    """
+    if raw:
+        raise ValueError("raw=True: a file of conversations is answered through the chat template")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    if params.tokenizer is None:
+        raise ValueError("params: answering conversations needs a tokenizer")
+    prompts = [ask for ask, _ in zip(read_prompts(source), _count(limit), strict=False)]
+    encoded = [params.tokenizer.chat(prompt) for prompt in prompts]
+    room = params.target_config.max_position_embeddings - max_new_tokens
+    fitting = [i for i, ids in enumerate(encoded) if len(ids) <= room]
+    done = _answered(Path(target))
+    waiting = sorted(set(fitting) - done, key=lambda i: (-len(encoded[i]), i))
+
+    begin, tokens, rounds = time.perf_counter(), 0, 0
+    bar = tqdm(total=len(fitting), initial=len(fitting) - len(waiting), unit="prompt")
+    with open(target, "a", encoding="utf-8") as out, bar:
+        for rows in _batches(waiting, [len(ids) for ids in encoded], batch_size):
+            padded = rows + rows[:1] * (batch_size - len(rows))  # one shape for the last batch too
+            answers = generate(
+                params,
+                [encoded[i] for i in padded],
+                seed=[(seed + i) % 2**32 for i in padded],
+                max_new_tokens=max_new_tokens,
+                **options,
+            )
+            for i, text, ids in zip(rows, answers.text, answers.tokens, strict=False):
+                stopped = bool(len(ids)) and int(ids[-1]) in params.tokenizer.eos_ids
+                message = {"role": "assistant", "content": text}
+                line = {
+                    "index": i,
+                    "messages": [*prompts[i], message],
+                    "finish": "stop" if stopped else "length",
+                }
+                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            out.flush()
+            tokens += sum(answers.statistics.new_tokens[: len(rows)])
+            rounds += sum(answers.statistics.rounds[: len(rows)])
+            bar.update(len(rows))
+    seconds = time.perf_counter() - begin
+    return {
+        "prompts": len(prompts),
+        "answered": len(waiting),
+        "already_answered": len(fitting) - len(waiting),
+        "too_long": len(prompts) - len(fitting),
+        "new_tokens": tokens,
+        "tau": tokens / max(rounds, 1),
+        "seconds": seconds,
+        "tokens_per_second": tokens / max(seconds, 1e-9),
+        "output": str(target),
+    }
+
+
+def _count(limit: int | None) -> range:
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: must be at least 1")
+    return range(limit if limit is not None else 2**62)
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Runs of at most `size` prompts of one bucket, so that few shapes are compiled."""
+    rows: list[int] = []
+    for i in order:
+        bucket = engine.bucket_prompt(lengths[i])
+        if rows and (len(rows) == size or engine.bucket_prompt(lengths[rows[0]]) != bucket):
+            yield rows
+            rows = []
+        rows.append(i)
+    if rows:
+        yield rows
+
+
+def _answered(path: Path) -> set[int]:
+    """Indices of finished lines; a line that a kill cut short is cut away."""
+    if not path.exists():
+        return set()
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) != len(data):
+        os.truncate(path, len(whole))
+    try:
+        return {int(json.loads(line)["index"]) for line in whole.splitlines()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"output={str(path)!r}: not written by this command; move it") from error

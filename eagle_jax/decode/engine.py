@@ -1,0 +1,321 @@
+"""The loop: propose -> forward -> accept -> commit, on the device until the text is finished.
+
+The engine knows token ids only. Two compiled functions serve every method:
+
+- `prefill` runs the target over all prompt tokens and computes no vocabulary head: the first
+  token of the answer comes from the first round, whose root is the last prompt token;
+- `decode` runs rounds in one `lax.while_loop`, at most `max_rounds` of them. Its state is
+  resumable, so streaming and serving call the same program in chunks.
+
+Invariant between rounds: `length` tokens are committed, the cache holds the first `length - 1`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, UInt32
+
+from eagle_jax.config import EagleConfig, TransformerConfig
+from eagle_jax.decode.accept import accept
+from eagle_jax.decode.method import Context, Method, Models, Prompt, Verified
+from eagle_jax.decode.sampling import Sampling, perturb, position_noise
+from eagle_jax.models import Cache, EagleDraft, Transformer, bind
+from eagle_jax.models import cache as caches
+from eagle_jax.models.transformer import packed_mask
+from eagle_jax.params import Params
+from eagle_jax.types import Tokens
+
+# Attention reads every slot of the cache, so a few sizes are compiled, not one per length.
+_PROMPT_BUCKET = 128
+_SLOT_BUCKET = 256
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Everything that changes between rounds; fixed shapes, resumable.
+
+    Attributes:
+        tokens: [b, c] committed tokens, prompt included; 0 from `length` on.
+        length: [b] committed tokens.
+        limit: [b] length at which a row stops.
+        done: [b] the row has met its limit or an end token.
+        seeds: [b] of each row's noise.
+        cache: the target's keys and values of the first `length - 1` tokens.
+        method: the method's own state.
+        rounds: [b] target passes so far, one a round.
+        accepted: [b, n] rounds that committed this many drafted tokens.
+    """
+
+    tokens: Int[Array, "b c"]
+    length: Int[Array, " b"]
+    limit: Int[Array, " b"]
+    done: Bool[Array, " b"]
+    seeds: UInt32[Array, " b"]
+    cache: Cache
+    method: Any
+    rounds: Int[Array, " b"]
+    accepted: Int[Array, "b n"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Static settings of a compiled loop: the jit key.
+
+    Attributes:
+        method: the proposer.
+        target, draft: architectures.
+        slots: c, capacity for committed tokens and for caches.
+        eos: token ids that end an answer.
+    """
+
+    method: Method
+    target: TransformerConfig
+    draft: EagleConfig | None
+    slots: int
+    eos: tuple[int, ...]
+
+    def models(self, params: Params) -> Models:
+        draft = None
+        if self.draft is not None and self.method.needs_draft:
+            assert params.draft is not None
+            draft = bind(EagleDraft, self.draft, params.draft)
+        return Models(bind(Transformer, self.target, params.target), draft)
+
+
+def bucket_prompt(length: int) -> int:
+    """Padded prompt length: a power of two, at least 128."""
+    return max(_PROMPT_BUCKET, 1 << (length - 1).bit_length())
+
+
+def capacity(prompt_bucket: int, new_tokens: int, depth: int) -> int:
+    """Slots for prompt and answer, with slack: a round writes `depth + 1` slots past the end."""
+    needed = prompt_bucket + new_tokens + depth + 1
+    return -(-needed // _SLOT_BUCKET) * _SLOT_BUCKET
+
+
+def prefill(
+    program: Program,
+    params: Params,
+    tokens: Tokens,
+    length: Int[Array, " b"],
+    limit: Int[Array, " b"],
+    seeds: UInt32[Array, " b"],
+) -> State:
+    """State before the first round: caches filled from right-padded prompts [b, t]."""
+    models = program.models(params)
+    b, t = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
+    mask = packed_mask(jnp.zeros((b, t), jnp.int32))  # causal; padding comes last, nobody sees it
+    output = models.target(tokens, positions, mask)
+    keys = output.block[0][0]
+    empty = caches.empty(
+        len(output.block), b, keys.shape[1], program.slots, keys.shape[3], keys.dtype
+    )
+    prompt = Prompt(tokens, length, output.features)
+    return State(
+        tokens=jnp.pad(tokens, ((0, 0), (0, program.slots - t))),
+        length=length,
+        limit=limit,
+        done=length >= limit,
+        seeds=seeds,
+        cache=caches.write(empty, output.block, jnp.zeros(b, jnp.int32)),
+        method=program.method.init(models, prompt, program.slots),
+        rounds=jnp.zeros(b, jnp.int32),
+        accepted=jnp.zeros((b, program.method.depth + 1), jnp.int32),
+    )
+
+
+def decode(
+    program: Program,
+    params: Params,
+    state: State,
+    settings: Sampling,
+    max_rounds: Int[Array, ""],
+) -> State:
+    """Rounds until every row is done, `max_rounds` at most."""
+    models = program.models(params)
+
+    def unfinished(carry: tuple[jax.Array, State]) -> jax.Array:
+        count, state = carry
+        return (count < max_rounds) & ~jnp.all(state.done)
+
+    def body(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
+        count, state = carry
+        return count + 1, _round(program, models, state, settings)
+
+    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+
+def _round(program: Program, models: Models, state: State, settings: Sampling) -> State:
+    method, n = program.method, program.method.depth + 1
+    noise = None
+    if not settings.greedy:
+        noise = position_noise(state.seeds, state.length, n, program.target.vocab_size)
+    context = Context(state.tokens, state.length, noise, settings)
+    proposal, method_state = method.propose(models, context, state.method)
+
+    depth = proposal.shape.depth
+    output = models.target(
+        proposal.tokens,
+        state.length[:, None] - 1 + depth,
+        proposal.shape.ancestors,
+        cache=state.cache,
+        lengths=state.length - 1,
+    )
+    logits = models.target.logits(output.features)
+    if noise is not None:
+        noise = jnp.take_along_axis(noise, depth[:, :, None], axis=1, mode="clip")
+    targets = jnp.argmax(perturb(logits, noise, settings), axis=-1).astype(jnp.int32)
+    accepted = accept(proposal.tokens, proposal.shape, targets, n)
+
+    committed, done = _clip(program, state, accepted.emitted, accepted.count + 1)
+    # Rejected nodes never reach the cache: only the accepted path is written, n slots at once.
+    cache = caches.write(state.cache, caches.gather(output.block, accepted.path), state.length - 1)
+    verified = Verified(output.features, logits, accepted.path, committed)
+    # At an end token or the limit a round may commit drafted tokens and no bonus token.
+    drafted = jnp.where(state.done, -1, jnp.minimum(committed, accepted.count))
+    return dataclasses.replace(
+        state,
+        tokens=_append(state.tokens, accepted.emitted, state.length, committed),
+        length=state.length + committed,
+        done=done,
+        cache=cache,
+        method=method.update(method_state, verified),
+        rounds=state.rounds + (~state.done).astype(jnp.int32),
+        accepted=state.accepted + (drafted[:, None] == jnp.arange(n)[None]).astype(jnp.int32),
+    )
+
+
+def _clip(
+    program: Program, state: State, emitted: Int[Array, "b n"], count: Int[Array, " b"]
+) -> tuple[Int[Array, " b"], Bool[Array, " b"]]:
+    """Tokens to commit and whether the row is then done: stops at the first end token, included,
+    and at the limit, inside the round, so that no output overshoots."""
+    step = jnp.arange(emitted.shape[1])[None]
+    room = state.limit - state.length
+    count = jnp.minimum(count, room)
+    is_eos = jnp.zeros(emitted.shape, bool)
+    for token in program.eos:
+        is_eos |= emitted == token
+    is_eos &= step < count[:, None]
+    ended = jnp.any(is_eos, axis=1)
+    count = jnp.where(ended, jnp.argmax(is_eos, axis=1).astype(jnp.int32) + 1, count)
+    count = jnp.where(state.done, 0, count)
+    return count, state.done | ended | (count >= room)
+
+
+def _append(
+    tokens: Int[Array, "b c"],
+    emitted: Int[Array, "b n"],
+    length: Int[Array, " b"],
+    count: Int[Array, " b"],
+) -> Int[Array, "b c"]:
+    emitted = jnp.where(jnp.arange(emitted.shape[1])[None] < count[:, None], emitted, 0)
+    return jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))(
+        tokens, emitted, length, 0
+    )
+
+
+@dataclasses.dataclass
+class Clock:
+    """Seconds of one generation, compilation apart."""
+
+    compile: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
+_executables: dict[Any, Callable[..., State]] = {}
+_executables_lock = threading.Lock()
+
+
+def _signature(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((leaf.shape, leaf.dtype, _placement(leaf)) for leaf in leaves)
+
+
+def _placement(leaf: Any) -> Any:
+    return leaf.sharding if isinstance(leaf, jax.Array) else None
+
+
+def _compiled(
+    function: Callable[..., State], program: Program, args: tuple[Any, ...], clock: Clock
+) -> Callable[..., State]:
+    """The executable of `function(program, *args)`; compiled once per program and shapes.
+
+    Kept by hand instead of by jit so that compile time is known exactly and apart.
+    """
+    key = (function, program, _signature(args))
+    if key not in _executables:
+        with _executables_lock:
+            start = time.perf_counter()
+            donate = (2,) if function is decode else ()
+            # TPUs and GPUs multiply float32 in fewer bits unless told otherwise.
+            exact = next(iter(args[0].target.values())).dtype == jnp.float32
+            with jax.default_matmul_precision("highest" if exact else "default"):
+                lowered = jax.jit(function, static_argnums=0, donate_argnums=donate).lower(
+                    program, *args
+                )
+                _executables[key] = lowered.compile()
+            clock.compile += time.perf_counter() - start
+    return _executables[key]
+
+
+def executables() -> tuple[Any, ...]:
+    """The compiled programs so far, for inspection (`as_text()`, `memory_analysis()`)."""
+    return tuple(_executables.values())
+
+
+def start(
+    program: Program,
+    params: Params,
+    prompts: list[np.ndarray],
+    limits: list[int],
+    seeds: list[int],
+    clock: Clock,
+) -> State:
+    """Pad the prompts to a bucket and prefill."""
+    length = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), bucket_prompt(int(length.max()))), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    arrays = (tokens, length, np.array(limits, np.int32), np.array(seeds, np.uint32))
+    args = (params, *jax.device_put(arrays))
+    run = _compiled(prefill, program, args, clock)
+    begin = time.perf_counter()
+    state = jax.block_until_ready(run(*args))
+    clock.prefill += time.perf_counter() - begin
+    return state
+
+
+def advance(
+    program: Program,
+    params: Params,
+    state: State,
+    settings: Sampling,
+    clock: Clock,
+    max_rounds: int = 2**31 - 1,
+) -> State:
+    """Run up to `max_rounds` rounds on the device; `state` is consumed."""
+    args = (params, state, settings, jax.device_put(np.int32(max_rounds)))
+    run = _compiled(decode, program, args, clock)
+    begin = time.perf_counter()
+    state = jax.block_until_ready(run(*args))
+    clock.decode += time.perf_counter() - begin
+    return state
+
+
+@functools.cache
+def device_name() -> str:
+    """The first device's kind, for reports."""
+    return jax.devices()[0].device_kind

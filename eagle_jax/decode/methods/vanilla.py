@@ -1,0 +1,32 @@
+"""Vanilla decoding: the tree of one node. The baseline of every speedup in this project."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from eagle_jax.decode.method import Context, Models, Prompt, Proposal, Verified
+from eagle_jax.decode.tree import StaticTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Vanilla:
+    """One token a pass."""
+
+    nodes: int = dataclasses.field(default=1, init=False)
+    depth: int = dataclasses.field(default=0, init=False)
+    needs_draft: bool = dataclasses.field(default=False, init=False)
+
+    def init(self, models: Models, prompt: Prompt, slots: int) -> tuple[()]:
+        del models, prompt, slots
+        return ()
+
+    def propose(
+        self, models: Models, context: Context, state: tuple[()]
+    ) -> tuple[Proposal, tuple[()]]:
+        del models
+        root = context.root()
+        return Proposal(root[:, None], StaticTree(()).shape(root.shape[0])), state
+
+    def update(self, state: tuple[()], verified: Verified) -> tuple[()]:
+        del verified
+        return state

@@ -1,0 +1,135 @@
+"""Token trees of fixed shape: what a method proposes and one target pass verifies.
+
+Node 0 is the root, the last committed token; parents come before children. Only the contents of
+the arrays vary between rounds, never their shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+ROOT = 0
+
+# EAGLE-1's published tree: 25 drafted nodes, 4/8/8/3/2 per depth. Medusa has another of that name.
+_MC_SIM_7B_63 = (
+    "0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001"
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The form of each row's tree.
+
+    Attributes:
+        parents: [b, t] index of each node's parent; the root is its own.
+        depth: [b, t] edges from the root.
+        ancestors: [b, t, t] `ancestors[t, u]`: u lies on the path from the root to t, t included;
+            the mask under which the target scores the tree.
+    """
+
+    parents: Int[Array, "b t"]
+    depth: Int[Array, "b t"]
+    ancestors: Bool[Array, "b t t"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticTree:
+    """A tree known before decoding: a set of rank paths, as EAGLE-1 and Medusa publish them.
+
+    A path (0, 2) is the third best child of the best child of the root. Paths are kept sorted by
+    depth, then by rank, and closed under prefixes. Node i + 1 is `paths[i]`. Example, chain of 2
+    with one sibling, `static_tree([[0], [1], [0, 0]])`:
+
+        root 0 --- 1 (0,) --- 3 (0, 0)
+              \\-- 2 (1,)
+    """
+
+    paths: tuple[tuple[int, ...], ...]
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of the tree, root included: tokens of one target pass."""
+        return len(self.paths) + 1
+
+    @property
+    def depth(self) -> int:
+        """Longest draft."""
+        return max((len(path) for path in self.paths), default=0)
+
+    @functools.cached_property
+    def parents(self) -> np.ndarray:
+        """[t] parent of each node."""
+        index = {(): ROOT, **{path: i + 1 for i, path in enumerate(self.paths)}}
+        return np.array([ROOT] + [index[path[:-1]] for path in self.paths], np.int32)
+
+    @functools.cached_property
+    def depths(self) -> np.ndarray:
+        """[t] depth of each node."""
+        return np.array([0] + [len(path) for path in self.paths], np.int32)
+
+    @functools.cached_property
+    def ranks(self) -> np.ndarray:
+        """[t] rank of each node among its parent's candidates (0 for the root)."""
+        return np.array([0] + [path[-1] for path in self.paths], np.int32)
+
+    @functools.cached_property
+    def ancestors(self) -> np.ndarray:
+        """[t, t] ancestor matrix, itself included."""
+        out = np.eye(self.nodes, dtype=bool)
+        for node in range(1, self.nodes):
+            out[node] |= out[self.parents[node]]
+        return out
+
+    def shape(self, batch: int) -> Shape:
+        """The same form for every row."""
+
+        def rows(x: np.ndarray) -> jax.Array:
+            return jnp.broadcast_to(jnp.asarray(x)[None], (batch, *x.shape))
+
+        return Shape(rows(self.parents), rows(self.depths), rows(self.ancestors))
+
+
+def static_tree(paths: Iterable[Sequence[int]]) -> StaticTree:
+    """A checked tree from rank paths in any order; a path's prefixes must be given too."""
+    given = [tuple(int(rank) for rank in path) for path in paths]
+    chosen = sorted(set(given), key=lambda path: (len(path), path))
+    if len(chosen) != len(given):
+        raise ValueError(f"tree={given}: a path stands twice; give each once")
+    for path in chosen:
+        if not path or min(path) < 0:
+            raise ValueError(f"tree path {path}: must hold ranks of 0 or more, and at least one")
+        if path[:-1] and path[:-1] not in chosen:
+            raise ValueError(f"tree path {path}: its parent {path[:-1]} is missing; add it")
+    return StaticTree(tuple(chosen))
+
+
+def chain(depth: int) -> StaticTree:
+    """`depth` drafted tokens in a row, each the best candidate."""
+    if depth < 1:
+        raise ValueError(f"chain depth={depth}: must be at least 1")
+    return static_tree([(0,) * d for d in range(1, depth + 1)])
+
+
+MC_SIM_7B_63 = static_tree([[int(rank) for rank in word] for word in _MC_SIM_7B_63.split()])
+
+
+def named_tree(name: str) -> StaticTree:
+    """`mc_sim_7b_63`, `chain-5`, or paths written as `0 1 00 01` (ranks 0 to 9)."""
+    if name == "mc_sim_7b_63":
+        return MC_SIM_7B_63
+    if name.startswith("chain-") and name.removeprefix("chain-").isdigit():
+        return chain(int(name.removeprefix("chain-")))
+    words = name.split()
+    if words and all(word.isdigit() for word in words):
+        return static_tree([[int(rank) for rank in word] for word in words])
+    raise ValueError(
+        f"tree={name!r}: unknown; use mc_sim_7b_63, chain-N, or rank paths such as '0 1 00 01'"
+    )

@@ -1,0 +1,56 @@
+"""The EAGLE-1 draft, the FeatExtrapolator (arXiv 2401.15077 section 4.1, figure 6).
+
+It reads pairs (feature of token i, embedding of token i+1), the token one step ahead of the
+feature, and predicts the feature of token i+1; the target's own frozen head turns that into a
+distribution of token i+2. Embedding and head are the target's: this module holds only `fc` and
+one decoder layer without input norm.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Int
+
+from eagle_jax.config import EagleConfig
+from eagle_jax.models.layers import AttentionKernel, DecoderLayer, Linear
+from eagle_jax.types import Hidden, KeyValue
+
+
+class EagleDraft(nnx.Module):
+    """`layer(fc([embedding(t_{i+1}) ; f_i]))`, embedding first, as published heads have it."""
+
+    def __init__(self, config: EagleConfig, *, rngs: nnx.Rngs) -> None:
+        d = config.hidden_size
+        self.fc = Linear(2 * d, d, bias=config.bias, rngs=rngs)
+        self.layers = nnx.List([DecoderLayer(config.layer(), input_norm=False, rngs=rngs)])
+
+    def __call__(
+        self,
+        embeddings: Hidden,
+        features: Hidden,
+        positions: Int[Array, "b t"],
+        mask: Bool[Array, "b t u"],
+        *,
+        prefix: KeyValue | None = None,
+        lengths: Int[Array, " b"] | None = None,
+        before: KeyValue | None = None,
+        kernel: AttentionKernel = "xla",
+    ) -> tuple[Hidden, KeyValue]:
+        """Predict the next features.
+
+        Args:
+            embeddings: of t_{i+1}, from the target's embedding.
+            features: f_i: real ones (catch-up, training) or this module's own output (a tree).
+            positions: i, the position of the feature (not of the token).
+            mask: block visibility, `before` first.
+            prefix, lengths: the draft cache, which holds only positions fed with real features.
+            before: keys and values of the levels drafted earlier in this round.
+
+        Returns:
+            Predicted features f_{i+1} [b, t, d], and the block's keys and values.
+        """
+        x = self.fc(jnp.concatenate([embeddings, features], axis=-1))
+        return self.layers[0](
+            x, positions, mask, prefix=prefix, lengths=lengths, before=before, kernel=kernel
+        )

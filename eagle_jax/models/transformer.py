@@ -1,0 +1,109 @@
+"""The target: one decoder-only transformer for every family, families differing as config data.
+
+Layers are unrolled: inside the decoding loop a scan over stacked layers copies every layer's
+weights out of the stack (3x slower, DESIGN section 4).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Int
+
+from eagle_jax.config import TransformerConfig
+from eagle_jax.models.cache import Cache
+from eagle_jax.models.layers import AttentionKernel, DecoderLayer, Embedding, Linear, RMSNorm
+from eagle_jax.types import Hidden, Logits
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Named intermediates of one forward pass; jit drops what nobody reads.
+
+    Attributes:
+        features: [b, t, d] after the final norm: what the head reads, and what EAGLE-1 regresses.
+        residuals: [b, t, d] entering each layer, and leaving the last (Hugging Face's
+            `hidden_states` before the final norm): EAGLE-3 fuses some of these.
+        block: keys and values [b, k, t, e] of the tokens at hand, per layer; not yet in any cache.
+    """
+
+    features: Hidden
+    residuals: tuple[Hidden, ...]
+    block: Cache
+
+
+class Transformer(nnx.Module):
+    """Embedding, decoder layers, final norm, head (Llama architecture)."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.layers = nnx.List(
+            DecoderLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(config.hidden_size, config.vocab_size, rngs=rngs)
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t"],
+        mask: Bool[Array, "b t t"],
+        *,
+        cache: Cache | None = None,
+        lengths: Int[Array, " b"] | None = None,
+        kernel: AttentionKernel = "xla",
+        remat: bool = False,
+    ) -> Output:
+        """One pass over a block of tokens.
+
+        Args:
+            tokens: the block: a prompt, a packed training sequence, or the nodes of a tree.
+            positions: rotary position of each token; nodes of equal depth share one.
+            mask: which block tokens each block token sees (itself included).
+            cache: read-only keys and values of earlier tokens; all their used slots are seen.
+            lengths: used slots of the cache, per row.
+            kernel: attention kernel; "cudnn" only without cache.
+            remat: recompute each layer in the backward pass.
+        """
+        x = self.embed_tokens(tokens)
+        residuals, block = [x], []
+        for i, layer in enumerate(self.layers):
+            prefix = None if cache is None else cache[i]
+
+            def apply(layer, x, prefix=prefix):  # bind the loop's variable for remat
+                return layer(
+                    x, positions, mask, prefix=prefix, lengths=lengths, before=None, kernel=kernel
+                )
+
+            x, pair = (nnx.remat(apply) if remat else apply)(layer, x)
+            residuals.append(x)
+            block.append(pair)
+        return Output(self.norm(x), tuple(residuals), tuple(block))
+
+    def logits(self, features: Hidden) -> Logits:
+        """The vocabulary head, float32 out."""
+        if self.lm_head is None:
+            kernel = self.embed_tokens.embedding[...].T
+        else:
+            kernel = self.lm_head.kernel[...]
+        return jnp.matmul(features, kernel, preferred_element_type=jnp.float32)
+
+
+def packed_mask(segment_ids: Int[Array, "b t"]) -> Bool[Array, "b t t"]:
+    """Causal mask of packed sequences: a token sees earlier tokens of its own segment.
+
+        segments 1 1 2    token 0  x
+                          token 1  x x
+                          token 2      x
+    """
+    t = segment_ids.shape[1]
+    causal = jnp.tril(jnp.ones((t, t), bool))
+    return (segment_ids[:, :, None] == segment_ids[:, None, :]) & causal[None]

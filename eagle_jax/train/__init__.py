@@ -1,0 +1,17 @@
+"""Training of targets and drafts; `python -m eagle_jax.train --config CONFIG` runs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from eagle_jax.config import TrainConfig
+
+
+def run(config: TrainConfig, *, restart: bool = False, dry_run: bool = False) -> dict[str, Any]:
+    """Train, or resume training, as `config` says; see `eagle_jax.train.loop.run`."""
+    from eagle_jax.train import loop  # heavy imports only for those who train
+
+    return loop.run(config, restart=restart, dry_run=dry_run)
+
+
+__all__ = ["run"]

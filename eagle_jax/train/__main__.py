@@ -1,0 +1,45 @@
+"""Command line of training: `python -m eagle_jax.train --config configs/tiny/target.py`.
+
+Starting the same command again resumes from the newest checkpoint in `output_dir`. Progress goes
+to stderr; the last line of stdout is one JSON object with the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from eagle_jax import cli, config
+from eagle_jax.train import run
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m eagle_jax.train", description=__doc__)
+    parser.add_argument("--config", required=True, metavar="PATH", help="a TrainConfig file")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        dest="overrides",
+        help="override one field; repeatable",
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="delete what output_dir holds of an earlier run"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build and compile everything, train nothing"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parse, train, print the result."""
+    arguments = _arguments()
+    settings = config.load(arguments.config, arguments.overrides)
+    result = run(settings, restart=arguments.restart, dry_run=arguments.dry_run)
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,368 @@
+"""Conversations -> packed sequences -> batches.
+
+Preparation, once per text: conversations are tokenized, cut to `sequence_length`, packed into rows
+of exactly that many tokens and stored as ArrayRecord through tensorflow-datasets (TensorFlow itself
+is never imported). The folder's name is a hash of what went in, so a prepared folder can be copied
+to another machine and is found there.
+
+Training reads rows at random through grain, whose iterator state is a checkpointable dictionary.
+Packing is fixed and only rows are shuffled: segments do not see each other, so which of them share
+a row makes no difference to any token's loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import itertools
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eagle_jax.config import DataConfig
+from eagle_jax.text import Tokenizer, read_conversations
+
+# Raise when the content of prepared folders changes for the same input.
+FORMAT = 1
+SPLIT = "rows"
+Batch = dict[str, np.ndarray]
+Row = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A conversation, or a part of one that is longer than a sequence.
+
+    Attributes:
+        tokens: [n] int32.
+        mask: [n] uint8, 1 on tokens of assistant turns.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+
+
+def train_iterator(config: DataConfig, *, shard_index: int = 0, shard_count: int = 1) -> Any:
+    """Endless shuffled batches; every epoch has a new order.
+
+    Args:
+        config: the text and its shape; prepared first if this was not done before.
+        shard_index, shard_count: this process and the number of processes that share a batch.
+
+    Returns:
+        A grain iterator (`next`, `get_state`, `set_state`, `close`) of batches with `b` rows,
+        this process's `batch_size / shard_count`, and `t = sequence_length`. States are JSON and
+        fit iterators of the same batch size and number of workers. Close it when it has workers.
+
+        - `tokens` int32 [b, t], 0 in padding;
+        - `positions` int32 [b, t], from 0 in every segment;
+        - `segment_ids` int32 [b, t], from 1 in every row, 0 in padding;
+        - `loss_mask` float32 [b, t], 1 on tokens of assistant turns.
+
+    Raises:
+        ValueError: a field of the configuration or of the text is wrong.
+    """
+    import grain
+    from absl import flags
+
+    rows_per_step = _share(config, shard_index, shard_count)
+    source = _open(prepare(config.train, config, field="train"))
+    # Shards of one length, so that all of them begin an epoch at the same step. What this leaves
+    # out, fewer rows than shards, differs from epoch to epoch.
+    usable = len(source) - len(source) % shard_count
+    if not usable:
+        raise ValueError(f"train={config.train}: fewer packed rows than {shard_count} processes")
+    dataset = (
+        grain.MapDataset.source(source)
+        .shuffle(seed=config.seed)
+        .slice(slice(shard_index, usable, shard_count))
+        .repeat()
+        .batch(rows_per_step, drop_remainder=True)
+        .map(_columns)
+    )
+    # Elements are whole batches: a few are enough, grain's default would hold 500.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    batches = dataset.to_iter_dataset(options)
+    if config.workers:
+        # grain reads absl flags here and fails in a program that never parsed any.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        processes = grain.MultiprocessingOptions(
+            num_workers=config.workers, per_worker_buffer_size=4
+        )
+        batches = batches.mp_prefetch(processes)
+    return iter(batches)
+
+
+def validation_batches(
+    config: DataConfig, batches: int, *, shard_index: int = 0, shard_count: int = 1
+) -> list[Batch]:
+    """The first `batches` batches of the validation text, the same at every call.
+
+    Fewer if the text is shorter; the last one is filled up with rows of padding.
+
+    Args:
+        config: as for `train_iterator`.
+        batches: how many at most.
+        shard_index, shard_count: this process and the number of processes that share a batch.
+
+    Returns:
+        Batches as `train_iterator` yields them.
+
+    Raises:
+        ValueError: no validation files, or a field of the configuration or of the text is wrong.
+    """
+    share = _share(config, shard_index, shard_count)
+    source = _open(prepare(config.validation, config, field="validation"))
+    size = config.batch_size
+    result = []
+    for first in range(0, min(len(source), batches * size), size):
+        rows = [source[i] for i in range(first, min(first + size, len(source)))]
+        rows += [_empty_row(config.sequence_length)] * (size - len(rows))
+        mine = rows[shard_index * share : (shard_index + 1) * share]
+        result.append(_columns({name: np.stack([row[name] for row in mine]) for name in mine[0]}))
+    return result
+
+
+def prepare(files: Sequence[str], config: DataConfig, *, field: str = "train") -> Path:
+    """Tokenizes and packs conversation files, unless this was done before.
+
+    A preparation that is interrupted leaves nothing that would be taken for a finished one.
+
+    Args:
+        files: conversations, JSONL or JSONL.gz.
+        config: names the tokenizer, the sequence length and the cache folder.
+        field: of the configuration that names the files, for error messages.
+
+    Returns:
+        The prepared folder, `cache_dir/<hash>`.
+
+    Raises:
+        ValueError: a file or field is wrong, or there is no conversation.
+    """
+    _check(files, config, field)
+    tokenizer = Tokenizer.load(config.tokenizer)
+    folder = Path(config.cache_dir).expanduser() / _key(files, tokenizer, config.sequence_length)
+    if folder.is_dir():
+        return folder
+    rows = list(pack(_read(files, tokenizer, config.sequence_length), config.sequence_length))
+    if not rows:
+        raise ValueError(f"{field}={tuple(files)}: no conversations in these files")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.unfinished-", dir=folder.parent))
+    try:
+        _write(rows, config.sequence_length, unfinished)
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was first, with the same content
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def cut(tokens: Sequence[int], mask: Sequence[int], length: int) -> Iterator[Example]:
+    """Cuts a conversation into examples of at most `length` tokens; nothing is dropped."""
+    for first in range(0, len(tokens), length):
+        yield Example(
+            np.asarray(tokens[first : first + length], np.int32),
+            np.asarray(mask[first : first + length], np.uint8),
+        )
+
+
+def pack(examples: Iterable[Example], length: int) -> Iterator[Row]:
+    """Packs examples into rows, each example into the open row it fills best.
+
+    Args:
+        examples: of at most `length` tokens each; their order does not survive.
+        length: tokens `t` of a row.
+
+    Yields:
+        `tokens` int32 [t], `mask` uint8 [t] and `segment_ids` uint16 [t], 0 in padding.
+    """
+    examples = list(examples)
+    # Files come sorted by source; mixed first, rows and thus batches hold all kinds of text.
+    order = np.random.default_rng(0).permutation(len(examples))
+    for members in best_fit([len(examples[i].tokens) for i in order], length):
+        row = _empty_row(length)
+        end = 0
+        for segment, member in enumerate(members, start=1):
+            example = examples[order[member]]
+            span = slice(end, end := end + len(example.tokens))
+            row["tokens"][span] = example.tokens
+            row["mask"][span] = example.mask
+            row["segment_ids"][span] = segment
+        yield row
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of the items in each bin: every item goes where the least space is left over."""
+    bins: list[list[int]] = []
+    open_bins: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by free space
+    occupied = 0  # bit s is set while a bin with s free exists: the best fit is one bit scan
+    for item, length in enumerate(lengths):
+        fitting = occupied >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1
+            index = open_bins[space].pop()
+            if not open_bins[space]:
+                occupied ^= 1 << space
+        else:
+            space, index = capacity, len(bins)
+            bins.append([])
+        bins[index].append(item)
+        left = space - length
+        open_bins[left].append(index)
+        occupied |= 1 << left
+    return bins
+
+
+def _columns(batch: Batch) -> Batch:
+    segments = batch["segment_ids"].astype(np.int32)
+    starts = np.ones(segments.shape, bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    index = np.arange(segments.shape[1], dtype=np.int32)[None]
+    first = np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+    return {
+        "tokens": batch["tokens"],
+        "positions": np.where(segments > 0, index - first, 0),
+        "segment_ids": segments,
+        "loss_mask": batch["mask"].astype(np.float32),
+    }
+
+
+def _empty_row(length: int) -> Row:
+    return {
+        "tokens": np.zeros(length, np.int32),
+        "mask": np.zeros(length, np.uint8),
+        "segment_ids": np.zeros(length, np.uint16),
+    }
+
+
+def _read(files: Sequence[str], tokenizer: Tokenizer, length: int) -> Iterator[Example]:
+    import tqdm
+
+    conversations = itertools.chain.from_iterable(map(read_conversations, files))
+    with tqdm.tqdm(desc="tokenizing", unit=" conversations", disable=None) as bar:
+        while chunk := list(itertools.islice(conversations, 512)):
+            for tokens, mask in tokenizer.conversations(chunk):
+                yield from cut(tokens, mask, length)
+            bar.update(len(chunk))
+
+
+def _key(files: Sequence[str], tokenizer: Tokenizer, length: int) -> str:
+    digest = hashlib.sha256(f"{FORMAT} {length} {tokenizer.digest}".encode())
+    for file in files:
+        with Path(file).expanduser().open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:32]
+
+
+@functools.cache
+def _builder_class() -> Any:
+    """The tfds builder; made on first use, because importing tfds takes a second."""
+    import tensorflow_datasets as tfds
+
+    class Conversations(tfds.core.GeneratorBasedBuilder):
+        """Packed rows of conversations."""
+
+        VERSION = tfds.core.Version(f"{FORMAT}.0.0")
+        # Only needed for checksums of downloads; finding it imports importlib_resources, which
+        # tfds does not declare.
+        code_path = None
+
+        def __init__(self, rows: Iterable[Row], length: int, **kwargs: Any):
+            self._rows = rows
+            self._length = length
+            super().__init__(**kwargs)
+
+        def _info(self) -> Any:
+            shape = (self._length,)
+            features = {
+                "tokens": tfds.features.Tensor(shape=shape, dtype=np.int32),
+                "mask": tfds.features.Tensor(shape=shape, dtype=np.uint8),
+                "segment_ids": tfds.features.Tensor(shape=shape, dtype=np.uint16),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(features),
+                disable_shuffling=True,
+            )
+
+        def _split_generators(self, dl_manager: Any) -> Any:
+            del dl_manager
+            return {SPLIT: self._generate_examples()}
+
+        def _generate_examples(self) -> Any:
+            return enumerate(self._rows)
+
+    return Conversations
+
+
+def _write(rows: Sequence[Row], length: int, folder: Path) -> None:
+    import tensorflow_datasets as tfds
+    import tqdm
+
+    with tqdm.tqdm(rows, desc="writing", unit=" rows", disable=None) as bar, _quiet(tfds):
+        builder = _builder_class()(
+            rows=bar, length=length, data_dir=folder, file_format="array_record"
+        )
+        builder.download_and_prepare()
+
+
+def _open(folder: Path) -> Any:
+    import tensorflow_datasets as tfds
+
+    infos = list(folder.glob("*/*/dataset_info.json"))
+    if len(infos) != 1:
+        raise ValueError(f"cache_dir: {folder} is damaged; delete it and it is prepared again")
+    builder: Any = tfds.builder_from_directory(infos[0].parent)
+    return builder.as_data_source(SPLIT)
+
+
+@contextlib.contextmanager
+def _quiet(tfds: Any) -> Iterator[None]:
+    """tfds announces every step on standard output and draws bars of its own."""
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
+
+
+def _share(config: DataConfig, shard_index: int, shard_count: int) -> int:
+    """Rows of a batch that belong to one process."""
+    if not 0 <= shard_index < shard_count:
+        raise ValueError(f"shard_index={shard_index}: must lie in 0..{shard_count - 1}")
+    if config.batch_size < 1 or config.batch_size % shard_count:
+        raise ValueError(
+            f"batch_size={config.batch_size}: must be a positive multiple of the "
+            f"{shard_count} processes"
+        )
+    return config.batch_size // shard_count
+
+
+def _check(files: Sequence[str], config: DataConfig, field: str) -> None:
+    if not files:
+        raise ValueError(f"{field}=(): name at least one file of conversations")
+    if isinstance(files, str):
+        raise ValueError(f"{field}={files!r}: must be a tuple of files, ({files!r},)")
+    for file in files:
+        if not Path(file).expanduser().is_file():
+            raise ValueError(f"{field}={file!r}: no such file; give a .jsonl or .jsonl.gz")
+    if not config.tokenizer:
+        raise ValueError("tokenizer='': name a tokenizer.json or a directory that holds one")
+    if config.sequence_length < 2:
+        raise ValueError(f"sequence_length={config.sequence_length}: must be at least 2")
+    if config.workers < 0:
+        raise ValueError(f"workers={config.workers}: must be 0 or more")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed={config.seed}: must lie in 0..2**32-1")

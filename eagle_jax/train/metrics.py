@@ -1,0 +1,248 @@
+"""What a run reports: trace file, TensorBoard events, progress bar, loss curve, throughput.
+
+`metrics.jsonl` is the record: one line per step, and one per validation. It depends on nothing
+but the computation, so that two runs can be compared with `cmp`; timing goes to the events.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+TRACE, EVENTS, CURVE = "metrics.jsonl", "events", "loss.png"
+
+# Dense bfloat16 peak of one device in FLOP/s, by a part of its `device_kind`; first match counts.
+_PEAK_FLOPS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L4": 121e12,
+    "T4": 65e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+def peak_flops(device_kind: str, override: float = 0.0) -> float | None:
+    """Peak FLOP/s of one device: `override` if set, else looked up; None if unknown (CPUs)."""
+    if override:
+        return override
+    words = device_kind.replace("-", " ").split()
+    for name, peak in _PEAK_FLOPS.items():
+        parts = name.split()  # whole words: an L40 is no L4
+        if any(words[i : i + len(parts)] == parts for i in range(len(words))):
+            return peak
+    return None
+
+
+class Stopwatch:
+    """Training time proper: without compilation, validation and checkpoints."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.steps = 0
+        self._since: float | None = None
+        self._at = 0
+
+    def start(self, step: int) -> None:
+        """Count from now, when `step` steps are finished; no effect on a running watch."""
+        if self._since is None:
+            self._since, self._at = time.perf_counter(), step
+
+    def stop(self, step: int) -> None:
+        """Count until now, when `step` steps are finished."""
+        if self._since is not None:
+            self.seconds += time.perf_counter() - self._since
+            self.steps += step - self._at
+            self._since = None
+
+    def lap(self, step: int) -> float | None:
+        """Steps per second until now, while it runs or after."""
+        seconds, steps = self.seconds, self.steps
+        if self._since is not None:
+            seconds += time.perf_counter() - self._since
+            steps += step - self._at
+        return steps / seconds if steps and seconds else None
+
+
+class Trace:
+    """`metrics.jsonl`, appended to; what lies past `step` (a resumed run's) is cut off first."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [json.dumps(line) + "\n" for line in read_trace(path) if line["step"] <= step]
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text("".join(kept), encoding="utf-8")
+        fresh.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+
+    def sync(self) -> None:
+        """Have everything on disk: a checkpoint must not be ahead of its trace."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_trace(path: Path) -> list[dict[str, Any]]:
+    """Lines of a trace in order, up to a torn last one; none if there is no file."""
+    lines: list[dict[str, Any]] = []
+    if not path.is_file():
+        return lines
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class Report:
+    """Trace, events and progress bar of one run.
+
+    Args:
+        directory: the run's `output_dir`.
+        start, steps: where the run begins (its checkpoint's step), and its last step.
+        step_tokens: tokens of one step, padding included.
+        step_flops: model FLOPs of one step over the peak of all devices, or None without a peak.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        start: int,
+        steps: int,
+        step_tokens: int,
+        step_flops: float | None,
+    ) -> None:
+        import tensorboardX
+        from tqdm import tqdm
+
+        self.watch = Stopwatch()
+        self._step_tokens, self._step_flops = step_tokens, step_flops
+        self._trace = Trace(directory / TRACE, start)
+        self._events = tensorboardX.SummaryWriter(str(directory / EVENTS), purge_step=start + 1)
+        pace = 0.5 if sys.stderr.isatty() else 15.0
+        self._bar = tqdm(
+            total=steps, initial=start, unit="step", mininterval=pace, disable=start >= steps
+        )
+        self.last: dict[str, Any] = {}
+        self.last_validation: dict[str, Any] = {}
+        for line in read_trace(directory / TRACE):  # of the run that is resumed
+            if "validation" in line:
+                self.last_validation = line["validation"]
+            else:
+                self.last = line
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Record one finished step."""
+        self.last = dict(values)
+        self._trace.write({"step": step, **values})
+        self._write_events("train", step, {**values, **self.rates(step)})
+        self._bar.update(1)
+        self._bar.set_postfix(self._short(values) | self._short(self.rates(step)), refresh=False)
+
+    def validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Record one validation."""
+        self.last_validation = dict(values)
+        self._trace.write({"step": step, "validation": dict(values)})
+        self._write_events("validation", step, values)
+        shown = "  ".join(f"{name} {text}" for name, text in self._short(values).items())
+        self._bar.write(f"step {step}  validation: {shown}", file=sys.stderr)
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Tokens per second and, where the peak is known, MFU."""
+        pace = self.watch.lap(step)
+        if pace is None:
+            return {}
+        rates = {"tokens_per_second": pace * self._step_tokens}
+        return rates if self._step_flops is None else rates | {"mfu": pace * self._step_flops}
+
+    def sync(self) -> None:
+        """Have the trace on disk."""
+        self._trace.sync()
+
+    def close(self) -> None:
+        self._bar.close()
+        self._trace.close()
+        self._events.close()
+
+    def _write_events(self, group: str, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._events.add_scalar(f"{group}/{name}", value, step)
+
+    @staticmethod
+    def _short(values: Mapping[str, float]) -> dict[str, str]:
+        named = {"loss": "loss", "top1": "top1", "top3": "top3", "mfu": "mfu"}
+        short = {shown: f"{values[name]:.3f}" for name, shown in named.items() if name in values}
+        if "tokens_per_second" in values:
+            short["tok/s"] = f"{values['tokens_per_second']:.3g}"
+        return short
+
+
+def plot(trace: Path, image: Path) -> None:
+    """Draw losses and accuracies, of training (smoothed as well) and of validation, over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    lines = read_trace(trace)
+    training = [line for line in lines if "validation" not in line]
+    validation = [{"step": x["step"], **x["validation"]} for x in lines if "validation" in x]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
+    _curves(losses, training, validation, ("loss",))
+    _curves(accuracies, training, validation, ("top1", "top3"))
+    losses.set(title="loss", xlabel="step", ylabel="loss")
+    accuracies.set(title="accuracy", xlabel="step", ylabel="share of assistant tokens")
+    figure.savefig(image, dpi=120)
+
+
+def _curves(
+    axes: Any, training: list[dict], validation: list[dict], names: tuple[str, ...]
+) -> None:
+    for index, name in enumerate(names):
+        color = f"C{index}"
+        rows = [line for line in training if name in line]
+        if not rows:
+            continue
+        steps, values = [x["step"] for x in rows], [x[name] for x in rows]
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, _smooth(values), color=color, label=f"{name}, training")
+        if validation:
+            axes.plot(
+                [x["step"] for x in validation],
+                [x[name] for x in validation],
+                "o--",
+                color=color,
+                markersize=3,
+                label=f"{name}, validation",
+            )
+    axes.grid(alpha=0.3)
+    if names and axes.get_legend_handles_labels()[0]:
+        axes.legend()
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential mean over about a hundredth of the curve, without bias at its start."""
+    keep = 1.0 - 1.0 / max(10.0, len(values) / 100)
+    total = weight = 0.0
+    smooth = []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1.0
+        smooth.append(total / weight)
+    return smooth

@@ -1,0 +1,27 @@
+"""Strict settings for every test, in the environment so that programs under test inherit them."""
+
+import os
+from pathlib import Path
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "eagle_jax" / "tests"
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+# Compiled programs outlive the run: most of a first run's time is compilation.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+import jax  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+assert "raise" in str(jax.config.values["jax_numpy_rank_promotion"]), "jax was imported earlier"
+
+# config.py checks its own types and must be seen doing so: it is imported before the hook.
+import eagle_jax.config  # noqa: E402, F401
+
+install_import_hook("eagle_jax", "strict.typecheck")

@@ -1,0 +1,246 @@
+"""The loop, round by round, against the reference; clipping; compiled programs."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import decoding
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from eagle_jax.decode import Eagle, Vanilla, chain, engine, generate, named_tree
+from eagle_jax.decode.method import Method
+from eagle_jax.decode.sampling import sampling
+
+COUNT = 12
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+def make_program(method: Method, more: int = 0, eos: tuple[int, ...] = ()) -> engine.Program:
+    """The program that `generate` would use; `more` slots make it one of its own."""
+    pair = decoding.trained_pair()
+    longest = engine.bucket_prompt(max(map(len, decoding.PROMPTS)))
+    slots = engine.capacity(longest, decoding.NEW, method.depth) + more
+    draft = pair.draft_config if method.needs_draft else None
+    return engine.Program(method, pair.target_config, draft, slots, eos)
+
+
+def start(program: engine.Program, counts: list[int]) -> engine.State:
+    prompts = [np.array(prompt) for prompt in decoding.PROMPTS]
+    limits = [len(prompt) + count for prompt, count in zip(prompts, counts, strict=True)]
+    pair = decoding.trained_pair()
+    return engine.start(program, pair, prompts, limits, decoding.SEEDS, engine.Clock())
+
+
+def advance(program, state, temperature: float = 0.0, rounds: int = 1000) -> engine.State:
+    settings = sampling(temperature)
+    pair = decoding.trained_pair()
+    return engine.advance(program, pair, state, settings, engine.Clock(), rounds)
+
+
+def texts(state: engine.State) -> list[list[int]]:
+    rows = zip(np.asarray(state.tokens), np.asarray(state.length), strict=True)
+    return [row[:length].tolist() for row, length in rows]
+
+
+def answers(state: engine.State) -> list[list[int]]:
+    pairs = zip(texts(state), decoding.PROMPTS, strict=True)
+    return [text[len(prompt) :] for text, prompt in pairs]
+
+
+@pytest.mark.parametrize("tree", ["mc_sim_7b_63", "chain-3"])
+@pytest.mark.parametrize(("temperature", "coupled"), [(0.0, True), (1.0, True), (1.0, False)])
+def test_every_round_is_the_references(tree: str, temperature: float, coupled: bool) -> None:
+    """Catches every off-by-one between token, feature, position, noise and cache slot.
+
+    Such bugs cost acceptance only, never correctness, so nothing else would notice. After each
+    round, the reference drafts and verifies again from the committed text alone.
+    """
+    pair = reference.Pair.of(decoding.trained_pair())
+    paths = [(), *named_tree(tree).paths]
+    program = make_program(decoding.Recording(Eagle(named_tree(tree), coupled=coupled)))
+    state = start(program, [COUNT, COUNT - 1, COUNT - 5, COUNT])
+    rounds, deepest = 0, 0
+    while not bool(jnp.all(state.done)):
+        before, done = texts(state), np.asarray(state.done)
+        limits = np.asarray(state.limit)
+        state = advance(program, state, temperature, rounds=1)
+        for row, text in enumerate(before):
+            if done[row]:
+                assert texts(state)[row] == text
+                continue
+            drafted = np.asarray(state.method.tokens)[row].tolist()
+            rule = reference.Rule(temperature, seed=decoding.SEEDS[row])
+            assert drafted[0] == text[-1]
+            if len(text) > 1:  # a text of one token holds no pair to draft from
+                found = reference.draft_tree(pair, text, paths[1:], rule, coupled=coupled)
+                assert drafted[1:] == [found[path] for path in paths[1:]], (row, text)
+            emitted = verified(pair, text, paths, drafted, rule)
+            room = int(limits[row]) - len(text)
+            assert texts(state)[row] == text + emitted[:room]
+            deepest = max(deepest, len(emitted))
+        rounds += 1
+    assert deepest > 2 and rounds < COUNT  # the test has seen paths of some length
+
+
+def verified(pair, text, paths, drafted, rule) -> list[int]:
+    """Tokens that a round must emit: each node scored as a sequence of its own."""
+    targets = []
+    for path in paths:
+        above = [drafted[paths.index(path[:i])] for i in range(1, len(path) + 1)]
+        logits = reference.target(pair, [*text, *above])[1][-1]
+        noisy = reference.scores(logits, len(text) + len(path), rule)
+        targets.append(int(np.argmax(noisy)))
+
+    def children(node: int) -> list[int]:
+        return [i for i, path in enumerate(paths) if path and path[:-1] == paths[node]]
+
+    path = reference.accept(children, np.array(drafted), np.array(targets))
+    return [targets[node] for node in path]
+
+
+def test_a_draft_that_is_always_right_is_always_accepted() -> None:
+    """Catches a bonus token lost or committed twice, and a limit that cuts between rounds only."""
+    program = make_program(decoding.Clairvoyant((True, True, True)))
+    state = advance(program, start(program, [12, 1, 7, 2]))
+    assert np.asarray(state.rounds).tolist() == [3, 1, 2, 1]
+    whole = slow_answers(12)
+    assert answers(state) == [w[:n] for w, n in zip(whole, [12, 1, 7, 2], strict=True)]
+
+
+def test_how_many_drafted_tokens_were_committed_is_counted() -> None:
+    """Catches statistics that take a drafted token at the limit for the bonus token."""
+    program = make_program(decoding.Clairvoyant((True, True, True)))
+    state = advance(program, start(program, [12, 1, 7, 2]))
+    # 4 + 4 + 4; a drafted token alone; 4 + 3 drafted; 2 drafted
+    expected = [[0, 0, 0, 3], [0, 1, 0, 0], [0, 0, 0, 2], [0, 0, 1, 0]]
+    assert np.asarray(state.accepted).tolist() == expected
+
+
+def slow_answers(count: int) -> list[list[int]]:
+    pair = reference.Pair.of(decoding.trained_pair())
+    return [reference.generate(pair, p, count, reference.Rule()) for p in decoding.PROMPTS]
+
+
+def test_an_end_token_inside_the_accepted_path_ends_the_answer_there() -> None:
+    """Catches an answer that runs on to the end of its round, and an end token in the prompt that
+    ends it at once. The tokens are chosen so that each stands in the middle of a path of 4."""
+    whole = slow_answers(20)
+    first = {
+        (row, token): answer.index(token) for row, answer in enumerate(whole) for token in answer
+    }
+    middle = [token for (row, token), at in first.items() if at % 4 in (1, 2) and at > 4]
+    eos = tuple(sorted(set(middle), key=middle.index)[:2])
+    assert len(eos) == 2 and any(token in prompt for token in eos for prompt in decoding.PROMPTS)
+    program = make_program(decoding.Clairvoyant((True, True, True)), eos=eos)
+    state = advance(program, start(program, [20] * 4))
+    expected = []
+    for answer in whole:
+        ends = [i for i, token in enumerate(answer) if token in eos]
+        expected.append(answer[: ends[0] + 1] if ends else answer)
+    assert answers(state) == expected
+    assert any(len(a) % 4 in (2, 3) and len(a) < 20 for a in expected)
+    rounds = np.asarray(state.rounds)
+    assert rounds.tolist() == [-(-len(answer) // 4) for answer in expected]
+    # A limit one token before the end token wins, though the path goes on to the end token.
+    shorter = [len(answer) - 1 for answer in expected]
+    state = advance(program, start(program, shorter))
+    assert answers(state) == [a[:n] for a, n in zip(expected, shorter, strict=True)]
+
+
+def test_rounds_can_be_taken_in_any_portions() -> None:
+    """Catches state that is lost, or repeated, between two calls of the loop."""
+    program = make_program(Eagle(chain(3)))
+    whole = advance(program, start(program, [20, 3, 20, 11]), 1.0)
+    parts = start(program, [20, 3, 20, 11])
+    for rounds in (1, 2, 0, 3, 1000):
+        parts = advance(program, parts, 1.0, rounds)
+    assert texts(whole) == texts(parts)
+    assert whole.rounds.tolist() == parts.rounds.tolist()
+    assert whole.accepted.tolist() == parts.accepted.tolist()
+
+
+def test_a_row_without_room_is_done_at_once() -> None:
+    """Catches a loop that never ends, or one token too many."""
+    program = make_program(Vanilla())
+    state = advance(program, start(program, [0, 1, 0, 2]))
+    assert [len(answer) for answer in answers(state)] == [0, 1, 0, 2]
+    assert np.asarray(state.rounds).tolist() == [0, 1, 0, 2]
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Counts what XLA compiles (or fetches from the compilation cache), helpers included."""
+    seen: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
+        seen.extend([event] * (event == COMPILED))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_the_second_call_compiles_nothing() -> None:
+    """Catches prompts, lengths, seeds, temperatures and filters that are baked into programs, and
+    helper operations outside of them: each costs a new user's first seconds at every call."""
+    pair, method = decoding.trained_pair(), Eagle(chain(3))
+    first = {"temperature": 0.7, "top_p": 0.9, "seed": decoding.SEEDS}
+    generate(pair, decoding.PROMPTS, method=method, max_new_tokens=20, **first)
+    with compilations() as seen:
+        other = {"temperature": 1.9, "top_p": 0.4, "seed": [0, 9, 8, 7]}
+        prompts = [[1] * 30, [4], [3, 2], [5] * 9]
+        generate(pair, prompts, method=Eagle(chain(3)), max_new_tokens=11, **other)
+        assert seen == []
+        jax.block_until_ready(jax.jit(lambda x: x * 3 + 1)(jnp.ones(3)))
+        assert seen  # the counter counts
+
+
+HOST = re.compile(r"\b(infeed|outfeed|send|recv|send-done|recv-done)\(|callback|host_compute")
+
+
+def test_nothing_in_the_loop_talks_to_the_host() -> None:
+    """Catches a debugging print or callback: on a GPU, each costs a synchronisation a round."""
+    program = make_program(Eagle(chain(3)))
+    advance(program, start(program, [2] * 4), 1.0)
+    assert not any(HOST.search(executable.as_text()) for executable in engine.executables())
+
+    def chatty(x):
+        jax.debug.callback(lambda y: None, x)
+        return x + 1
+
+    compiled = jax.jit(chatty).lower(jnp.ones(3)).compile()
+    assert HOST.search(str(compiled.as_text()))  # it would be seen
+
+
+def test_state_is_donated() -> None:
+    """Catches a second copy of the cache in memory, and its copying at every call."""
+    program = make_program(Eagle(chain(1)), more=8)
+    state = start(program, [2] * 4)
+    size = sum(x.nbytes for x in jax.tree.leaves((state.cache, state.method)))
+    cache = state.cache
+    advance(program, state, 1.0)
+    decode = engine.executables()[-1]
+    assert decode.memory_analysis().alias_size_in_bytes >= size
+    assert all(x.is_deleted() for x in jax.tree.leaves(cache))
+
+
+def test_prompts_are_padded_to_a_few_lengths() -> None:
+    """Catches a bucket below the prompt, which would cut it, and one program per length."""
+    buckets = [engine.bucket_prompt(length) for length in range(1, 1025)]
+    assert all(bucket >= length for length, bucket in enumerate(buckets, start=1))
+    assert buckets == sorted(buckets) and buckets[-1] == 1024 and len(set(buckets)) <= 6
+
+
+def test_capacity_leaves_room_for_the_last_rounds_writes() -> None:
+    """Catches a cache without slack: XLA would shift the write back over older slots."""
+    slots = [engine.capacity(128, new, 5) for new in range(1, 1001)]
+    assert all(s >= 128 + new + 5 + 1 for new, s in enumerate(slots, start=1))
+    assert len(set(slots)) <= 6
