@@ -37,9 +37,7 @@ class Params:
     tokenizer: Tokenizer | None = dataclasses.field(metadata={"static": True}, default=None)
 
 
-def load(
-    name_or_path: str | Path, *, draft: str | Path | None = None, dtype: Any = None
-) -> Params:
+def load(name_or_path: str | Path, *, draft: str | Path | None = None, dtype: Any = None) -> Params:
     """Load a target, its tokenizer and its draft.
 
     Args:

@@ -1,8 +1,8 @@
 """Decoding: `generate` and `stream`, every method through the one engine.
 
-    params = eagle_jax.load("tiny")
-    out = eagle_jax.decode.generate(params, "What is a prime number?", method="eagle")
-    print(out.text, out.statistics.tau)
+params = eagle_jax.load("tiny")
+out = eagle_jax.decode.generate(params, "What is a prime number?", method="eagle")
+print(out.text, out.statistics.tau)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from eagle_jax.decode.methods.vanilla import Vanilla
 from eagle_jax.decode.sampling import sampling
 from eagle_jax.decode.tree import MC_SIM_7B_63, StaticTree, chain, named_tree, static_tree
 from eagle_jax.params import Params
-from eagle_jax.text import StreamDecoder
+from eagle_jax.text import StreamDecoder, Tokenizer
 
 __all__ = [
     "METHODS",
@@ -39,8 +39,9 @@ __all__ = [
     "stream",
 ]
 
-# Small on CPUs, where every verified token costs arithmetic; the paper's tree elsewhere.
-_CPU_TREE = static_tree([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
+# One level wide on CPUs, where every draft step costs a third of a target pass and every verified
+# token costs arithmetic (benchmarks/speed.py --tree compares); the paper's tree elsewhere.
+_CPU_TREE = static_tree([[0], [1], [2]])
 
 
 def default_tree() -> StaticTree:
@@ -193,8 +194,8 @@ class _Session:
         self.settings = sampling(temperature, top_k, top_p)
         self.method = _method(method, params)
         self.prompts, self.batched = _encode(params, prompt, raw)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+        if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens!r}: must be a whole number above 0")
         context = params.target_config.max_position_embeddings
         limits = [min(len(p) + max_new_tokens, context) for p in self.prompts]
         eos = () if ignore_eos or params.tokenizer is None else params.tokenizer.eos_ids
@@ -203,7 +204,8 @@ class _Session:
             self.method,
             params.target_config,
             params.draft_config if self.method.needs_draft else None,
-            engine.capacity(longest, max_new_tokens, self.method.depth),
+            # No row grows past the context, whatever max_new_tokens says.
+            engine.capacity(longest, min(int(max_new_tokens), context), self.method.depth),
             eos,
         )
         if not self.method.needs_draft:  # keep the unused draft out of the program's arguments
@@ -261,13 +263,24 @@ def _method(method: str | Method, params: Params) -> Method:
         if method not in METHODS:
             raise ValueError(f"method={method!r}: unknown; use one of {', '.join(METHODS)}")
         method = METHODS[method]()
+    if not isinstance(method, Method):
+        raise ValueError(f"method={method!r}: give a name ({', '.join(METHODS)}) or an instance")
     if method.needs_draft and params.draft is None:
-        raise ValueError("method: needs a draft, and params has none; load one with draft=DIR")
+        raise ValueError(
+            f"method={method}: needs a draft, and params has none; load one with draft=DIR"
+        )
+    if isinstance(method, Eagle):
+        method.check(params.target_config.vocab_size)
     return method
 
 
 def _seeds(seed: int | Sequence[int], rows: int) -> list[int]:
-    seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else list(seed)
+    if isinstance(seed, int | np.integer):
+        seeds = [int(seed) + row for row in range(rows)]
+    elif isinstance(seed, Sequence | np.ndarray):
+        seeds = [int(value) for value in seed]
+    else:
+        raise ValueError(f"seed={seed!r}: give a whole number, or one per row")
     if len(seeds) != rows:
         raise ValueError(f"seed={seeds}: {len(seeds)} seeds for {rows} rows; give one per row")
     for value in seeds:
@@ -290,27 +303,21 @@ def _is_batch(prompt: Any) -> bool:
         return False
     if isinstance(prompt, np.ndarray | jax.Array):
         return prompt.ndim == 2
+    if not isinstance(prompt, Sequence):
+        return False
     first = next(iter(prompt), None)
     return not isinstance(first, int | np.integer | Mapping) or isinstance(first, bool)
 
 
 def _encode_one(params: Params, prompt: Any, raw: bool) -> np.ndarray:
+    """Checked token ids of one prompt, [n] int32."""
     vocab, context = params.target_config.vocab_size, params.target_config.max_position_embeddings
-    is_text = isinstance(prompt, str)
-    is_chat = not is_text and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-    if len(prompt) == 0 or (is_text and not prompt.strip()):
+    if not isinstance(prompt, str | Sequence | np.ndarray | jax.Array):
+        raise ValueError(f"prompt={prompt!r}: give text, messages, or token ids")
+    if len(prompt) == 0 or (isinstance(prompt, str) and not prompt.strip()):
         raise ValueError(f"prompt={prompt!r}: empty; give some text, messages, or token ids")
-    if is_text or is_chat:
-        tokenizer = params.tokenizer
-        if tokenizer is None:
-            raise ValueError("prompt: text needs a tokenizer, and params has none; give token ids")
-        if is_chat:
-            prompt = tokenizer.chat(prompt)
-        elif raw or tokenizer.chat_template is None:
-            bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-            prompt = bos + tokenizer.encode(prompt)
-        else:
-            prompt = tokenizer.chat([{"role": "user", "content": prompt}])
+    if isinstance(prompt, str) or isinstance(prompt[0], Mapping):
+        prompt = _tokenize(params.tokenizer, prompt, raw)
     ids = np.asarray(prompt)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"prompt={str(prompt)[:60]}: must be text, messages, or integer token ids")
@@ -322,3 +329,15 @@ def _encode_one(params: Params, prompt: Any, raw: bool) -> np.ndarray:
             f"prompt: {len(ids)} tokens leave no room in the context of {context}; shorten it"
         )
     return ids.astype(np.int32)
+
+
+def _tokenize(tokenizer: Tokenizer | None, prompt: str | Sequence[Any], raw: bool) -> list[int]:
+    """Ids of a text or a chat; a text is a user's message wherever there is a chat template."""
+    if tokenizer is None:
+        raise ValueError("prompt: text needs a tokenizer, and params has none; give token ids")
+    if not isinstance(prompt, str):
+        return tokenizer.chat(prompt)
+    if not raw and tokenizer.chat_template is not None:
+        return tokenizer.chat([{"role": "user", "content": prompt}])
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return bos + tokenizer.encode(prompt)

@@ -34,7 +34,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     out.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off")
     out.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off")
-    out.add_argument("--seed", type=int, default=0, help="same seed, same text, whatever the method")
+    out.add_argument(
+        "--seed", type=int, default=0, help="same seed, same text, whatever the method"
+    )
     out.add_argument("--raw", action="store_true", help="continue the text, no chat template")
     out.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: by device")
     out.add_argument("--json", action="store_true", help="print one JSON line only")

@@ -7,6 +7,7 @@ shows at once); a run that was stopped goes on where it ended.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -21,6 +22,7 @@ from eagle_jax.params import Params
 from eagle_jax.text import read_prompts
 
 Messages = list[dict[str, str]]
+_START = b'{"index": '  # of every line written here
 
 
 def answer_file(
@@ -53,7 +55,8 @@ def answer_file(
         Counts, seconds and tokens per second, for one JSON line.
 
     Raises:
-        ValueError: a malformed line, with its number.
+        ValueError: a malformed line, with its number; a target that this function did not write
+            for this source.
     """
     if raw:
         raise ValueError("raw=True: a file of conversations is answered through the chat template")
@@ -61,11 +64,13 @@ def answer_file(
         raise ValueError(f"batch_size={batch_size}: must be at least 1")
     if params.tokenizer is None:
         raise ValueError("params: answering conversations needs a tokenizer")
-    prompts = [ask for ask, _ in zip(read_prompts(source), _count(limit), strict=False)]
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: must be at least 1")
+    prompts = list(itertools.islice(read_prompts(source), limit))
     encoded = [params.tokenizer.chat(prompt) for prompt in prompts]
     room = params.target_config.max_position_embeddings - max_new_tokens
     fitting = [i for i, ids in enumerate(encoded) if len(ids) <= room]
-    done = _answered(Path(target))
+    done = _answered(Path(target), prompts)
     waiting = sorted(set(fitting) - done, key=lambda i: (-len(encoded[i]), i))
 
     begin, tokens, rounds = time.perf_counter(), 0, 0
@@ -107,12 +112,6 @@ def answer_file(
     }
 
 
-def _count(limit: int | None) -> range:
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: must be at least 1")
-    return range(limit if limit is not None else 2**62)
-
-
 def _batches(order: Sequence[int], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     """Runs of at most `size` prompts of one bucket, so that few shapes are compiled."""
     rows: list[int] = []
@@ -126,15 +125,31 @@ def _batches(order: Sequence[int], lengths: Sequence[int], size: int) -> Iterato
         yield rows
 
 
-def _answered(path: Path) -> set[int]:
+def _answered(path: Path, prompts: Sequence[Messages]) -> set[int]:
     """Indices of finished lines; a line that a kill cut short is cut away."""
     if not path.exists():
         return set()
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) != len(data):
-        os.truncate(path, len(whole))
+    torn = data[len(whole) :]
     try:
-        return {int(json.loads(line)["index"]) for line in whole.splitlines()}
+        done = {_index(line, prompts) for line in whole.splitlines()}
+        # Nobody else's file is cut: not even one without a line break.
+        if not (torn.startswith(_START) or _START.startswith(torn)):
+            raise ValueError
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"output={str(path)!r}: not written by this command; move it") from error
+        raise ValueError(
+            f"output={str(path)!r}: holds no answers to this input; give another file"
+        ) from error
+    if torn:
+        os.truncate(path, len(whole))
+    return done
+
+
+def _index(line: bytes, prompts: Sequence[Messages]) -> int:
+    """Which prompt a finished line answers; one beyond the limit is not looked at."""
+    record = json.loads(line)
+    index, asked = int(record["index"]), record["messages"][:-1]
+    if index < len(prompts) and asked != prompts[index]:
+        raise ValueError
+    return index

@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Int, UInt32
 from eagle_jax.config import EagleConfig, TransformerConfig
 from eagle_jax.decode.accept import accept
 from eagle_jax.decode.method import Context, Method, Models, Prompt, Verified
-from eagle_jax.decode.sampling import Sampling, perturb, position_noise
+from eagle_jax.decode.sampling import Sampling, argmax, perturb, position_noise
 from eagle_jax.models import Cache, EagleDraft, Transformer, bind
 from eagle_jax.models import cache as caches
 from eagle_jax.models.transformer import packed_mask
@@ -175,7 +175,7 @@ def _round(program: Program, models: Models, state: State, settings: Sampling) -
     logits = models.target.logits(output.features)
     if noise is not None:
         noise = jnp.take_along_axis(noise, depth[:, :, None], axis=1, mode="clip")
-    targets = jnp.argmax(perturb(logits, noise, settings), axis=-1).astype(jnp.int32)
+    targets = argmax(perturb(logits, noise, settings))
     accepted = accept(proposal.tokens, proposal.shape, targets, n)
 
     committed, done = _clip(program, state, accepted.emitted, accepted.count + 1)

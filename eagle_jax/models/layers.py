@@ -47,7 +47,9 @@ class Embedding(nnx.Module):
     """Token embedding, [v, d]."""
 
     def __init__(self, vocab: int, width: int, *, rngs: nnx.Rngs) -> None:
-        self.embedding = nnx.Param(_EMBEDDING_STD * jax.random.normal(rngs.params(), (vocab, width)))
+        self.embedding = nnx.Param(
+            _EMBEDDING_STD * jax.random.normal(rngs.params(), (vocab, width))
+        )
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Hidden:
         return self.embedding[...].at[tokens].get(mode="clip")

@@ -100,9 +100,9 @@ class Transformer(nnx.Module):
 def packed_mask(segment_ids: Int[Array, "b t"]) -> Bool[Array, "b t t"]:
     """Causal mask of packed sequences: a token sees earlier tokens of its own segment.
 
-        segments 1 1 2    token 0  x
-                          token 1  x x
-                          token 2      x
+    segments 1 1 2    token 0  x
+                      token 1  x x
+                      token 2      x
     """
     t = segment_ids.shape[1]
     causal = jnp.tril(jnp.ones((t, t), bool))

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from eagle_jax.decode.method import Context, Models, Prompt, Proposal, Verified
-from eagle_jax.decode.sampling import perturb
+from eagle_jax.decode.sampling import argmax, perturb
 from eagle_jax.decode.tree import MC_SIM_7B_63, StaticTree
 from eagle_jax.models import cache as caches
 from eagle_jax.models.transformer import packed_mask
@@ -62,6 +62,14 @@ class Eagle:
     @property
     def depth(self) -> int:
         return self.tree.depth
+
+    def check(self, vocab_size: int) -> None:
+        """Raise if the tree asks for candidates beyond the vocabulary."""
+        widest = int(self.tree.ranks.max())
+        if widest >= vocab_size:
+            raise ValueError(f"tree rank {widest}: the vocabulary has {vocab_size} tokens")
+        if self.tree.depth < 1:
+            raise ValueError("tree=(): no drafted node; give at least one path")
 
     def init(self, models: Models, prompt: Prompt, slots: int) -> EagleState:
         """Run the draft over the prompt: pair i is (feature i, token i+1)."""
@@ -142,7 +150,7 @@ class Eagle:
             if not inner.size:
                 break
             expanded += list(level[inner])
-            mask = tree.ancestors[np.ix_(level[inner], expanded)]
+            mask = tree.ancestors[level[inner]][:, expanded]
             position = context.length[:, None] + jnp.full((1, inner.size), depth - 2, jnp.int32)
             feature, block = models.draft(
                 models.target.embed_tokens(tokens[-1][:, inner]),
@@ -166,7 +174,7 @@ class Eagle:
             scores = perturb(scores, _rows(context.noise[:, depth], scores), context.sampling)
         widest = int(self.tree.ranks[self.tree.depths == depth + 1].max()) + 1
         if widest == 1:
-            return jnp.argmax(scores, axis=-1)[..., None].astype(jnp.int32)
+            return argmax(scores)[..., None]
         return jax.lax.top_k(scores, widest)[1]
 
 
