@@ -3,9 +3,9 @@
     python benchmarks/speed.py --questions data/mt_bench.jsonl
 
 Every prompt is decoded by every method in turn (A B C, A B C, ...), after a warm-up of each shape;
-a method's figure is the median over prompts and repeats of its decode time, prefill and compilation
-apart. Answers run to the full length (end tokens ignored), so that all methods do the same work.
-Prints a table, then one JSON line.
+a method's figure is the median over prompts and repeats of its decode seconds per token, prefill
+and compilation apart. All methods emit the same texts (in float32), end tokens are obeyed. Prints a
+table, then one JSON line.
 """
 
 import argparse
@@ -28,36 +28,41 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     out = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     out.add_argument("--model", default="tiny")
+    out.add_argument("--draft", help="directory of another draft for the same target")
     out.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: by device")
     out.add_argument("--questions", help="JSONL with `turns`; default: a few prompts of our own")
     out.add_argument("--limit", type=int, default=80, help="first N questions")
     out.add_argument("--new-tokens", type=int, default=128)
     out.add_argument("--repeats", type=int, default=3)
     out.add_argument("--temperature", type=float, action="append", help="repeatable; default 0, 1")
+    out.add_argument("--method", action="append", help="only these rows (and vanilla); repeatable")
     out.add_argument("--tree", action="append", default=[], help="further trees to measure")
     out.add_argument("--json", help="write the result to this file too")
     return out
 
 
-def methods(trees: list[str]) -> dict[str, Any]:
-    """What is compared."""
-    named = {
-        "vanilla": Vanilla(),
-        "eagle (default tree)": Eagle(default_tree()),
-        "eagle mc_sim_7b_63": Eagle(MC_SIM_7B_63),
-        "eagle chain-5": Eagle(chain(5)),
-        "eagle mc_sim_7b_63 plain": Eagle(MC_SIM_7B_63, coupled=False),
-    }
-    return named | {f"eagle {name}": Eagle(named_tree(name)) for name in trees}
+def methods(args: argparse.Namespace, sampled: bool) -> dict[str, Any]:
+    """What is compared, by the name of its row."""
+    named: dict[str, Any] = {"vanilla": Vanilla()}
+    if default_tree() != MC_SIM_7B_63:
+        named["eagle default tree"] = Eagle(default_tree())
+    named |= {"eagle mc_sim_7b_63": Eagle(MC_SIM_7B_63), "eagle chain-5": Eagle(chain(5))}
+    if sampled:  # without noise there is nothing to couple
+        named["eagle mc_sim_7b_63 plain"] = Eagle(MC_SIM_7B_63, coupled=False)
+    named |= {f"eagle {name}": Eagle(named_tree(name)) for name in args.tree}
+    if not args.method:
+        return named
+    unknown = sorted(set(args.method) - set(named) - {"eagle mc_sim_7b_63 plain"})
+    if unknown:
+        raise ValueError(f"method={unknown[0]!r}: unknown; use one of {', '.join(named)}")
+    return {name: m for name, m in named.items() if name in {"vanilla", *args.method}}
 
 
 def measure(
     params: Any, prompts: list[str], temperature: float, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """One row per method."""
-    compared = methods(args.tree)
-    if temperature == 0:
-        compared.pop("eagle mc_sim_7b_63 plain")  # without noise it is the coupled one
+    compared = methods(args, sampled=temperature > 0)
     samples: dict[str, list[Any]] = {name: [] for name in compared}
     total = len(prompts) * (args.repeats + 1)
     with tqdm(total=total, desc=f"temperature {temperature}", file=sys.stderr) as bar:
@@ -71,7 +76,6 @@ def measure(
                         max_new_tokens=args.new_tokens,
                         temperature=temperature,
                         seed=index,
-                        ignore_eos=True,
                     )
                     if repeat:  # the first pass compiles every shape and warms up
                         samples[name].append(out.statistics)
@@ -102,19 +106,21 @@ def measure(
 def main() -> None:
     """Measure, print the table and the JSON line."""
     args = parser().parse_args()
-    params = eagle_jax.load(args.model, dtype=args.dtype)
+    params = eagle_jax.load(args.model, draft=args.draft, dtype=args.dtype)
     prompts = read_questions(args.questions)[: args.limit]
     rows = []
-    for temperature in args.temperature or [0.0, 1.0]:
-        rows += measure(params, prompts, temperature, args)
     print(f"{'method':28}{'T':>5}{'tau':>7}{'round ms':>10}{'tokens/s':>10}{'speedup':>9}")
-    for row in rows:
-        print(
-            f"{row['method']:28}{row['temperature']:5.1f}{row['tau']:7.2f}{row['round_ms']:10.3f}"
-            f"{row['tokens_per_second']:10.1f}{row['speedup']:8.2f}x"
-        )
+    for temperature in args.temperature or [0.0, 1.0]:
+        for row in measure(params, prompts, temperature, args):
+            rows.append(row)
+            print(
+                f"{row['method']:28}{row['temperature']:5.1f}{row['tau']:7.2f}"
+                f"{row['round_ms']:10.3f}{row['tokens_per_second']:10.1f}{row['speedup']:8.2f}x",
+                flush=True,
+            )
     result = {
         "model": args.model,
+        "draft": args.draft,
         "dtype": str(next(iter(params.target.values())).dtype),
         "prompts": len(prompts),
         "new_tokens": args.new_tokens,

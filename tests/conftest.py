@@ -17,6 +17,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 assert "raise" in str(jax.config.values["jax_numpy_rank_promotion"]), "jax was imported earlier"
@@ -25,3 +26,11 @@ assert "raise" in str(jax.config.values["jax_numpy_rank_promotion"]), "jax was i
 import eagle_jax.config  # noqa: E402, F401
 
 install_import_hook("eagle_jax", "strict.typecheck")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory for programs: random pair, bytes for a vocabulary."""
+    import tiny_pair
+
+    return tiny_pair.write(tmp_path_factory.mktemp("tiny_model"))

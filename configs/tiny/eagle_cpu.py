@@ -31,14 +31,14 @@ config = TrainConfig(
     ),
     optim=OptimConfig(
         learning_rate=2e-3,
-        steps=400,
-        warmup_steps=20,
+        steps=900,
+        warmup_steps=40,
         schedule="cosine",
         final_fraction=0.05,
         clip_value=0.5,
     ),
     compute_dtype="float32",
-    eval_every=100,
-    checkpoint_every=100,
+    eval_every=150,
+    checkpoint_every=150,
     export_dtype="bfloat16",
 )

@@ -316,7 +316,7 @@ def _encode_one(params: Params, prompt: Any, raw: bool) -> np.ndarray:
         raise ValueError(f"prompt={prompt!r}: give text, messages, or token ids")
     if len(prompt) == 0 or (isinstance(prompt, str) and not prompt.strip()):
         raise ValueError(f"prompt={prompt!r}: empty; give some text, messages, or token ids")
-    if isinstance(prompt, str) or isinstance(prompt[0], Mapping):
+    if isinstance(prompt, str) or (isinstance(prompt, Sequence) and isinstance(prompt[0], Mapping)):
         prompt = _tokenize(params.tokenizer, prompt, raw)
     ids = np.asarray(prompt)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):

@@ -89,8 +89,9 @@ def _method(args: argparse.Namespace) -> Any:
     from eagle_jax.decode import Eagle, default_tree, named_tree
 
     if args.method != "eagle":
-        if args.tree or args.plain:
-            raise ValueError(f"tree={args.tree!r}: only for --method eagle, not {args.method!r}")
+        for name, value in (("tree", args.tree), ("plain", args.plain)):
+            if value:
+                raise ValueError(f"{name}={value!r}: only for --method eagle, not {args.method!r}")
         return args.method
     return Eagle(named_tree(args.tree) if args.tree else default_tree(), coupled=not args.plain)
 

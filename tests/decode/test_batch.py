@@ -1,0 +1,160 @@
+"""`python -m eagle_jax.decode --input --output`: a file of prompts."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import eagle_jax
+from eagle_jax.decode import generate
+from eagle_jax.decode.__main__ import main
+from eagle_jax.decode.batch import answer_file
+from eagle_jax.params import Params
+
+NEW = 60
+SEED = 5
+# Of different lengths, out of order; the third has a history, the last does not fit the context.
+PROMPTS = [
+    [{"role": "user", "content": "tell me more about it"}],
+    [{"role": "user", "content": "Hi"}],
+    [
+        {"role": "user", "content": "0+1"},
+        {"role": "assistant", "content": "is 1"},
+        {"role": "user", "content": "naïve 日本"},
+    ],
+    [{"role": "user", "content": "abc " * 30}],  # of a larger bucket
+    [{"role": "user", "content": "abc"}],
+    [{"role": "user", "content": "long " * 60}],
+]
+OPTIONS = {"max_new_tokens": NEW, "temperature": 1.0, "seed": SEED}
+
+
+@pytest.fixture(scope="module")
+def params(tiny_model: Path) -> Params:
+    return eagle_jax.load(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """The prompts, some with an old answer behind them, and a blank line among them."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    old = {"role": "assistant", "content": "an older answer"}
+    lines = [{"messages": [*ask, old] if i % 2 else ask} for i, ask in enumerate(PROMPTS)]
+    path.write_text("\n\n".join(json.dumps(line) for line in lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(params, source, tmp_path_factory) -> Path:
+    """All answers, two rows at a time."""
+    path = tmp_path_factory.mktemp("whole") / "answers.jsonl"
+    answer_file(params, source, path, batch_size=2, **OPTIONS)
+    return path
+
+
+def records(path: Path) -> list[dict]:
+    return sorted(map(json.loads, path.read_text().splitlines()), key=lambda row: row["index"])
+
+
+def test_every_row_is_answered_as_if_alone(params, whole) -> None:
+    """Catches answers that change rows when sorted by length, and seeds of the batch's order."""
+    rows = records(whole)
+    assert [row["index"] for row in rows] == [0, 1, 2, 3, 4]
+    for i, row in enumerate(rows):
+        alone = generate(params, PROMPTS[i], **OPTIONS | {"seed": SEED + i})
+        assert row["messages"] == [*PROMPTS[i], {"role": "assistant", "content": alone.text}]
+        assert row["finish"] == ("stop" if alone.tokens[-1] == 256 else "length")
+    assert {row["finish"] for row in rows} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_answers_do_not_depend_on_the_batch_size(
+    params, source, whole, tmp_path, batch_size
+) -> None:
+    summary = answer_file(params, source, tmp_path / "out.jsonl", batch_size=batch_size, **OPTIONS)
+    assert records(tmp_path / "out.jsonl") == records(whole)
+    counts = {"prompts": 6, "answered": 5, "already_answered": 0, "too_long": 1}
+    assert {key: summary[key] for key in counts} == counts
+    assert summary["new_tokens"] > 5 and summary["tau"] >= 1
+
+
+@pytest.mark.parametrize("cut", [1, 14, 60])
+def test_a_killed_run_resumes(params, source, whole, tmp_path, cut) -> None:
+    """Catches a half line kept, a prompt lost with it, and one answered twice."""
+    lines = whole.read_bytes().splitlines(keepends=True)
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(b"".join(lines[:2]) + lines[2][:cut])
+    summary = answer_file(params, source, path, batch_size=2, **OPTIONS)
+    assert (summary["answered"], summary["already_answered"]) == (3, 2)
+    assert records(path) == records(whole)
+    assert path.read_bytes().startswith(b"".join(lines[:2]))
+    finished = path.read_bytes()
+    assert answer_file(params, source, path, **OPTIONS)["answered"] == 0
+    assert path.read_bytes() == finished
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        b'{"messages": []}\n',
+        b"a shopping list\n",
+        b"[1, 2]",  # no line break: it was once taken for a torn line and cut to nothing
+        b"\xff\xfe\n",
+        b'{"index": 0, "messages": [{"role": "user", "content": "other"}, {}]}\n',
+    ],
+)
+def test_a_foreign_output_file_is_left_alone(params, source, tmp_path, foreign) -> None:
+    """Catches answers appended to, or cut from, a file of somebody else's or of another input."""
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(foreign)
+    said = f"output={str(path)!r}: holds no answers to this input; give another file"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        answer_file(params, source, path, **OPTIONS)
+    assert path.read_bytes() == foreign
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", ":2: not JSON ("),
+        ('{"text": "x"}', ':2: no "messages"; write {"messages": [...]} on every line'),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', ":2: no user message to answer"),
+        ('{"messages": [{"role": "bot", "content": "x"}]}', ":2: messages[0].role='bot': must be"),
+    ],
+)
+def test_a_malformed_line_is_named(params, source, tmp_path, line, said) -> None:
+    bad, out = tmp_path / "bad.jsonl", tmp_path / "out.jsonl"
+    bad.write_text(json.dumps({"messages": PROMPTS[1]}) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=re.escape(f"{bad}{said}")) as info:
+        answer_file(params, bad, out, **OPTIONS)
+    assert "\n" not in str(info.value) and not out.exists()
+    # What lies beyond the limit is not read.
+    assert answer_file(params, bad, out, limit=1, batch_size=1, **OPTIONS)["answered"] == 1
+
+
+def test_the_command_line(tiny_model, source, whole, tmp_path, capsys) -> None:
+    """One line of JSON; the limit counts prompts, and a later run without it adds the others."""
+    out = tmp_path / "out.jsonl"
+    argv = ["--model", str(tiny_model), "--input", str(source), "--output", str(out)]
+    argv += ["--max-new-tokens", str(NEW), "--temperature", "1", "--seed", str(SEED)]
+    main([*argv, "--batch-size", "2", "--limit", "3"])
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["prompts"], summary["answered"]) == (3, 3)
+    assert records(out) == records(whole)[:3]
+    main([*argv, "--batch-size", "2"])
+    assert json.loads(capsys.readouterr().out)["already_answered"] == 3
+    assert records(out) == records(whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch_size": 0}, "batch_size=0: must be at least 1"),
+        ({"limit": 0}, "limit=0: must be at least 1"),
+        ({"raw": True}, "raw=True: a file of conversations"),
+    ],
+)
+def test_errors(params, source, tmp_path, options, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        answer_file(params, source, tmp_path / "out.jsonl", **OPTIONS | options)

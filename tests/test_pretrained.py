@@ -1,0 +1,43 @@
+"""The pair that ships with the package."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import eagle_jax
+from eagle_jax.decode import Eagle, generate
+from eagle_jax.decode.tree import MC_SIM_7B_63
+from eagle_jax.params import Params, shipped
+
+ROOT = Path(__file__).parent.parent
+PAIR = ROOT / "eagle_jax" / "pretrained" / "tiny"
+PROMPTS = runpy.run_path(str(ROOT / "benchmarks" / "questions.py"))["OWN"][:3]
+NEW = 48
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return eagle_jax.load("tiny", dtype="float32")
+
+
+def test_it_is_small_and_described() -> None:
+    assert shipped() == ["tiny"]
+    assert sum(file.stat().st_size for file in PAIR.rglob("*")) <= 48 * 2**20
+    assert (PAIR / "MODEL_CARD.md").is_file()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_eagle_writes_what_the_target_would_and_faster(params, temperature) -> None:
+    """Catches a draft of another target (tau near 1) and, by real weights, a lossy round."""
+    tokens = rounds = 0
+    for seed, prompt in enumerate(PROMPTS):
+        options = {"max_new_tokens": NEW, "temperature": temperature, "seed": seed}
+        vanilla = generate(params, prompt, method="vanilla", **options)
+        eagle = generate(params, prompt, method=Eagle(MC_SIM_7B_63), **options)
+        np.testing.assert_array_equal(eagle.tokens, vanilla.tokens)
+        assert vanilla.text and eagle.text == vanilla.text
+        tokens, rounds = tokens + len(eagle.tokens), rounds + eagle.statistics.rounds[0]
+    print(f"temperature {temperature}: tau {tokens / rounds:.2f}")
+    assert tokens / rounds > 1.3

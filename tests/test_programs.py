@@ -1,0 +1,182 @@
+"""Every program of train/, decode/ and benchmarks/ runs, at tiny size; the pipeline end to end."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_pair
+import tiny_run
+
+from eagle_jax.decode import generate
+from eagle_jax.params import load
+
+ROOT = tiny_pair.ROOT
+FOLDERS = ("train", "decode", "benchmarks")
+# The first three have tests of their own or are imported by others.
+RUN = {"train/tokenizer.py", "train/sample.py", "benchmarks/questions.py"} | {
+    "train/pair.py",
+    "decode/chat.py",
+    "decode/compare_trees.py",
+    "decode/demo.py",
+    "decode/eagle.ipynb",
+    "benchmarks/lossless.py",
+    "benchmarks/speed.py",
+}
+
+
+def programs() -> list[Path]:
+    paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
+    return [path for path in paths if path.suffix in (".py", ".ipynb")]
+
+
+@pytest.fixture
+def questions(tmp_path) -> str:
+    path = tmp_path / "questions.jsonl"
+    turns = ["Hi", "0+1"]
+    path.write_text("".join(json.dumps({"turns": [turn]}) + "\n" for turn in turns))
+    return str(path)
+
+
+# --- The folders -----------------------------------------------------------------------------
+
+
+def test_no_program_is_untested() -> None:
+    assert {path.relative_to(ROOT).as_posix() for path in programs()} <= RUN
+
+
+def test_programs_are_short_and_in_no_package() -> None:
+    for path in programs():
+        assert path.name != "__init__.py"
+        if path.suffix == ".py" and path.parent.name != "benchmarks":
+            assert len(path.read_text().splitlines()) <= 90, path
+
+
+def test_the_library_imports_no_program() -> None:
+    """The library must work where only the wheel is installed."""
+    names = {*FOLDERS, *(path.stem for path in programs() if path.suffix == ".py")}
+    for path in (ROOT / "eagle_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [node.module or ""]
+            assert not {module.split(".")[0] for module in modules} & names, path
+
+
+# --- decode/ ---------------------------------------------------------------------------------
+
+
+def test_demo(tiny_model) -> None:
+    options = ["--model", str(tiny_model), "--max-new-tokens", "12"]
+    out = tiny_pair.run_program("decode/demo.py", "Hi", *options)
+    assert re.search(r"^same text: yes \(12 tokens\)$", out, re.MULTILINE)
+    assert re.search(r"^speedup: +[0-9.]+x \(medians of 5 interleaved runs\)$", out, re.MULTILINE)
+
+
+def test_chat_remembers_until_told_otherwise(tiny_model) -> None:
+    """The second answer knows the first; after /new there is no history."""
+    options = ["--model", str(tiny_model), "--max-new-tokens", "40", "--temperature", "1"]
+    out = tiny_pair.run_program(
+        "decode/chat.py", *options, "--seed", "3", stdin="Hi\n0+1\n/new\nabc\n"
+    )
+    params, chat, expected = load(tiny_model), [], []
+    for seed, question in ((3, "Hi"), (4, "0+1"), (5, "abc")):
+        chat = [] if question == "abc" else chat
+        chat.append({"role": "user", "content": question})
+        answer = generate(params, chat, max_new_tokens=40, temperature=1.0, seed=seed).text
+        chat.append({"role": "assistant", "content": answer})
+        expected.append(answer)
+    pieces = re.split(r"\n\[\d+ tokens/s, [0-9.]+ tokens a pass\]\n(?:> )*", out)
+    assert pieces == ["> " + expected[0], *expected[1:], "\n"]
+
+
+def test_chat_forgets_what_does_not_fit(tiny_model) -> None:
+    """Catches a chat that dies at the end of the context."""
+    options = ["--model", str(tiny_model), "--max-new-tokens", "100"]
+    out = tiny_pair.run_program("decode/chat.py", *options, stdin=f"{'a' * 90}\n" * 3)
+    assert out.count("tokens a pass") == 3
+
+
+def test_compare_trees(tiny_model) -> None:
+    options = ["--model", str(tiny_model), "--max-new-tokens", "12", "--repeats", "1"]
+    out = tiny_pair.run_program("decode/compare_trees.py", "chain-2", "0 1 2", *options)
+    rows = {line[:24].strip(): line[24:].split() for line in out.splitlines()}
+    assert rows["vanilla"][:3] == ["1", "0", "1.00"]
+    assert rows["chain-2"][:2] == ["3", "2"] and rows["0 1 2"][:2] == ["4", "1"]
+    assert out.splitlines()[-1].startswith("fastest: ")
+
+
+def test_notebook(capsys) -> None:
+    """Every cell runs, in order; their own assertions compare the texts."""
+    notebook = json.loads((ROOT / "decode" / "eagle.ipynb").read_text())
+    names: dict[str, object] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert (cell["outputs"], cell["execution_count"]) == ([], None)
+            lines = [line for line in cell["source"] if not line.startswith("%")]
+            exec(compile("".join(lines), cell["id"], "exec"), names)
+    assert "tau" in capsys.readouterr().out
+
+
+# --- benchmarks/ -----------------------------------------------------------------------------
+
+
+def test_lossless(tiny_model, questions) -> None:
+    options = ["--model", str(tiny_model), "--questions", questions, "--new-tokens", "12"]
+    out = tiny_pair.run_program("benchmarks/lossless.py", *options)
+    result = json.loads(out.splitlines()[-1])
+    assert result["lossless"] and result["prompts"] == 2
+    assert {row["temperature"] for row in result["rows"]} == {0.0, 0.7, 1.0}
+    assert all(row["equal"] == row["texts"] == 2 and row["tau"] >= 1 for row in result["rows"])
+    assert len(out.splitlines()) == 2 + len(result["rows"])  # header, rows, JSON
+
+
+def test_speed(tiny_model, questions, tmp_path) -> None:
+    options = ["--model", str(tiny_model), "--questions", questions, "--new-tokens", "12"]
+    options += ["--repeats", "1", "--temperature", "1", "--tree", "chain-2"]
+    options += ["--json", str(tmp_path / "speed.json")]
+    out = tiny_pair.run_program("benchmarks/speed.py", *options)
+    result = json.loads(out.splitlines()[-1])
+    assert result == json.loads((tmp_path / "speed.json").read_text())
+    rows = {row["method"]: row for row in result["rows"]}
+    assert (rows["vanilla"]["tau"], rows["vanilla"]["speedup"]) == (1, 1)
+    assert len(rows["eagle chain-2"]["accepted_per_depth"]) == 2
+
+
+def test_a_question_file_without_turns(tiny_model, tmp_path, capsys) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"turns": ["x"]}\n{"turns": []}\n')
+    with pytest.raises(AssertionError, match="ended with 2"):
+        options = ["--model", str(tiny_model), "--questions", str(bad)]
+        tiny_pair.run_program("benchmarks/speed.py", *options)
+    assert capsys.readouterr().err.startswith(f"error: {bad}:2: not a question")
+
+
+# --- train/ ----------------------------------------------------------------------------------
+
+
+def test_the_whole_pipeline(tmp_path, questions) -> None:
+    """Target, its answers, draft, measurement; a second start finds everything done."""
+    target = tiny_run.target_run(tmp_path, steps=6)
+    draft = tiny_run.draft_run(tmp_path, "given by the program", steps=6)
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    for name, config in (("target", target), ("eagle", draft)):
+        source = f"from eagle_jax.config import *\n\nconfig = {config!r}\n"
+        (configs / f"{name}.py").write_text(source)
+    command = [sys.executable, "train/pair.py", "--configs", str(configs)]
+    command += ["--data", target.data.train[0], "--validation", target.data.validation[0]]
+    command += ["--eval", questions, "--output", str(tmp_path / "runs"), "--prompts", "6"]
+    command += ["--batch-size", "4", "--new-tokens", "16", "--set", "eval_batches=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["prompts"] == 2 and Path(result["model"]) == tmp_path / "runs" / "pair"
+    for name in ("answers-0.0", "answers-1.0"):
+        assert len((tmp_path / "runs" / f"{name}.jsonl").read_text().splitlines()) == 6
+    assert load(tmp_path / "runs" / "pair").draft is not None
