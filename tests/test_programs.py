@@ -13,6 +13,7 @@ import tiny_run
 
 from eagle_jax.decode import generate
 from eagle_jax.params import load
+from eagle_jax.text import read_conversations
 
 ROOT = tiny_pair.ROOT
 FOLDERS = ("train", "decode", "benchmarks")
@@ -180,3 +181,20 @@ def test_the_whole_pipeline(tmp_path, questions) -> None:
     for name in ("answers-0.0", "answers-1.0"):
         assert len((tmp_path / "runs" / f"{name}.jsonl").read_text().splitlines()) == 6
     assert load(tmp_path / "runs" / "pair").draft is not None
+
+
+def test_sample_splits_by_prompt(tiny_model, tmp_path) -> None:
+    """Two answers a prompt to train on; a held-out prompt is in validation only."""
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"messages": [{"role": "user", "content": f"{i} ?"}]} for i in range(7)]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--model", str(tiny_model), "--prompts", str(prompts), "--output", str(tmp_path)]
+    options += ["--batch-size", "4", "--max-new-tokens", "8"]
+    out = tiny_pair.run_program("train/sample.py", *options)
+    assert json.loads(out.splitlines()[-1]) == {"train": 12, "validation": 1}
+    (held_out,) = read_conversations(tmp_path / "validation.jsonl")
+    assert held_out[0]["content"] == "5 ?"
+    trained = list(read_conversations(tmp_path / "conversations.jsonl.gz"))
+    assert sorted(turns[0]["content"] for turns in trained) == sorted(
+        f"{i} ?" for i in (0, 1, 2, 3, 4, 6) for _ in range(2)
+    )
