@@ -27,7 +27,7 @@ def read_questions(path: str | None) -> list[str]:
     if not file.is_file():
         raise ValueError(f"questions={path!r}: no such file; give a JSONL file with `turns`")
     prompts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
             prompts.append(str(json.loads(line)["turns"][0]))
         except (ValueError, KeyError, IndexError, TypeError) as error:

@@ -42,7 +42,9 @@ def test_a_pair_a_bare_target_and_another_draft(model) -> None:
     assert alone.draft is None and alone.draft_config is None
     again = eagle_jax.load(model / "target", draft=model / "draft", dtype="bfloat16")
     assert again.draft_config == pair.draft_config
-    assert {str(x.dtype) for x in (again.target | (again.draft or {})).values()} == {"bfloat16"}
+    assert again.draft is not None
+    arrays = [*again.target.values(), *again.draft.values()]
+    assert {str(array.dtype) for array in arrays} == {"bfloat16"}
 
 
 def test_an_unknown_name_lists_the_shipped_pairs() -> None:

@@ -40,7 +40,10 @@ def main():
             options = {"limit": args.limit, "batch_size": args.batch_size, "seed": 100, **sampling}
             options |= {"max_new_tokens": args.max_new_tokens, "method": "vanilla"}
             answer_file(params, args.prompts, answers, **options)
-            records = sorted(map(json.loads, answers.open()), key=lambda record: record["index"])
+            records = sorted(
+                map(json.loads, answers.read_bytes().splitlines()),
+                key=lambda record: record["index"],
+            )
             for record in records:
                 line = json.dumps({"messages": record["messages"]}, ensure_ascii=False) + "\n"
                 if record["index"] % HELD_OUT != OFFSET:

@@ -31,14 +31,14 @@ config = TrainConfig(
     ),
     optim=OptimConfig(
         learning_rate=2e-3,
-        steps=900,
+        steps=600,
         warmup_steps=40,
         schedule="cosine",
         final_fraction=0.05,
         clip_value=0.5,
     ),
     compute_dtype="float32",
-    eval_every=150,
-    checkpoint_every=150,
+    eval_every=100,
+    checkpoint_every=100,
     export_dtype="bfloat16",
 )

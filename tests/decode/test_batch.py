@@ -54,7 +54,7 @@ def whole(params, source, tmp_path_factory) -> Path:
 
 
 def records(path: Path) -> list[dict]:
-    return sorted(map(json.loads, path.read_text().splitlines()), key=lambda row: row["index"])
+    return sorted(map(json.loads, path.read_bytes().splitlines()), key=lambda row: row["index"])
 
 
 def test_every_row_is_answered_as_if_alone(params, whole) -> None:
