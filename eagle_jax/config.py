@@ -41,6 +41,7 @@ class TransformerConfig:
         max_position_embeddings: longest sequence (prompt and answer together), in tokens.
         tie_word_embeddings: the output head is the embedding matrix.
         attention_bias: biases on the q, k and v projections (Qwen2).
+        fused_mlp: gate and up projections are one matrix; in memory only, `eagle_jax.load` sets it.
     """
 
     vocab_size: int
@@ -55,6 +56,7 @@ class TransformerConfig:
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    fused_mlp: bool = False
 
     def __post_init__(self) -> None:
         check(self)
@@ -87,7 +89,8 @@ class EagleConfig:
     Attributes:
         hidden_size: width of the features, equal to the target's.
         intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rope_theta,
-            rms_norm_eps, attention_bias: of its decoder layer, as in `TransformerConfig`.
+            rms_norm_eps, attention_bias, fused_mlp: of its decoder layer, as in
+            `TransformerConfig`.
         vocab_size: the target's; the embedding and the head are the target's own, frozen.
         bias: `fc` has a bias (the published default; Llama-3 heads have none).
     """
@@ -101,6 +104,7 @@ class EagleConfig:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     attention_bias: bool = False
+    fused_mlp: bool = False
     bias: bool = True
 
     def layer(self) -> TransformerConfig:

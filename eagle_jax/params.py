@@ -12,6 +12,7 @@ import numpy as np
 
 from eagle_jax.checkpoint import hf
 from eagle_jax.config import EagleConfig, TransformerConfig
+from eagle_jax.models.layers import fuse_mlp
 from eagle_jax.text import Tokenizer
 from eagle_jax.types import ParamDict
 
@@ -65,9 +66,12 @@ def load(name_or_path: str | Path, *, draft: str | Path | None = None, dtype: An
         # A head stored [d, v] multiplies a few rows twice as fast there as the [v, d] embedding.
         target_config = dataclasses.replace(target_config, tie_word_embeddings=False)
         target["lm_head.kernel"] = np.ascontiguousarray(target["embed_tokens.embedding"].T)
+    target_config = dataclasses.replace(target_config, fused_mlp=True)
+    if draft_config is not None:
+        draft_config = dataclasses.replace(draft_config, fused_mlp=True)
     return Params(
-        target=_place(target, dtype),
-        draft=None if draft_params is None else _place(draft_params, dtype),
+        target=_place(fuse_mlp(target), dtype),
+        draft=None if draft_params is None else _place(fuse_mlp(draft_params), dtype),
         target_config=target_config,
         draft_config=draft_config,
         tokenizer=Tokenizer.load(target_dir) if (target_dir / "tokenizer.json").exists() else None,

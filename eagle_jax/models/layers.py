@@ -11,6 +11,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -185,16 +186,40 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU feed-forward block."""
+    """SwiGLU feed-forward block.
+
+    Decoding has gate and up projection in one matrix (`fused_mlp`): one product instead of two,
+    a tenth of a small tree's pass on CPUs.
+    """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
         d, f = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(d, f, rngs=rngs)
-        self.up_proj = Linear(d, f, rngs=rngs)
+        if config.fused_mlp:
+            self.gate_up_proj = Linear(d, 2 * f, rngs=rngs)
+        else:
+            self.gate_proj = Linear(d, f, rngs=rngs)
+            self.up_proj = Linear(d, f, rngs=rngs)
         self.down_proj = Linear(f, d, zero=True, rngs=rngs)
+        self.fused = config.fused_mlp
 
     def __call__(self, x: Hidden) -> Hidden:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.fused:
+            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(jax.nn.silu(gate) * up)
+
+
+def fuse_mlp(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Parameters for `fused_mlp`: every `gate_proj` and `up_proj` joined to `gate_up_proj`."""
+    fused = {}
+    for name, value in params.items():
+        if name.endswith("mlp.gate_proj.kernel"):
+            up = params[name.replace("gate_proj", "up_proj")]
+            fused[name.replace("gate_proj", "gate_up_proj")] = np.concatenate([value, up], axis=1)
+        elif not name.endswith("mlp.up_proj.kernel"):
+            fused[name] = value
+    return fused
 
 
 class DecoderLayer(nnx.Module):
