@@ -13,8 +13,10 @@ import eagle_jax
 from eagle_jax import cli
 from eagle_jax.decode import generate, stream
 
-PROMPT = "Write a Python function that adds up the even numbers of a list."
-REPEATS = 5
+PROMPT = (
+    "Anna reads 20 pages a day for 5 days, then 30 a day for 3 days. How many pages is that in all?"
+)
+REPEATS = 9
 
 
 def show(params, prompt, method, **options):

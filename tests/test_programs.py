@@ -83,7 +83,7 @@ def test_demo(tiny_model) -> None:
     options = ["--model", str(tiny_model), "--max-new-tokens", "128"]
     out = tiny_pair.run_program("decode/demo.py", "Hi", *options)
     assert re.search(r"^same text: yes \(128 tokens\)$", out, re.MULTILINE)
-    assert re.search(r"^speedup: +[0-9.]+x \(medians of 5 interleaved runs\)$", out, re.MULTILINE)
+    assert re.search(r"^speedup: +[0-9.]+x \(medians of 9 interleaved runs\)$", out, re.MULTILINE)
 
 
 def test_chat_remembers_until_told_otherwise(tiny_model) -> None:
