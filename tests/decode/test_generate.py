@@ -157,7 +157,7 @@ def test_bfloat16_parameters_work() -> None:
         ([1], {"top_p": 1.5}, "top_p=1.5: must be above 0 and at most 1"),
         ([1], {"top_k": -2}, "top_k=-2: must be 0 (off) or a positive whole number"),
         ([1], {"method": "eagel"}, "method='eagel': unknown; use one of vanilla, eagle"),
-        ([1], {"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
+        ([1], {"max_new_tokens": 0}, "max_new_tokens=0: must be a whole number above 0"),
         ([1], {"seed": [1, 2]}, "seed=[1, 2]: 2 seeds for 1 rows; give one per row"),
         ([1], {"seed": -1}, "seed=-1: must be at least 0 and below 2**32"),
         ([[1], [2]], {"seed": 2**32 - 1}, "seed=4294967296: must be at least 0"),
