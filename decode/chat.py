@@ -60,14 +60,13 @@ def main():
         messages = fit(
             params, [*messages, {"role": "user", "content": question}], args.max_new_tokens
         )
-        text = answer(
-            params,
-            messages,
-            method=args.method,
-            temperature=args.temperature,
-            seed=seed,
-            max_new_tokens=args.max_new_tokens,
-        )
+        options = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
+        try:
+            text = answer(params, messages, method=args.method, seed=seed, **options)
+        except ValueError as error:  # a message too long, say: the conversation goes on
+            print(f"error: {error}")
+            messages = messages[:-1]
+            continue
         messages.append({"role": "assistant", "content": text})
         seed += 1  # each answer has noise of its own; the same seeds repeat the same chat
 

@@ -55,7 +55,7 @@ def load(name_or_path: str | Path, *, draft: str | Path | None = None, dtype: An
     target_dir = root / "target" if (root / "target").is_dir() else root
     draft_dir = Path(draft) if draft is not None else root / "draft"
     on_cpu = jax.default_backend() == "cpu"
-    dtype = jnp.dtype(dtype if dtype is not None else ("float32" if on_cpu else "bfloat16"))
+    dtype = _dtype(dtype if dtype is not None else ("float32" if on_cpu else "bfloat16"))
 
     target_config, target = hf.load_target(target_dir)
     draft_config, draft_params = None, None
@@ -83,7 +83,20 @@ def shipped() -> list[str]:
     return sorted(path.name for path in _SHIPPED.iterdir() if (path / "target").is_dir())
 
 
+def _dtype(dtype: Any) -> jnp.dtype:
+    if str(dtype) not in ("float32", "bfloat16", "float16"):
+        try:
+            dtype = jnp.dtype(dtype).name
+        except TypeError:
+            dtype = str(dtype)
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype={dtype!r}: use float32, bfloat16 or float16")
+    return jnp.dtype(dtype)
+
+
 def _find(name_or_path: str | Path) -> Path:
+    if not str(name_or_path):
+        raise ValueError(f"model '': empty; give a directory or one of {', '.join(shipped())}")
     path = Path(name_or_path).expanduser()
     if str(name_or_path) in shipped():
         return _SHIPPED / str(name_or_path)

@@ -4,7 +4,7 @@
 
 The sample is conversations that the shipped target itself generated from prompts we wrote
 (`train/sample/`). Expect the validation top-1 and the acceptance length far above an untrained
-draft's and below the shipped draft's, which saw a hundred times as much text.
+draft's and below the shipped draft's, which saw 400 times as much text.
 """
 
 from eagle_jax.config import DataConfig, EagleConfig, FeatureRegression, OptimConfig, TrainConfig

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from eagle_jax.decode import engine
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.methods.eagle import Eagle
 from eagle_jax.decode.methods.vanilla import Vanilla
-from eagle_jax.decode.sampling import sampling
+from eagle_jax.decode.sampling import Sampling, sampling
 from eagle_jax.decode.tree import MC_SIM_7B_63, StaticTree, chain, named_tree, static_tree
 from eagle_jax.params import Params
 from eagle_jax.text import StreamDecoder, Tokenizer
@@ -78,7 +79,7 @@ class Statistics:
         accepted_per_depth: share of rounds that committed a drafted token at depth 1, 2, ...
         compile_seconds, prefill_seconds, decode_seconds: wall clock, apart from each other.
         tokens_per_second: committed tokens of all rows over `decode_seconds`.
-        device: that it ran on.
+        device: what it ran on.
     """
 
     new_tokens: tuple[int, ...]
@@ -111,7 +112,19 @@ class Generation:
     statistics: Statistics
 
 
-def generate(params: Params, prompt: Prompt, **options: Any) -> Generation:
+def generate(
+    params: Params,
+    prompt: Prompt,
+    *,
+    method: str | Method = "eagle",
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | Sequence[int] = 0,
+    raw: bool = False,
+    ignore_eos: bool = False,
+) -> Generation:
     """Decode answers to one prompt or to a batch.
 
     Args:
@@ -134,15 +147,37 @@ def generate(params: Params, prompt: Prompt, **options: Any) -> Generation:
     Raises:
         ValueError: a bad argument, an empty prompt, or one that does not fit the context.
     """
-    session = _Session(params, prompt, **options)
+    session = _Session(
+        params,
+        prompt,
+        Options(method, max_new_tokens, temperature, top_k, top_p, ignore_eos),
+        seed,
+        raw,
+    )
     session.advance()
     return session.result()
 
 
 def stream(
-    params: Params, prompt: Prompt, *, rounds_per_chunk: int = 4, **options: Any
+    params: Params,
+    prompt: Prompt,
+    *,
+    rounds_per_chunk: int = 4,
+    method: str | Method = "eagle",
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | Sequence[int] = 0,
+    raw: bool = False,
+    ignore_eos: bool = False,
 ) -> Iterator[Generation]:
     """Decode one prompt, yielding what is new as it comes; the same program as `generate`.
+
+    Args:
+        rounds_per_chunk: rounds on the device between two yields.
+        params, prompt, method, max_new_tokens, temperature, top_k, top_p, seed, raw, ignore_eos:
+            as in `generate`.
 
     Yields:
         Generations whose `text` and `tokens` are the newly committed part, and whose `statistics`
@@ -151,9 +186,15 @@ def stream(
     Raises:
         ValueError: as `generate`; a batch.
     """
-    if rounds_per_chunk < 1:
-        raise ValueError(f"rounds_per_chunk={rounds_per_chunk}: must be at least 1")
-    session = _Session(params, prompt, **options)
+    if not isinstance(rounds_per_chunk, int) or rounds_per_chunk < 1:
+        raise ValueError(f"rounds_per_chunk={rounds_per_chunk!r}: must be a whole number above 0")
+    session = _Session(
+        params,
+        prompt,
+        Options(method, max_new_tokens, temperature, top_k, top_p, ignore_eos),
+        seed,
+        raw,
+    )
     if session.batched:
         raise ValueError("prompt: stream takes one prompt; use generate for a batch")
     return _stream(session, rounds_per_chunk)
@@ -173,6 +214,26 @@ def _stream(session: _Session, rounds_per_chunk: int) -> Iterator[Generation]:
         yield Generation(text, new, session.statistics())
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What all rows of a call share; meanings and defaults as in `generate`."""
+
+    method: str | Method = "eagle"
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    ignore_eos: bool = False
+
+    def check(self, params: Params) -> tuple[Sampling, Method]:
+        """The sampling settings and the method; a ValueError names what cannot be."""
+        settings = sampling(self.temperature, self.top_k, self.top_p)
+        new = self.max_new_tokens
+        if not isinstance(new, int | np.integer) or isinstance(new, bool) or new < 1:
+            raise ValueError(f"max_new_tokens={new!r}: must be a whole number above 0")
+        return settings, _method(self.method, params)
+
+
 class _Session:
     """One generation: checked arguments, the engine's state, and what to report of it."""
 
@@ -180,22 +241,14 @@ class _Session:
         self,
         params: Params,
         prompt: Prompt,
-        *,
-        method: str | Method = "eagle",
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | Sequence[int] = 0,
-        raw: bool = False,
-        ignore_eos: bool = False,
+        options: Options,
+        seed: int | Sequence[int],
+        raw: bool,
     ) -> None:
         self.params = params
-        self.settings = sampling(temperature, top_k, top_p)
-        self.method = _method(method, params)
+        self.settings, self.method = options.check(params)
+        max_new_tokens, ignore_eos = options.max_new_tokens, options.ignore_eos
         self.prompts, self.batched = _encode(params, prompt, raw)
-        if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens!r}: must be a whole number above 0")
         context = params.target_config.max_position_embeddings
         limits = [min(len(p) + max_new_tokens, context) for p in self.prompts]
         eos = () if ignore_eos or params.tokenizer is None else params.tokenizer.eos_ids
@@ -263,7 +316,7 @@ def _method(method: str | Method, params: Params) -> Method:
         if method not in METHODS:
             raise ValueError(f"method={method!r}: unknown; use one of {', '.join(METHODS)}")
         method = METHODS[method]()
-    if not isinstance(method, Method):
+    if isinstance(method, type) or not isinstance(method, Method):
         raise ValueError(f"method={method!r}: give a name ({', '.join(METHODS)}) or an instance")
     if method.needs_draft and params.draft is None:
         raise ValueError(
@@ -275,12 +328,13 @@ def _method(method: str | Method, params: Params) -> Method:
 
 
 def _seeds(seed: int | Sequence[int], rows: int) -> list[int]:
-    if isinstance(seed, int | np.integer):
-        seeds = [int(seed) + row for row in range(rows)]
-    elif isinstance(seed, Sequence | np.ndarray):
-        seeds = [int(value) for value in seed]
-    else:
-        raise ValueError(f"seed={seed!r}: give a whole number, or one per row")
+    try:
+        if np.ndim(seed) == 0:
+            seeds = [operator.index(seed) + row for row in range(rows)]  # type: ignore[arg-type]
+        else:
+            seeds = [operator.index(value) for value in seed]  # type: ignore[union-attr]
+    except TypeError as error:
+        raise ValueError(f"seed={seed!r}: give a whole number, or one per row") from error
     if len(seeds) != rows:
         raise ValueError(f"seed={seeds}: {len(seeds)} seeds for {rows} rows; give one per row")
     for value in seeds:
@@ -302,7 +356,7 @@ def _is_batch(prompt: Any) -> bool:
     if isinstance(prompt, str):
         return False
     if isinstance(prompt, np.ndarray | jax.Array):
-        return prompt.ndim == 2
+        return prompt.ndim > 1
     if not isinstance(prompt, Sequence):
         return False
     first = next(iter(prompt), None)
@@ -314,11 +368,16 @@ def _encode_one(params: Params, prompt: Any, raw: bool) -> np.ndarray:
     vocab, context = params.target_config.vocab_size, params.target_config.max_position_embeddings
     if not isinstance(prompt, str | Sequence | np.ndarray | jax.Array):
         raise ValueError(f"prompt={prompt!r}: give text, messages, or token ids")
+    if isinstance(prompt, np.ndarray | jax.Array) and prompt.ndim != 1:
+        raise ValueError(f"prompt: an array of {prompt.ndim} axes a row; give one axis of ids")
     if len(prompt) == 0 or (isinstance(prompt, str) and not prompt.strip()):
         raise ValueError(f"prompt={prompt!r}: empty; give some text, messages, or token ids")
     if isinstance(prompt, str) or (isinstance(prompt, Sequence) and isinstance(prompt[0], Mapping)):
         prompt = _tokenize(params.tokenizer, prompt, raw)
-    ids = np.asarray(prompt)
+    try:
+        ids = np.asarray(prompt)
+    except ValueError:  # ragged
+        ids = np.empty(0, object)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"prompt={str(prompt)[:60]}: must be text, messages, or integer token ids")
     outside = ids[(ids < 0) | (ids >= vocab)]
@@ -339,5 +398,7 @@ def _tokenize(tokenizer: Tokenizer | None, prompt: str | Sequence[Any], raw: boo
         return tokenizer.chat(prompt)
     if not raw and tokenizer.chat_template is not None:
         return tokenizer.chat([{"role": "user", "content": prompt}])
+    if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise ValueError("prompt: holds a lone surrogate; give valid Unicode")
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return bos + tokenizer.encode(prompt)

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from eagle_jax.decode import engine, generate
+from eagle_jax.decode import Options, engine, generate
 from eagle_jax.params import Params
 from eagle_jax.text import read_prompts
 
@@ -42,8 +42,8 @@ def answer_file(
     Args:
         params: of the model.
         source: conversations, JSONL, plain or gzip.
-        target: receives one line per prompt: `{"index", "messages", "finish"}`; "finish" is "stop"
-            (the model ended its answer) or "length".
+        target: receives one line per prompt: `{"index", "messages", "finish", "settings"}`;
+            "finish" is "stop" (the model ended its answer) or "length".
         batch_size: rows decoded together.
         limit: answer the first so many only.
         seed: row i of the file is sampled with seed + i, so batching never changes an answer.
@@ -66,16 +66,34 @@ def answer_file(
         raise ValueError("params: answering conversations needs a tokenizer")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed}: must be at least 0 and below 2**32")
+    shared = Options(max_new_tokens=max_new_tokens, **options)
+    shared.check(params)
+    context = params.target_config.max_position_embeddings
+    if max_new_tokens >= context:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: the context is {context}; use less")
+    # What an answer depends on besides the model and the prompt (the method changes nothing).
+    settings = {
+        "seed": seed,
+        "max_new_tokens": max_new_tokens,
+        "temperature": shared.temperature,
+        "top_k": shared.top_k,
+        "top_p": shared.top_p,
+    }
     prompts = list(itertools.islice(read_prompts(source), limit))
     encoded = [params.tokenizer.chat(prompt) for prompt in prompts]
-    room = params.target_config.max_position_embeddings - max_new_tokens
+    room = context - max_new_tokens
     fitting = [i for i, ids in enumerate(encoded) if len(ids) <= room]
-    done = _answered(Path(target), prompts)
+    done = _answered(Path(target), prompts, settings)
     waiting = sorted(set(fitting) - done, key=lambda i: (-len(encoded[i]), i))
 
     begin, tokens, rounds = time.perf_counter(), 0, 0
-    bar = tqdm(total=len(fitting), initial=len(fitting) - len(waiting), unit="prompt")
-    with open(target, "a", encoding="utf-8") as out, bar:
+    before = len(fitting) - len(waiting)
+    with (
+        open(target, "a", encoding="utf-8") as out,
+        tqdm(total=len(fitting), initial=before, unit="prompt") as bar,
+    ):
         for rows in _batches(waiting, [len(ids) for ids in encoded], batch_size):
             padded = rows + rows[:1] * (batch_size - len(rows))  # one shape for the last batch too
             answers = generate(
@@ -92,6 +110,7 @@ def answer_file(
                     "index": i,
                     "messages": [*prompts[i], message],
                     "finish": "stop" if stopped else "length",
+                    "settings": settings,
                 }
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
             out.flush()
@@ -102,7 +121,7 @@ def answer_file(
     return {
         "prompts": len(prompts),
         "answered": len(waiting),
-        "already_answered": len(fitting) - len(waiting),
+        "already_answered": before,
         "too_long": len(prompts) - len(fitting),
         "new_tokens": tokens,
         "tau": tokens / max(rounds, 1),
@@ -125,7 +144,7 @@ def _batches(order: Sequence[int], lengths: Sequence[int], size: int) -> Iterato
         yield rows
 
 
-def _answered(path: Path, prompts: Sequence[Messages]) -> set[int]:
+def _answered(path: Path, prompts: Sequence[Messages], settings: dict[str, Any]) -> set[int]:
     """Indices of finished lines; a line that a kill cut short is cut away."""
     if not path.exists():
         return set()
@@ -133,23 +152,24 @@ def _answered(path: Path, prompts: Sequence[Messages]) -> set[int]:
     whole = data[: data.rfind(b"\n") + 1]
     torn = data[len(whole) :]
     try:
-        done = {_index(line, prompts) for line in whole.splitlines()}
+        done = {_index(line, prompts, settings) for line in whole.splitlines()}
         # Nobody else's file is cut: not even one without a line break.
         if not (torn.startswith(_START) or _START.startswith(torn)):
             raise ValueError
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"output={str(path)!r}: holds no answers to this input; give another file"
+            f"output={str(path)!r}: holds no answers to this input with these settings; give "
+            "another file"
         ) from error
     if torn:
         os.truncate(path, len(whole))
     return done
 
 
-def _index(line: bytes, prompts: Sequence[Messages]) -> int:
+def _index(line: bytes, prompts: Sequence[Messages], settings: dict[str, Any]) -> int:
     """Which prompt a finished line answers; one beyond the limit is not looked at."""
     record = json.loads(line)
     index, asked = int(record["index"]), record["messages"][:-1]
-    if index < len(prompts) and asked != prompts[index]:
+    if index < len(prompts) and asked != prompts[index] or record["settings"] != settings:
         raise ValueError
     return index

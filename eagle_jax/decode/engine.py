@@ -256,8 +256,8 @@ def _compiled(
     Kept by hand instead of by jit so that compile time is known exactly and apart.
     """
     key = (function, program, _signature(args))
-    if key not in _executables:
-        with _executables_lock:
+    with _executables_lock:  # two threads with one new shape compile it once
+        if key not in _executables:
             start = time.perf_counter()
             donate = (2,) if function is decode else ()
             # TPUs and GPUs multiply float32 in fewer bits unless told otherwise.
@@ -268,7 +268,7 @@ def _compiled(
                 )
                 _executables[key] = lowered.compile()
             clock.compile += time.perf_counter() - start
-    return _executables[key]
+        return _executables[key]
 
 
 def executables() -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""From logits to tokens: processors, and noise keyed by absolute position (DESIGN section 2).
+"""From logits to tokens: processors, and noise keyed by absolute position.
 
 Noise of position t is `g_t = gumbel(fold_in(key, t))`, one vector over the vocabulary, and the
 target's token at t is `argmax(process(logits) + g_t)`: an exact draw from the processed
@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
+
+_TINY = 1e-30
 
 
 @jax.tree_util.register_dataclass
@@ -41,18 +43,22 @@ class Sampling:
 def sampling(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Sampling:
     """Checked settings: temperature 0 is greedy, `top_k` 0 and `top_p` 1 switch the filter off."""
     for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
-        if not isinstance(value, int | float | np.number):
+        if not isinstance(value, int | float | np.number) or isinstance(value, bool):
             raise ValueError(f"{name}={value!r}: must be a number")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature={temperature}: must be 0 (greedy) or a positive number")
-    if top_k < 0 or top_k != int(top_k):
+    # Beyond these limits quotients and sums leave float32's range, and text turns to noise.
+    if temperature != 0 and not _TINY <= temperature <= 1 / _TINY:
+        raise ValueError(
+            f"temperature={temperature}: must be 0 (greedy) or a positive number, {_TINY} to "
+            f"{1 / _TINY}"
+        )
+    if not 0 <= top_k < float("inf") or top_k != int(top_k):
         raise ValueError(f"top_k={top_k}: must be 0 (off) or a positive whole number")
-    if not 0 < top_p <= 1:
+    if not _TINY <= top_p <= 1:
         raise ValueError(f"top_p={top_p}: must be above 0 and at most 1 (1 is off)")
     greedy = temperature == 0
     return Sampling(
         temperature=jnp.float32(temperature),
-        top_k=jnp.int32(top_k),
+        top_k=jnp.int32(min(int(top_k), 2**31 - 1)),
         top_p=jnp.float32(top_p),
         greedy=greedy,
         use_top_k=top_k > 0 and not greedy,

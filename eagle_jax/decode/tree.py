@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -99,7 +100,10 @@ class StaticTree:
 
 def static_tree(paths: Iterable[Sequence[int]]) -> StaticTree:
     """A checked tree from rank paths in any order; a path's prefixes must be given too."""
-    given = [tuple(int(rank) for rank in path) for path in paths]
+    try:
+        given = [tuple(operator.index(rank) for rank in path) for path in paths]
+    except TypeError as error:
+        raise ValueError(f"tree={paths!r}: give paths of whole numbers, [[0], [0, 0]]") from error
     chosen = sorted(set(given), key=lambda path: (len(path), path))
     if len(chosen) != len(given):
         raise ValueError(f"tree={given}: a path stands twice; give each once")
@@ -125,10 +129,10 @@ def named_tree(name: str) -> StaticTree:
     """`mc_sim_7b_63`, `chain-5`, or paths written as `0 1 00 01` (ranks 0 to 9)."""
     if name == "mc_sim_7b_63":
         return MC_SIM_7B_63
-    if name.startswith("chain-") and name.removeprefix("chain-").isdigit():
+    if name.startswith("chain-") and name.removeprefix("chain-").isdecimal():
         return chain(int(name.removeprefix("chain-")))
     words = name.split()
-    if words and all(word.isdigit() for word in words):
+    if words and all(word.isascii() and word.isdecimal() for word in words):
         return static_tree([[int(rank) for rank in word] for word in words])
     raise ValueError(
         f"tree={name!r}: unknown; use mc_sim_7b_63, chain-N, or rank paths such as '0 1 00 01'"

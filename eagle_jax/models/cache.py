@@ -1,6 +1,6 @@
 """Key/value cache: one pair of arrays per layer, written only with committed tokens.
 
-Layers are separate arrays (a stack would be copied by every loop iteration, DESIGN section 4),
+Layers are separate arrays (a stack would be copied by every loop iteration),
 laid out [b, k, s, e] so that attention's batched products need no transpose.
 """
 

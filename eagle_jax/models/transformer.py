@@ -1,7 +1,7 @@
 """The target: one decoder-only transformer for every family, families differing as config data.
 
 Layers are unrolled: inside the decoding loop a scan over stacked layers copies every layer's
-weights out of the stack (3x slower, DESIGN section 4).
+weights out of the stack (measured: 3x slower).
 """
 
 from __future__ import annotations

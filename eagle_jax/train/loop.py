@@ -394,6 +394,8 @@ def _check_config(config: TrainConfig) -> None:
     ):
         if value < least:
             raise ValueError(f"{name}={value}: must be at least {least}")
+    if not config.optim.learning_rate > 0:
+        raise ValueError(f"optim.learning_rate={config.optim.learning_rate}: must be above 0")
 
 
 def _clear(output: Path) -> None:

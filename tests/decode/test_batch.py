@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ PROMPTS = [
     [{"role": "user", "content": "abc"}],
     [{"role": "user", "content": "long " * 60}],
 ]
-OPTIONS = {"max_new_tokens": NEW, "temperature": 1.0, "seed": SEED}
+OPTIONS: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 1.0, "seed": SEED}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_every_row_is_answered_as_if_alone(params, whole) -> None:
     rows = records(whole)
     assert [row["index"] for row in rows] == [0, 1, 2, 3, 4]
     for i, row in enumerate(rows):
-        alone = generate(params, PROMPTS[i], **OPTIONS | {"seed": SEED + i})
+        alone = generate(params, PROMPTS[i], **{**OPTIONS, "seed": SEED + i})
         assert row["messages"] == [*PROMPTS[i], {"role": "assistant", "content": alone.text}]
         assert row["finish"] == ("stop" if alone.tokens[-1] == 256 else "length")
     assert {row["finish"] for row in rows} == {"stop", "length"}
@@ -108,7 +109,7 @@ def test_a_foreign_output_file_is_left_alone(params, source, tmp_path, foreign) 
     """Catches answers appended to, or cut from, a file of somebody else's or of another input."""
     path = tmp_path / "mine.jsonl"
     path.write_bytes(foreign)
-    said = f"output={str(path)!r}: holds no answers to this input; give another file"
+    said = f"output={str(path)!r}: holds no answers to this input with these settings; give"
     with pytest.raises(ValueError, match=re.escape(said)):
         answer_file(params, source, path, **OPTIONS)
     assert path.read_bytes() == foreign
@@ -158,3 +159,20 @@ def test_the_command_line(tiny_model, source, whole, tmp_path, capsys) -> None:
 def test_errors(params, source, tmp_path, options, said) -> None:
     with pytest.raises(ValueError, match=said):
         answer_file(params, source, tmp_path / "out.jsonl", **OPTIONS | options)
+
+
+@pytest.mark.parametrize("changed", [{"temperature": 0.0}, {"seed": SEED + 1}])
+def test_other_settings_do_not_mix(params, source, whole, tmp_path, changed) -> None:
+    """Catches a resume that continues a file with answers of another kind."""
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(whole.read_bytes())
+    with pytest.raises(ValueError, match="with these settings"):
+        answer_file(params, source, path, batch_size=2, **OPTIONS | changed)
+    assert path.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"seed": -1}, {"max_new_tokens": 10**6}])
+def test_bad_settings_leave_no_file(params, source, tmp_path, bad) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        answer_file(params, source, tmp_path / "answers.jsonl", **OPTIONS | bad)
+    assert not (tmp_path / "answers.jsonl").exists()

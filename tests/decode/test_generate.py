@@ -67,7 +67,7 @@ def test_streamed_pieces_join_to_the_whole(
 
 def test_a_stream_knows_its_errors_before_the_first_piece(with_text: Params) -> None:
     """Catches errors that a generator hides until somebody iterates."""
-    with pytest.raises(ValueError, match="rounds_per_chunk=0: must be at least 1"):
+    with pytest.raises(ValueError, match="rounds_per_chunk=0: must be a whole number above 0"):
         stream(with_text, "cab", rounds_per_chunk=0)
     with pytest.raises(ValueError, match="stream takes one prompt"):
         stream(decoding.trained_pair(), decoding.PROMPTS, method=METHOD, max_new_tokens=20)
@@ -186,4 +186,4 @@ def test_a_missing_draft_is_an_error() -> None:
 def test_an_unknown_option_is_an_error() -> None:
     """Catches options swallowed by **options."""
     with pytest.raises(TypeError, match="temprature"):
-        generate(decoding.random_pair(), [1], temprature=1.0)
+        generate(decoding.random_pair(), [1], **{"temprature": 1.0})  # type: ignore[arg-type]
