@@ -188,8 +188,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU feed-forward block.
 
-    Decoding has gate and up projection in one matrix (`fused_mlp`): one product instead of two,
-    a tenth of a small tree's pass on CPUs.
+    Decoding has gate and up projection in one matrix (`fused_mlp`): one product instead of two.
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:

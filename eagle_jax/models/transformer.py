@@ -79,9 +79,7 @@ class Transformer(nnx.Module):
             prefix = None if cache is None else cache[i]
 
             def apply(layer, x, prefix=prefix):  # bind the loop's variable for remat
-                return layer(
-                    x, positions, mask, prefix=prefix, lengths=lengths, before=None, kernel=kernel
-                )
+                return layer(x, positions, mask, prefix=prefix, lengths=lengths, kernel=kernel)
 
             x, pair = (nnx.remat(apply) if remat else apply)(layer, x)
             residuals.append(x)
