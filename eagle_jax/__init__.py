@@ -12,7 +12,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Params", "generate", "load", "stream"]
 
-_MODULES = ("config", "decode", "models", "params", "testing", "text", "train")
+_MODULES = (
+    "config",
+    "decode",
+    "evaluate",
+    "models",
+    "params",
+    "settings",
+    "testing",
+    "text",
+    "train",
+)
 _HOME = {
     "Params": "eagle_jax.params",
     "generate": "eagle_jax.decode",

@@ -1,27 +1,14 @@
-"""Configuration: frozen dataclasses, Python config files, dotted overrides.
+"""Configuration of models, data, training and evaluation: frozen dataclasses.
 
-A config file is a Python file that defines `config = ...`, an instance of one of the dataclasses
-below; `load(path, ["optim.learning_rate=1e-3"])` reads it and applies overrides. Every field is
-checked by name and by type: a misspelt key is an error that lists the valid ones.
+`eagle_jax.settings` reads them from Python files, overrides and checks them.
 """
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import dataclasses
-import difflib
-import re
-import runpy
-import sys
-import traceback
-import types
-import typing
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import ClassVar, Literal
 
-T = TypeVar("T")
+from eagle_jax.settings import check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +44,8 @@ class TransformerConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     fused_mlp: bool = False
+
+    kind: ClassVar[str] = "model"  # as a draft: an independent small model
 
     def __post_init__(self) -> None:
         check(self)
@@ -107,6 +96,8 @@ class EagleConfig:
     fused_mlp: bool = False
     bias: bool = True
 
+    kind: ClassVar[str] = "eagle"
+
     def layer(self) -> TransformerConfig:
         """The draft's single decoder layer, as a one-layer transformer configuration."""
         shared = {
@@ -115,6 +106,95 @@ class EagleConfig:
             if field.name != "bias"
         }
         return TransformerConfig(num_hidden_layers=1, **shared)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eagle3Config:
+    """The EAGLE-3 draft (arXiv 2503.01840): fused target layers, own head over a draft vocabulary.
+
+    Attributes:
+        vocab_size: the target's; the embedding is the target's own, frozen.
+        draft_vocab_size: rows of the draft's own head; `d2t` maps them to the target's tokens.
+        hidden_size: width `d` of the draft, equal to the target's.
+        intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rope_theta,
+            rms_norm_eps, attention_bias, fused_mlp: of its decoder layer, as in
+            `TransformerConfig`.
+        aux_layers: which residual streams are fused, by the layer they enter; the number of the
+            target's layers means the one that leaves the last. The official rule for L layers is
+            2, L // 2, L - 3.
+        fc_norm: an RMSNorm on each of them before they are fused (EAGLE-3.1).
+        norm_output: the state fed back to the next draft step is the normed one (EAGLE-3.1).
+    """
+
+    vocab_size: int
+    draft_vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    aux_layers: tuple[int, ...]
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    attention_bias: bool = False
+    fused_mlp: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+
+    kind: ClassVar[str] = "eagle3"
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size={self.draft_vocab_size}: must be 1 to "
+                f"vocab_size={self.vocab_size}"
+            )
+        if not self.aux_layers or min(self.aux_layers) < 0:
+            raise ValueError(f"aux_layers={self.aux_layers}: give layer numbers of 0 or more")
+
+    def layer(self) -> TransformerConfig:
+        """The draft's single decoder layer, as a one-layer transformer configuration."""
+        own = ("draft_vocab_size", "aux_layers", "fc_norm", "norm_output")
+        shared = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in own
+        }
+        return TransformerConfig(num_hidden_layers=1, **shared)
+
+
+@dataclasses.dataclass(frozen=True)
+class MedusaConfig:
+    """Medusa heads (arXiv 2401.10774): head i predicts the token i + 2 places after its feature.
+
+    Attributes:
+        vocab_size, hidden_size: the target's.
+        num_heads: tokens drafted ahead.
+        num_layers: residual blocks of each head.
+        tie_lm_head: every head has a square matrix of its own before the target's frozen head;
+            otherwise its own vocabulary head, as published heads do. (Without that matrix a head
+            would hardly do: a residual block cannot take away what its input says of the token
+            that comes first.)
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_heads: int = 4
+    num_layers: int = 1
+    tie_lm_head: bool = False
+
+    kind: ClassVar[str] = "medusa"
+
+    def __post_init__(self) -> None:
+        check(self)
+        for name in ("vocab_size", "hidden_size", "num_heads", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+
+
+# Everything that can be a draft; a configuration's `kind` says which.
+DraftConfig = EagleConfig | Eagle3Config | MedusaConfig | TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +281,58 @@ class FeatureRegression:
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainingTimeTest:
+    """Objective of EAGLE-3 (section 3.1): several draft steps on the draft's own states.
+
+    Attributes:
+        draft: the architecture to train from random weights.
+        target: as in `FeatureRegression`.
+        steps: draft steps per position.
+        decay: step i has weight `decay ** i`.
+        mean: over the rows that count ("masked"), or over all rows, as the official code divides.
+        loss: soft cross-entropy ("kl") to the target's distribution over the draft vocabulary, or
+            the acceptance rate itself ("lk": arXiv 2602.23881's hybrid of KL and total variation).
+    """
+
+    draft: Eagle3Config
+    target: str
+    steps: int = 7
+    decay: float = 0.8
+    mean: Literal["masked", "all"] = "masked"
+    loss: Literal["kl", "lk"] = "kl"
+
+
+@dataclasses.dataclass(frozen=True)
+class MedusaTraining:
+    """Objective of Medusa-1 (section 2.2): each head by cross-entropy to the text.
+
+    Attributes:
+        draft: the heads to train.
+        target: as in `FeatureRegression`.
+        decay: head i (from 0) has weight `decay ** i`.
+        labels: the text's own tokens ("hard"), or the target's distribution ("soft").
+    """
+
+    draft: MedusaConfig
+    target: str
+    decay: float = 0.8
+    labels: Literal["hard", "soft"] = "hard"
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """Objective of an independent draft model: the target's distribution by soft cross-entropy.
+
+    Attributes:
+        draft: the small model to train from random weights; shares the target's tokenizer.
+        target: as in `FeatureRegression`.
+    """
+
+    draft: TransformerConfig
+    target: str
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One training run.
 
@@ -223,7 +355,7 @@ class TrainConfig:
     """
 
     output_dir: str
-    objective: NextToken | FeatureRegression
+    objective: NextToken | FeatureRegression | TrainingTimeTest | MedusaTraining | Distillation
     data: DataConfig
     optim: OptimConfig
     seed: int = 0
@@ -237,229 +369,3 @@ class TrainConfig:
     peak_flops: float = 0.0
     attention: Literal["xla", "cudnn"] = "xla"
     remat: bool = False
-
-
-def load(
-    path: str | Path,
-    overrides: Sequence[str] = (),
-    kind: type[T] = TrainConfig,  # pyright: ignore[reportArgumentType]
-) -> T:
-    """Runs a Python config file and returns its `config`, overridden and checked.
-
-    The file may import `eagle_jax.config` and the config files beside it.
-
-    Args:
-        path: a Python file that defines `config`.
-        overrides: as in `override`.
-        kind: the dataclass that `config` must be an instance of.
-
-    Raises:
-        ValueError: the file is missing or fails, or a key or a value is wrong; one line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; give a Python file that defines `config = ...`")
-    names = _run(path)
-    if "config" not in names:
-        raise ValueError(f"{path}: defines no `config`; add `config = {kind.__name__}(...)`")
-    config = names["config"]
-    if not isinstance(config, kind):
-        raise ValueError(
-            f"{path}: `config` is of type {type(config).__name__}; "
-            f"make it an instance of {kind.__name__}"
-        )
-    try:
-        check(config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return override(config, overrides)
-
-
-def override(config: T, overrides: Sequence[str]) -> T:
-    """A copy of `config` with fields replaced.
-
-    All replacements take effect together, so fields that constrain each other can change at once.
-
-    Args:
-        config: a configuration dataclass, possibly nested.
-        overrides: `"key=value"` each, with a dotted key such as `optim.learning_rate`. The value is
-            a Python literal, or else a plain string.
-
-    Raises:
-        ValueError: no `=`, an unknown key, or a value that does not fit the field; one line.
-    """
-    changes: dict[str, Any] = {}
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals:
-            raise ValueError(f"override {item!r}: write key=value, e.g. optim.learning_rate=1e-3")
-        _place(changes, config, key.strip(), text.strip())
-    return _rebuild(config, changes)
-
-
-def check(config: Any) -> None:
-    """Checks the type of every field, recursively.
-
-    Raises:
-        ValueError: names the first field whose value does not fit its type.
-    """
-    _check(config, prefix="")
-
-
-def _check(config: Any, prefix: str) -> None:
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        _fit(value, hint, prefix + name)
-        if dataclasses.is_dataclass(value):
-            _check(value, prefix=f"{prefix}{name}.")
-
-
-def _place(changes: dict[str, Any], config: Any, key: str, text: str) -> None:
-    """Parses one override and stores its value at the dotted `key` of nested `changes`."""
-    *parents, leaf = key.split(".")
-    for depth, name in enumerate(parents):
-        _known(config, name, key)
-        config = getattr(config, name)
-        if not dataclasses.is_dataclass(config):
-            field = ".".join(parents[: depth + 1])
-            raise ValueError(f"{key}: {field} is {config!r} and has no fields; set {field} itself")
-        changes = changes.setdefault(name, {})
-    _known(config, leaf, key)
-    if dataclasses.is_dataclass(getattr(config, leaf)):
-        raise ValueError(f"{key}={text}: set one of its fields: {_fields(config, leaf)}")
-    changes[leaf] = _parse(text, typing.get_type_hints(type(config))[leaf], key)
-
-
-def _known(config: Any, name: str, key: str) -> None:
-    names = [field.name for field in dataclasses.fields(config)]
-    if name not in names:
-        raise ValueError(f"{key}: {_unknown(type(config).__name__, name, names)}")
-
-
-def _unknown(owner: str, name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f" did you mean {close[0]!r}?" if close else ""
-    return f"{owner} has no field {name!r};{hint} valid: {', '.join(names)}"
-
-
-def _fields(config: Any, name: str) -> str:
-    nested = dataclasses.fields(getattr(config, name))
-    return ", ".join(f"{name}.{field.name}" for field in nested)
-
-
-def _parse(text: str, hint: Any, key: str) -> Any:
-    """`text` as a literal if that fits the field, else as it stands: 007 can name a directory."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return _fit(text, hint, key)
-    with contextlib.suppress(ValueError):
-        return _fit(value, hint, key)
-    try:
-        return _fit(text, hint, key)
-    except ValueError:
-        return _fit(value, hint, key)  # its message shows the value as it was read
-
-
-def _rebuild(config: T, changes: Mapping[str, Any]) -> T:
-    nested = {
-        name: _rebuild(getattr(config, name), value) if isinstance(value, dict) else value
-        for name, value in changes.items()
-    }
-    return dataclasses.replace(config, **nested)  # pyright: ignore[reportArgumentType]
-
-
-def _fit(value: Any, hint: Any, key: str) -> Any:
-    """`value` as a `hint` (int widens to float, list to tuple), or an error that names `key`."""
-    try:
-        return _convert(value, hint)
-    except TypeError:
-        raise ValueError(f"{key}={value!r}: must be {_describe(hint)}") from None
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if any(type(value) is type(choice) and value == choice for choice in arguments):
-            return value
-    elif origin in (typing.Union, types.UnionType):
-        for argument in arguments:
-            with contextlib.suppress(TypeError):
-                return _convert(value, argument)
-    elif origin is tuple:
-        if isinstance(value, tuple | list):
-            return _convert_tuple(tuple(value), arguments)
-    elif hint is float and type(value) is int:
-        return float(value)
-    elif isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
-        return value
-    raise TypeError
-
-
-def _convert_tuple(value: tuple, arguments: tuple) -> tuple:
-    if len(arguments) == 2 and arguments[1] is Ellipsis:
-        arguments = arguments[:1] * len(value)
-    if len(arguments) != len(value):
-        raise TypeError
-    return tuple(_convert(item, hint) for item, hint in zip(value, arguments, strict=True))
-
-
-def _describe(hint: Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(repr(choice) for choice in arguments)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(argument) for argument in arguments)
-    if hint is types.NoneType:
-        return "None"
-    if origin is tuple:
-        return f"a tuple such as ({_describe(arguments[0])}, ...)"
-    return hint.__name__
-
-
-def _run(path: Path) -> dict[str, Any]:
-    """The names that the file defines; whatever goes wrong in it becomes one line."""
-    try:
-        with _importing_from(path.parent.resolve()):
-            return runpy.run_path(str(path))
-    except SyntaxError as error:
-        raise ValueError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
-    except Exception as error:
-        raise ValueError(f"{_where(error, path)}: {_explain(error)}") from error
-
-
-@contextlib.contextmanager
-def _importing_from(folder: Path) -> Iterator[None]:
-    """Makes the files of `folder` importable, and forgets them afterwards.
-
-    Two folders may both have a `base.py`: without forgetting, the second would get the first's.
-    """
-    before = set(sys.modules)
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-        for name in set(sys.modules) - before:
-            if Path(getattr(sys.modules[name], "__file__", None) or "").parent == folder:
-                del sys.modules[name]
-
-
-def _where(error: Exception, path: Path) -> str:
-    """File and line of the innermost frame in the config's folder, where the user can act."""
-    folder = path.parent.resolve()
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if Path(frame.filename).resolve().parent == folder:
-            return f"{frame.filename}, line {frame.lineno}"
-    return str(path)
-
-
-def _explain(error: Exception) -> str:
-    """The message; a misspelt keyword of a dataclass gets the valid names."""
-    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword.*?'(\w+)'", str(error))
-    owner = globals().get(found[1]) if found else None
-    if isinstance(error, TypeError) and found and dataclasses.is_dataclass(owner):
-        names = [field.name for field in dataclasses.fields(owner)]
-        return _unknown(found[1], found[2], names)
-    message = " ".join(str(error).split())
-    return message if type(error) is ValueError else f"{type(error).__name__}: {message}"

@@ -6,11 +6,18 @@ import dataclasses
 from collections.abc import Hashable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from eagle_jax.config import EagleConfig, TransformerConfig
-from eagle_jax.models import EagleDraft, Transformer, init_params
-from eagle_jax.params import Params
+from eagle_jax.config import (
+    DraftConfig,
+    Eagle3Config,
+    EagleConfig,
+    MedusaConfig,
+    TransformerConfig,
+)
+from eagle_jax.models import DRAFTS, Transformer, init_params
+from eagle_jax.params import Draft, Params
 from eagle_jax.types import ParamDict
 
 
@@ -42,6 +49,46 @@ def tiny_draft(target: TransformerConfig, **changes: int | float | bool) -> Eagl
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
 
+def tiny_eagle3(
+    target: TransformerConfig, **changes: int | float | bool | tuple[int, ...]
+) -> Eagle3Config:
+    """An EAGLE-3 draft that fits `target`; two thirds of the vocabulary are its own."""
+    config = Eagle3Config(
+        vocab_size=target.vocab_size,
+        draft_vocab_size=max(1, target.vocab_size * 2 // 3),
+        hidden_size=target.hidden_size,
+        intermediate_size=40,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        aux_layers=(0, 1, 2),
+    )
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+def tiny_medusa(target: TransformerConfig, **changes: int | bool) -> MedusaConfig:
+    """Three Medusa heads that fit `target`."""
+    config = MedusaConfig(target.vocab_size, target.hidden_size, num_heads=3)
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+def tiny_model(target: TransformerConfig, **changes: int | float | bool) -> TransformerConfig:
+    """A one-layer model of its own width that shares `target`'s vocabulary."""
+    smaller = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 1, "head_dim": 6}
+    return dataclasses.replace(target, **(smaller | changes))  # type: ignore[arg-type]
+
+
+def random_draft(config: DraftConfig, seed: int, scale: float = 12.0) -> Draft:
+    """A draft of any kind with random arrays; a draft vocabulary takes every token but the first
+    ones."""
+    params = random_params(DRAFTS[config.kind], config, seed, scale)
+    if isinstance(config, Eagle3Config):
+        offset = config.vocab_size - config.draft_vocab_size
+        table = jnp.full(config.draft_vocab_size, offset, jnp.int32)
+        params = {**params, "d2t": table}
+    return Draft(params, config)
+
+
 def random_params(
     cls: type[nnx.Module], config: Hashable, seed: int, scale: float = 12.0
 ) -> ParamDict:
@@ -61,16 +108,15 @@ def random_params(
 def tiny_params(
     target: TransformerConfig | None = None, seed: int = 0, scale: float = 12.0
 ) -> Params:
-    """A random pair whose outputs depend on the whole context, the more sharply the larger `scale`.
+    """A random target with a draft of every kind.
 
-    Not the initial weights of training, whose layers are the identity.
+    Outputs depend on the whole context, the more sharply the larger `scale`. Not the
+    initial weights of training, whose layers are the identity.
     """
     target = target or tiny_target()
-    draft = tiny_draft(target)
-
+    configs = (tiny_draft(target), tiny_eagle3(target), tiny_medusa(target), tiny_model(target))
     return Params(
         target=random_params(Transformer, target, seed, scale),
-        draft=random_params(EagleDraft, draft, seed + 1, scale),
+        drafts={config.kind: random_draft(config, seed + 1, scale) for config in configs},
         target_config=target,
-        draft_config=draft,
     )

@@ -15,12 +15,24 @@ import optax
 from jaxtyping import Array, Int
 
 from eagle_jax.config import TransformerConfig
-from eagle_jax.decode.method import Context, Method, Models, Prompt, Proposal, Verified
+from eagle_jax.decode import (
+    DynamicTree,
+    Eagle,
+    EagleLookup,
+    Lookahead,
+    Medusa,
+    PromptLookup,
+    Recycling,
+    Speculative,
+    Vanilla,
+)
+from eagle_jax.decode.accept import Exact
+from eagle_jax.decode.method import Context, Method, Models, Prompt, Rule, Verified
 from eagle_jax.decode.sampling import perturb
-from eagle_jax.decode.tree import chain
+from eagle_jax.decode.tree import Proposal, chain, static_tree
 from eagle_jax.models import EagleDraft, Transformer, bind
 from eagle_jax.models.transformer import packed_mask
-from eagle_jax.params import Params
+from eagle_jax.params import Draft, Params
 from eagle_jax.testing import tiny_params, tiny_target
 
 VOCAB = 11
@@ -28,6 +40,31 @@ VOCAB = 11
 PROMPTS = [[7], [3, 9], [1, 2, 3, 4, 5], [i * i % VOCAB for i in range(17)]]
 SEEDS = [5, 6, 77, 4000000000]
 NEW = 20  # with its prompt bucket of 32 and any tree here: 64 slots
+
+
+_GAPS = static_tree([[2], [2, 1], [1], [2, 1, 3], [1, 0]])
+_SMALL = static_tree([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
+# Every method, with trees that have gaps and siblings.
+METHODS: dict[str, Method] = {
+    "vanilla": Vanilla(),
+    "eagle chain": Eagle(chain(3)),
+    "eagle gaps": Eagle(_GAPS, coupled=False),
+    "eagle2": Eagle(DynamicTree(depth=4, k=3, drafted=12)),
+    "eagle2 plain": Eagle(DynamicTree(depth=3, k=4, drafted=36), coupled=False),
+    "eagle3": Eagle(DynamicTree(depth=4, k=3, drafted=9), head="eagle3"),
+    "eagle3 static": Eagle(_SMALL, head="eagle3"),
+    "eagle lookup": EagleLookup(
+        Eagle(_SMALL), PromptLookup(max_ngram=4, min_ngram=1, length=5, latest=True, truncate=True)
+    ),
+    "medusa": Medusa(_SMALL),
+    "medusa plain": Medusa(_GAPS, coupled=False),
+    "speculative": Speculative(3),
+    "speculative plain": Speculative(1, coupled=False),
+    "lookahead": Lookahead(ngram=4, window=3, guesses=3),
+    "lookahead plain": Lookahead(ngram=3, window=4, guesses=2, prompt_pool=False, coupled=False),
+    "prompt lookup": PromptLookup(length=4),
+    "recycling": Recycling(_SMALL, width=3),
+}
 
 
 def target_config() -> TransformerConfig:
@@ -43,7 +80,7 @@ def random_pair() -> Params:
 def trained_pair(steps: int = 600) -> Params:
     """A pair whose draft is often right: trained for a moment on random text."""
     pair = random_pair()
-    assert pair.draft is not None
+    untrained = pair.drafts["eagle"]
     optimizer = optax.adam(3e-3)
 
     @jax.jit
@@ -53,11 +90,12 @@ def trained_pair(steps: int = 600) -> Params:
             change, state = optimizer.update(gradient, state)
         return optax.apply_updates(draft, change), state
 
-    draft = {name: x / 4 if name.endswith("kernel") else x for name, x in pair.draft.items()}
+    draft = {name: x / 4 if name.endswith("kernel") else x for name, x in untrained.params.items()}
     state = optimizer.init(draft)
     for key in jax.random.split(jax.random.key(0), steps):
         draft, state = step(draft, state, key)
-    return dataclasses.replace(pair, draft=draft)
+    drafts = {**pair.drafts, "eagle": Draft(draft, untrained.config)}
+    return dataclasses.replace(pair, drafts=drafts)
 
 
 def _distillation(pair: Params, params, key: jax.Array) -> jax.Array:
@@ -67,7 +105,7 @@ def _distillation(pair: Params, params, key: jax.Array) -> jax.Array:
     mask = packed_mask(jnp.zeros((b, t), jnp.int32))
     target = bind(Transformer, pair.target_config, pair.target)
     features = target(tokens, positions, mask).features
-    draft = bind(EagleDraft, pair.draft_config, params)
+    draft = bind(EagleDraft, pair.drafts["eagle"].config, params)
     embeddings = target.embed_tokens(tokens[:, 1:])
     guess, _ = draft(embeddings, features[:, :-1], positions[:, 1:] - 1, mask[:, 1:, 1:])
     wanted = jax.nn.softmax(target.logits(features[:, 1:]))
@@ -79,9 +117,16 @@ def _distillation(pair: Params, params, key: jax.Array) -> jax.Array:
 
 def with_draft(pair: Params, factor: float) -> Params:
     """The pair with every draft parameter multiplied: 0 blinds it, NaN breaks it."""
-    assert pair.draft is not None
-    draft = {name: x * jnp.float32(factor) for name, x in pair.draft.items()}
-    return dataclasses.replace(pair, draft=draft)
+
+    def scaled(draft: Draft) -> Draft:
+        params = {
+            name: x * jnp.float32(factor) if x.dtype == jnp.float32 else x
+            for name, x in draft.params.items()
+        }
+        return Draft(params, draft.config)
+
+    drafts = {kind: scaled(draft) for kind, draft in pair.drafts.items()}
+    return dataclasses.replace(pair, drafts=drafts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +137,11 @@ class Clairvoyant:
     """
 
     right: tuple[bool, ...]
-    needs_draft: bool = dataclasses.field(default=False, init=False)
+    draft: None = dataclasses.field(default=None, init=False)
+    rule: Rule = dataclasses.field(default=Exact(), init=False)
+
+    def check(self, params: Params) -> None:
+        del params
 
     @property
     def nodes(self) -> int:
@@ -123,8 +172,8 @@ class Clairvoyant:
             text = text.at[rows, context.length + i].set(drafted[-1])
         return Proposal(jnp.stack(drafted, axis=1), chain(self.depth).shape(b)), state
 
-    def update(self, state: tuple[()], verified: Verified) -> tuple[()]:
-        del verified
+    def update(self, models: Models, state: tuple[()], verified: Verified) -> tuple[()]:
+        del models, verified
         return state
 
 
@@ -133,11 +182,12 @@ class Clairvoyant:
 class Recorded:
     inner: object
     tokens: Int[Array, "b t"]
+    parents: Int[Array, "b t"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """Any method; its state also holds the tree proposed last."""
+    """Any method; its state also holds the tokens and parents of the tree proposed last."""
 
     inner: Method
 
@@ -150,21 +200,28 @@ class Recording:
         return self.inner.depth
 
     @property
-    def needs_draft(self) -> bool:
-        return self.inner.needs_draft
+    def draft(self) -> str | None:
+        return self.inner.draft
+
+    @property
+    def rule(self) -> Rule:
+        return self.inner.rule
+
+    def check(self, params: Params) -> None:
+        self.inner.check(params)
 
     def init(self, models: Models, prompt: Prompt, slots: int) -> Recorded:
         tokens = jnp.zeros((prompt.tokens.shape[0], self.nodes), jnp.int32)
-        return Recorded(self.inner.init(models, prompt, slots), tokens)
+        return Recorded(self.inner.init(models, prompt, slots), tokens, tokens)
 
     def propose(
         self, models: Models, context: Context, state: Recorded
     ) -> tuple[Proposal, Recorded]:
         proposal, inner = self.inner.propose(models, context, state.inner)
-        return proposal, Recorded(inner, proposal.tokens)
+        return proposal, Recorded(inner, proposal.tokens, proposal.shape.parents)
 
-    def update(self, state: Recorded, verified: Verified) -> Recorded:
-        return dataclasses.replace(state, inner=self.inner.update(state.inner, verified))
+    def update(self, models: Models, state: Recorded, verified: Verified) -> Recorded:
+        return dataclasses.replace(state, inner=self.inner.update(models, state.inner, verified))
 
 
 def lists(rows) -> list[list[int]]:

@@ -1,11 +1,14 @@
 """Config files, overrides and their errors: every user error is one line that helps."""
 
 import dataclasses
+import functools
 
 import pytest
 
 from eagle_jax import config as c
+from eagle_jax import settings
 
+load = functools.partial(settings.load, kind=c.TrainConfig)
 MODEL = """TransformerConfig(
     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, head_dim=4)"""
@@ -26,7 +29,7 @@ def file(tmp_path):
 
 @pytest.fixture
 def config(file):
-    return c.load(file)
+    return load(file)
 
 
 def message(function, *args) -> str:
@@ -43,7 +46,7 @@ def test_load(config):
 
 
 def test_load_applies_overrides(file):
-    assert c.load(file, ["seed=3"]).seed == 3
+    assert load(file, ["seed=3"]).seed == 3
 
 
 def test_imports_the_file_beside_it_and_no_stale_one(tmp_path):
@@ -55,7 +58,7 @@ def test_imports_the_file_beside_it_and_no_stale_one(tmp_path):
             "import dataclasses, base\n"
             f"config = dataclasses.replace(base.config, seed={seed}, output_dir=base.__file__)"
         )
-        config = c.load(folder / "child.py")
+        config = load(folder / "child.py")
         assert (config.seed, config.output_dir) == (seed, str(folder / "base.py"))
 
 
@@ -77,7 +80,7 @@ def test_imports_the_file_beside_it_and_no_stale_one(tmp_path):
     ],
 )
 def test_override(config, item, path, expected):
-    value = c.override(config, [item])
+    value = settings.override(config, [item])
     for name in path.split("."):
         value = getattr(value, name)
     assert value == expected and type(value) is type(expected)
@@ -85,8 +88,8 @@ def test_override(config, item, path, expected):
 
 def test_overrides_that_constrain_each_other_apply_together(config):
     heads = ["objective.model.num_attention_heads=3", "objective.model.num_key_value_heads=3"]
-    assert c.override(config, heads).objective.model.num_key_value_heads == 3
-    assert "multiple of" in message(c.override, config, heads[:1])
+    assert settings.override(config, heads).objective.model.num_key_value_heads == 3
+    assert "multiple of" in message(settings.override, config, heads[:1])
 
 
 @pytest.mark.parametrize(
@@ -108,7 +111,7 @@ def test_overrides_that_constrain_each_other_apply_together(config):
     ],
 )
 def test_override_errors(config, item, parts):
-    text = message(c.override, config, [item])
+    text = message(settings.override, config, [item])
     assert all(part in text for part in parts), text
 
 
@@ -127,21 +130,21 @@ def test_override_errors(config, item, parts):
 )
 def test_file_errors(file, old, new, parts):
     file.write_text(FILE.replace(old, new))
-    text = message(c.load, file)
+    text = message(load, file)
     assert all(part in text for part in [str(file), *parts]), text
 
 
 def test_missing_file(tmp_path):
-    assert "no such file" in message(c.load, tmp_path / "none.py")
+    assert "no such file" in message(load, tmp_path / "none.py")
 
 
 def test_kind(tmp_path):
     path = tmp_path / "model.py"
     path.write_text(f"from eagle_jax.config import *\nconfig = {MODEL}")
-    assert c.load(path, kind=c.TransformerConfig).vocab_size == 64
-    assert "TransformerConfig" in message(c.load, path)
+    assert settings.load(path, kind=c.TransformerConfig).vocab_size == 64
+    assert "TransformerConfig" in message(load, path)
 
 
 def test_check_names_the_nested_field(config):
     wrong = dataclasses.replace(config, data=c.DataConfig(train="a.jsonl"))  # type: ignore
-    assert "data.train='a.jsonl'" in message(c.check, wrong)
+    assert "data.train='a.jsonl'" in message(settings.check, wrong)

@@ -8,11 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import eagle_jax
 from eagle_jax.checkpoint import hf
+from eagle_jax.config import Eagle3Config
+from eagle_jax.models import DRAFTS, bind
+from eagle_jax.models.layers import fuse_mlp
+from eagle_jax.testing import tiny_params, tiny_target
+
+KINDS = ("eagle", "eagle3", "medusa", "model")
 
 # Each costs seconds. optax is not among them: flax.nnx imports it.
 HEAVY = ("grain", "matplotlib", "orbax", "tensorboardX", "tensorflow_datasets", "torch")
@@ -35,32 +44,162 @@ def fails(said: str, *arguments, **options) -> None:
     assert "\n" not in str(info.value)
 
 
-def test_a_pair_a_bare_target_and_another_draft(model) -> None:
-    pair = eagle_jax.load(model)
-    assert pair.draft is not None and pair.draft_config is not None and pair.tokenizer is not None
-    alone = eagle_jax.load(model / "target")
-    assert alone.draft is None and alone.draft_config is None
-    again = eagle_jax.load(model / "target", draft=model / "draft", dtype="bfloat16")
-    assert again.draft_config == pair.draft_config
-    assert again.draft is not None
-    arrays = [*again.target.values(), *again.draft.values()]
-    assert {str(array.dtype) for array in arrays} == {"bfloat16"}
+def copied(source: Path, target: Path) -> Path:
+    return Path(shutil.copytree(source, target))
+
+
+def other_eagle(model: Path, **changes) -> Path:
+    """A second EAGLE-1 draft, of zeros."""
+    config = hf.load_draft(model / "eagle")[0]
+    config = dataclasses.replace(config, **changes)
+    zeros = {name: np.zeros(shape) for name, shape in hf.shapes(config).items()}
+    hf.save_draft(model.parent / "other", config, zeros)
+    return model.parent / "other"
+
+
+def test_a_directory_gives_all_its_drafts(model) -> None:
+    """Catches a kind that is not found, is filed under another, or lost a bit on the way."""
+    params = eagle_jax.load(model)
+    assert params.tokenizer is not None
+    assert sorted(params.drafts) == list(KINDS)
+    expected = tiny_params(tiny_target(params.target_config.vocab_size), 3)
+    for kind, draft in params.drafts.items():
+        assert draft.config.kind == kind
+        arrays = fuse_mlp({name: np.asarray(x) for name, x in expected.drafts[kind].params.items()})
+        assert draft.params.keys() == arrays.keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(draft.params[name], array, err_msg=name)
+
+
+def test_every_draft_that_is_loaded_can_be_bound(model) -> None:
+    """Catches a configuration in memory that does not describe the arrays beside it."""
+    for kind, draft in eagle_jax.load(model).drafts.items():
+        module = bind(DRAFTS[kind], draft.config, draft.params)
+        found = {".".join(map(str, path)): x for path, x in nnx.to_flat_state(nnx.state(module))}
+        assert {name: x.shape for name, x in found.items()} == {
+            name: x.shape for name, x in draft.params.items()
+        }
+
+
+def test_a_bare_target_has_no_drafts_but_takes_one(model) -> None:
+    """Catches drafts taken from beside a target that was named itself."""
+    assert not eagle_jax.load(model / "target").drafts
+    params = eagle_jax.load(model / "target", draft=model / "medusa")
+    assert list(params.drafts) == ["medusa"]
+    params = eagle_jax.load(model / "target", draft=[model / "eagle3", str(model / "model")])
+    assert sorted(params.drafts) == ["eagle3", "model"]
+
+
+def test_a_given_draft_replaces_its_kind_only(model) -> None:
+    """Catches a given draft that loses to the target's own, or drops the other kinds."""
+    own = eagle_jax.load(model)
+    params = eagle_jax.load(model, draft=other_eagle(model))
+    assert sorted(params.drafts) == list(KINDS)
+    assert not np.asarray(params.drafts["eagle"].params["fc.kernel"]).any()
+    for kind in ("eagle3", "medusa", "model"):
+        for name, array in own.drafts[kind].params.items():
+            np.testing.assert_array_equal(params.drafts[kind].params[name], array)
+
+
+def test_a_given_draft_adds_its_kind(model) -> None:
+    """Catches `draft=` that only replaces."""
+    away = copied(model / "medusa", model.parent / "heads")
+    shutil.rmtree(model / "medusa")
+    assert "medusa" not in eagle_jax.load(model).drafts
+    assert sorted(eagle_jax.load(model, draft=away).drafts) == list(KINDS)
+
+
+def test_two_drafts_of_one_kind(model) -> None:
+    """Catches one of them silently winning, whether both are given or both are there."""
+    other = other_eagle(model)
+    said = f"{model / 'eagle'} and {other}: both hold a draft of kind 'eagle'; give one"
+    fails(said, model, draft=[model / "eagle", other])
+    again = copied(model / "eagle", model / "newer")
+    fails(f"{model / 'eagle'} and {again}: both hold a draft of kind 'eagle'; give one", model)
+
+
+def test_dtype_is_of_weights_not_of_tables(model) -> None:
+    """Catches token offsets cast to bfloat16, which rounds 257 to 256."""
+    params = eagle_jax.load(model, dtype="bfloat16")
+    weights = dict(params.target)
+    for kind, draft in params.drafts.items():
+        weights |= {f"{kind}.{name}": array for name, array in draft.params.items()}
+    assert str(weights.pop("eagle3.d2t").dtype) == "int32"
+    assert {str(array.dtype) for array in weights.values()} == {"bfloat16"}
+
+
+def test_params_go_through_jit(model) -> None:
+    """Catches configurations that are traced, or arrays that are compared as static."""
+    params = eagle_jax.load(model)
+    traces = 0
+
+    @jax.jit
+    def tables(params):
+        nonlocal traces
+        traces += 1
+        draft = params.drafts["eagle3"]
+        assert draft.config.draft_vocab_size == len(draft.params["d2t"])
+        return jax.tree.map(lambda x: x + jnp.ones((), x.dtype), params)
+
+    once = tables(params)
+    twice = tables(once)
+    assert traces == 1
+    assert (once.target_config, once.tokenizer) == (params.target_config, params.tokenizer)
+    assert {kind: draft.config for kind, draft in twice.drafts.items()} == {
+        kind: draft.config for kind, draft in params.drafts.items()
+    }
+    before, after = params.drafts["eagle3"].params["d2t"], twice.drafts["eagle3"].params["d2t"]
+    np.testing.assert_array_equal(after, before + 2)
+
+
+def test_only_keeps_one_kind(model) -> None:
+    """Catches methods that hand the weights of drafts they don't use to their program."""
+    params = eagle_jax.load(model)
+    assert list(params.only("medusa").drafts) == ["medusa"]
+    assert params.only("medusa").drafts["medusa"] is params.drafts["medusa"]
+    assert not params.only(None).drafts and not params.only("nothing").drafts
+    assert params.only(None).target is params.target
+    assert len(params.drafts) == len(KINDS)
+
+
+def test_a_draft_vocabulary_without_the_end(model) -> None:
+    """Catches a draft that can never propose the end of an answer."""
+    config, arrays = hf.load_draft(model / "eagle3")
+    assert isinstance(config, Eagle3Config)
+    first = {**arrays, "d2t": np.zeros_like(arrays["d2t"])}  # the bytes; special tokens come last
+    hf.save_draft(model / "eagle3", config, first, "float32")
+    said = f"{model / 'eagle3'}: the draft vocabulary lacks token 256 (<|end|>), which ends answers"
+    fails(f"{said}; give a draft whose vocabulary has it", model)
+    (model / "target" / "tokenizer.json").unlink()
+    assert "eagle3" in eagle_jax.load(model).drafts  # nobody knows what ends an answer
+
+
+def test_official_layers_follow_from_the_target(model) -> None:
+    """Catches a draft read without its target: heads of EAGLE-3's authors name no layers."""
+    path = model / "eagle3" / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["eagle_aux_hidden_state_layer_ids"]
+    path.write_text(json.dumps(settings))
+    # The rule for the two layers of this target gives 2 - 3.
+    fails(f"{path}: aux_layers=(2, 1, -1): give layer numbers of 0 or more", model)
 
 
 def test_an_unknown_name_lists_the_shipped_pairs() -> None:
+    """Catches a traceback, or a message that leaves the user guessing names."""
     fails("model 'tinny': neither a directory nor a shipped pair (tiny); give a folder", "tinny")
 
 
-@pytest.mark.parametrize("part", ["target", "draft"])
+@pytest.mark.parametrize("part", ["target", *KINDS])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
 def test_truncated_weights(model, part, share) -> None:
+    """Catches the library's own error, which does not name the file."""
     file = model / part / "model.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[: int(share * len(data))])
     fails(f"{file}: truncated or corrupt (", model)
 
 
-@pytest.mark.parametrize("part", ["target", "draft"])
+@pytest.mark.parametrize("part", ["target", *KINDS])
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -69,16 +208,19 @@ def test_truncated_weights(model, part, share) -> None:
     ],
 )
 def test_missing_files(model, part, name, said) -> None:
+    """Catches a draft that lost a file and is passed over without a word."""
     (model / part / name).unlink()
     fails(said.format(folder=model / part), model)
 
 
 def test_a_missing_draft(model) -> None:
+    """Catches a misspelt `draft=` that is ignored."""
     gone = model / "nowhere"
     fails(f"{gone}/config.json: no such file", model, draft=gone)
 
 
 def test_weights_and_configuration_that_disagree(model) -> None:
+    """Catches weights that are loaded in part."""
     edit(model / "target" / "config.json", num_hidden_layers=3)
     fails("lacks tensors model.layers.2.input_layernorm.weight, ", model)
 
@@ -88,12 +230,9 @@ def test_weights_and_configuration_that_disagree(model) -> None:
 )
 def test_a_draft_of_another_target(model, field, target, draft) -> None:
     """Both values stand in the message."""
-    config = hf.load_draft(model / "draft")[0]
-    config = dataclasses.replace(config, **{field: draft})
-    zeros = {name: np.zeros(shape) for name, shape in hf.shapes(config).items()}
-    hf.save_draft(model / "other", config, zeros)
-    said = f"{field}: the target has {target}, the draft {draft}; give a draft that was trained"
-    fails(said, model, draft=model / "other")
+    other = other_eagle(model, **{field: draft})
+    said = f"{other}: {field}: the target has {target}, the draft {draft}; give a draft that was"
+    fails(said, model, draft=other)
 
 
 def test_imports_are_cheap() -> None:

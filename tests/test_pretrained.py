@@ -1,6 +1,5 @@
-"""The pair that ships with the package."""
+"""The target that ships with the package, and its drafts."""
 
-import runpy
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +8,12 @@ import pytest
 import eagle_jax
 from eagle_jax.decode import Eagle, generate
 from eagle_jax.decode.tree import MC_SIM_7B_63
+from eagle_jax.evaluate import tasks
 from eagle_jax.params import Params, shipped
 
 ROOT = Path(__file__).parent.parent
 PAIR = ROOT / "eagle_jax" / "pretrained" / "tiny"
-PROMPTS = runpy.run_path(str(ROOT / "benchmarks" / "questions.py"))["OWN"][:3]
+PROMPTS = [question.turns[0] for question in tasks.read_tasks(())["own"][:3]]
 NEW = 48
 
 
@@ -23,9 +23,16 @@ def params() -> Params:
 
 
 def test_it_is_small_and_described() -> None:
+    """Catches a wheel that package indexes refuse, and weights without their card."""
     assert shipped() == ["tiny"]
-    assert sum(file.stat().st_size for file in PAIR.rglob("*")) <= 48 * 2**20
+    assert sum(file.stat().st_size for file in PAIR.rglob("*")) <= 64 * 2**20
     assert (PAIR / "MODEL_CARD.md").is_file()
+
+
+def test_every_draft_has_its_directory(params) -> None:
+    """Catches a draft that was exported over another's directory, or is not found."""
+    directories = {path.parent.name for path in PAIR.glob("*/config.json")}
+    assert set(params.drafts) == directories - {"target"}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -1,11 +1,6 @@
-"""Every program of train/, decode/ and benchmarks/ runs, at tiny size; the pipeline end to end.
-
-Answers of 128 tokens, the default of benchmarks/speed.py: then the programs compile the same loops,
-and the pipeline, which runs last and in other processes, finds them in the cache.
-"""
+"""Every program of train/ and decode/ runs, at tiny size; the pipeline end to end."""
 
 import ast
-import importlib
 import json
 import re
 import subprocess
@@ -21,7 +16,7 @@ from eagle_jax.params import load
 from eagle_jax.text import read_conversations
 
 ROOT = tiny_pair.ROOT
-FOLDERS = ("train", "decode", "benchmarks")
+FOLDERS = ("train", "decode")
 RUN = {
     "train/tokenizer.py",  # by test_train_tokenizer.py
     "train/pair.py",
@@ -30,9 +25,6 @@ RUN = {
     "decode/compare_trees.py",
     "decode/demo.py",
     "decode/eagle.ipynb",
-    "benchmarks/lossless.py",
-    "benchmarks/questions.py",  # by the other two
-    "benchmarks/speed.py",
 }
 
 
@@ -59,7 +51,7 @@ def test_no_program_is_untested() -> None:
 def test_programs_are_short_and_in_no_package() -> None:
     for path in programs():
         assert path.name != "__init__.py"
-        if path.suffix == ".py" and path.parent.name != "benchmarks":
+        if path.suffix == ".py":
             assert len(path.read_text().splitlines()) <= 90, path
 
 
@@ -131,44 +123,6 @@ def test_notebook(capsys) -> None:
     assert "tau" in capsys.readouterr().out
 
 
-# --- benchmarks/ -----------------------------------------------------------------------------
-
-
-def test_lossless(tiny_model, questions, monkeypatch, capsys) -> None:
-    """One of its three settings, which differ in numbers only."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    program = importlib.import_module("lossless")
-    monkeypatch.setattr(program, "SETTINGS", ({"temperature": 1.0},))
-    options = ["--model", str(tiny_model), "--questions", questions]
-    monkeypatch.setattr(sys, "argv", ["lossless.py", *options])
-    program.main()
-    header, *table, last = capsys.readouterr().out.splitlines()
-    result = json.loads(last)
-    assert result["lossless"] and result["prompts"] == 2
-    assert header.startswith("method") and len(table) == len(result["rows"]) == 6
-    assert all(row["equal"] == row["texts"] == 2 and row["tau"] >= 1 for row in result["rows"])
-
-
-def test_speed(tiny_model, questions, tmp_path) -> None:
-    options = ["--model", str(tiny_model), "--questions", questions, "--repeats", "1"]
-    options += ["--temperature", "1", "--tree", "0 1 2", "--json", str(tmp_path / "speed.json")]
-    out = tiny_pair.run_program("benchmarks/speed.py", *options)
-    result = json.loads(out.splitlines()[-1])
-    assert result == json.loads((tmp_path / "speed.json").read_text())
-    rows = {row["method"]: row for row in result["rows"]}
-    assert (rows["vanilla"]["tau"], rows["vanilla"]["speedup"]) == (1, 1)
-    assert len(rows["eagle 0 1 2"]["accepted_per_depth"]) == 1
-
-
-def test_a_question_file_without_turns(tiny_model, tmp_path, capsys) -> None:
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"turns": ["x"]}\n{"turns": []}\n')
-    with pytest.raises(AssertionError, match="ended with 2"):
-        options = ["--model", str(tiny_model), "--questions", str(bad)]
-        tiny_pair.run_program("benchmarks/speed.py", *options)
-    assert capsys.readouterr().err.startswith(f"error: {bad}:2: not a question")
-
-
 # --- train/ ----------------------------------------------------------------------------------
 
 
@@ -191,7 +145,7 @@ def test_the_whole_pipeline(tmp_path, questions) -> None:
     assert result["prompts"] == 2 and Path(result["model"]) == tmp_path / "runs" / "pair"
     for name in ("answers-0.0", "answers-1.0"):
         assert len((tmp_path / "runs" / f"{name}.jsonl").read_bytes().splitlines()) == 6
-    assert load(tmp_path / "runs" / "pair").draft is not None
+    assert set(load(tmp_path / "runs" / "pair").drafts) == {"eagle"}
 
 
 def test_sample_splits_by_prompt(tiny_model, tmp_path) -> None:

@@ -1,4 +1,7 @@
-"""A model directory for programs: random pair, bytes for a vocabulary, answers of every length."""
+"""A model directory for programs: random target and drafts, answers of every length.
+
+Its vocabulary is the bytes and a few special tokens.
+"""
 
 import contextlib
 import io
@@ -16,11 +19,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def write(folder: Path, seed: int = 3) -> Path:
-    """Writes `target/`, with its tokenizer, and `draft/`; weights keep all their bits."""
-    pair = tiny_params(tiny_target(tiny_run.write_tokenizer(folder / "target")), seed)
-    assert pair.draft is not None and pair.draft_config is not None
-    hf.save_target(folder / "target", pair.target_config, pair.target, "float32")
-    hf.save_draft(folder / "draft", pair.draft_config, pair.draft, "float32")
+    """Writes `target/`, with its tokenizer, and a draft of every kind; weights keep all bits."""
+    models = tiny_params(tiny_target(tiny_run.write_tokenizer(folder / "target")), seed)
+    hf.save_target(folder / "target", models.target_config, models.target, "float32")
+    for kind, draft in models.drafts.items():
+        hf.save_draft(folder / kind, draft.config, draft.params, "float32")
     return folder
 
 

@@ -17,21 +17,47 @@ import jax
 import numpy as np
 
 from eagle_jax.decode import engine
+from eagle_jax.decode.accept import Exact, Rejection, Typical
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.methods.eagle import Eagle
+from eagle_jax.decode.methods.eagle_lookup import EagleLookup
+from eagle_jax.decode.methods.lookahead import Lookahead
+from eagle_jax.decode.methods.medusa import Medusa
+from eagle_jax.decode.methods.prompt_lookup import PromptLookup
+from eagle_jax.decode.methods.recycling import Recycling
+from eagle_jax.decode.methods.speculative import Speculative
 from eagle_jax.decode.methods.vanilla import Vanilla
 from eagle_jax.decode.sampling import Sampling, sampling
-from eagle_jax.decode.tree import MC_SIM_7B_63, StaticTree, chain, named_tree, static_tree
+from eagle_jax.decode.tree import (
+    MC_SIM_7B_63,
+    DynamicTree,
+    StaticTree,
+    best_tree,
+    chain,
+    named_tree,
+    static_tree,
+)
 from eagle_jax.params import Params
 from eagle_jax.text import StreamDecoder, Tokenizer
 
 __all__ = [
     "METHODS",
+    "DynamicTree",
     "Eagle",
+    "EagleLookup",
+    "Exact",
     "Generation",
+    "Lookahead",
+    "Medusa",
+    "PromptLookup",
+    "Recycling",
+    "Rejection",
+    "Speculative",
     "StaticTree",
     "Statistics",
+    "Typical",
     "Vanilla",
+    "best_tree",
     "chain",
     "default_tree",
     "generate",
@@ -41,7 +67,7 @@ __all__ = [
 ]
 
 # One level wide on CPUs, where every draft step costs a third of a target pass and every verified
-# token costs arithmetic (benchmarks/speed.py --tree compares); the paper's tree elsewhere.
+# token costs arithmetic (python -m eagle_jax.evaluate compares); the paper's tree elsewhere.
 _CPU_TREE = static_tree([[0], [1], [2]])
 
 
@@ -53,6 +79,14 @@ def default_tree() -> StaticTree:
 METHODS: Mapping[str, Callable[[], Method]] = {
     "vanilla": Vanilla,
     "eagle": lambda: Eagle(default_tree()),
+    "eagle2": lambda: Eagle(DynamicTree()),
+    "eagle3": lambda: Eagle(DynamicTree(depth=8), head="eagle3"),
+    "eagle_lookup": lambda: EagleLookup(Eagle(default_tree())),
+    "medusa": Medusa,
+    "speculative": Speculative,
+    "lookahead": Lookahead,
+    "prompt_lookup": PromptLookup,
+    "recycling": Recycling,
 }
 
 Prompt = (
@@ -131,7 +165,7 @@ def generate(
         params: from `eagle_jax.load`.
         prompt: a string (a user's message, if the tokenizer has a chat template), a chat (list of
             `{"role", "content"}`), token ids, or a list of any of these: a batch.
-        method: "eagle", "vanilla", or an instance such as `Eagle(tree=chain(5))`.
+        method: a name of `METHODS`, or an instance such as `Eagle(tree=chain(5))`.
         max_new_tokens: longest answer; the model's context may end it sooner.
         temperature: 0 is greedy.
         top_k, top_p: filters of the sampled distribution; 0 and 1 switch them off.
@@ -256,13 +290,12 @@ class _Session:
         self.program = engine.Program(
             self.method,
             params.target_config,
-            params.draft_config if self.method.needs_draft else None,
+            None if self.method.draft is None else params.drafts[self.method.draft].config,
             # No row grows past the context, whatever max_new_tokens says.
             engine.capacity(longest, min(int(max_new_tokens), context), self.method.depth),
             eos,
         )
-        if not self.method.needs_draft:  # keep the unused draft out of the program's arguments
-            self.params = dataclasses.replace(params, draft=None, draft_config=None)
+        self.params = params.only(self.method.draft)
         self.clock = engine.Clock()
         seeds = _seeds(seed, len(self.prompts))
         self.state = engine.start(
@@ -318,12 +351,12 @@ def _method(method: str | Method, params: Params) -> Method:
         method = METHODS[method]()
     if isinstance(method, type) or not isinstance(method, Method):
         raise ValueError(f"method={method!r}: give a name ({', '.join(METHODS)}) or an instance")
-    if method.needs_draft and params.draft is None:
+    if method.draft is not None and method.draft not in params.drafts:
         raise ValueError(
-            f"method={method}: needs a draft, and params has none; load one with draft=DIR"
+            f"method={method}: needs a draft of kind {method.draft!r}, and params has "
+            f"{', '.join(sorted(params.drafts)) or 'none'}; load one with draft=DIR"
         )
-    if isinstance(method, Eagle):
-        method.check(params.target_config.vocab_size)
+    method.check(params)
     return method
 
 

@@ -24,12 +24,34 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("prompt", nargs="?", help="the user's message; '-' reads standard input")
     out.add_argument("--model", default="tiny", help="shipped pair or directory (default: tiny)")
-    out.add_argument("--draft", help="directory of another draft for the same target")
-    out.add_argument("--method", default="eagle", help="eagle (default) or vanilla")
     out.add_argument(
-        "--tree", help="for eagle: mc_sim_7b_63, chain-N, or rank paths such as '0 1 00 01'"
+        "--draft", action="append", help="directory of another draft for the same target"
     )
-    out.add_argument("--plain", action="store_true", help="eagle: draft without the noise coupling")
+    out.add_argument(
+        "--method",
+        default="eagle",
+        help="eagle (default), eagle2, eagle3, eagle_lookup, medusa, speculative, lookahead, "
+        "prompt_lookup, recycling, vanilla",
+    )
+    out.add_argument(
+        "--tree",
+        help="of the method: mc_sim_7b_63, chain-N, dynamic-DEPTH-K-DRAFTED, or rank paths such "
+        "as '0 1 00 01'",
+    )
+    out.add_argument("--plain", action="store_true", help="draft without the noise coupling")
+    out.add_argument(
+        "--rule",
+        choices=("exact", "rejection", "typical"),
+        help="rejection: speculative sampling's own rule, same law, other texts; typical: "
+        "Medusa's, LOSSY (default: exact)",
+    )
+    out.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a=b",
+        help="another setting of the method, e.g. length=7 or ngram=4; repeatable",
+    )
     out.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     out.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     out.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off")
@@ -86,14 +108,28 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _method(args: argparse.Namespace) -> Any:
-    from eagle_jax.decode import Eagle, default_tree, named_tree
+    from eagle_jax.decode import METHODS, Exact, Rejection, Typical, named_tree
+    from eagle_jax.settings import override
 
-    if args.method != "eagle":
-        for name, value in (("tree", args.tree), ("plain", args.plain)):
-            if value:
-                raise ValueError(f"{name}={value!r}: only for --method eagle, not {args.method!r}")
-        return args.method
-    return Eagle(named_tree(args.tree) if args.tree else default_tree(), coupled=not args.plain)
+    if args.method not in METHODS:
+        raise ValueError(f"method={args.method!r}: unknown; use one of {', '.join(METHODS)}")
+    method: Any = METHODS[args.method]()
+    changes: dict[str, Any] = {}
+    if args.tree:
+        changes["tree"] = named_tree(args.tree)
+    if args.plain:
+        changes["coupled"] = False
+    if args.rule:
+        rules = {"exact": Exact, "rejection": Rejection, "typical": Typical}
+        changes["rule"] = rules[args.rule]()
+    own = [field.name for field in dataclasses.fields(method) if field.init]
+    for name in changes:
+        if name not in own:
+            raise ValueError(
+                f"{name}: is no setting of method {args.method!r}, which has "
+                f"{', '.join(own) or 'none'}"
+            )
+    return override(dataclasses.replace(method, **changes), args.set)
 
 
 def _answer(params: Any, prompt: str, show: bool, **options: Any) -> None:

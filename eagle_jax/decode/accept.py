@@ -1,58 +1,162 @@
-"""The one acceptance rule: follow the target's own tokens through the tree.
+"""Acceptance rules: which path of a scored tree is committed.
 
-Lossless for every deterministic proposal: the emitted token after a node is always the target's
-own (greedy, or drawn with that position's noise), a draft only decides how many are found in one
-pass. Equal in law to the multi-round rule of EAGLE and SpecInfer with point-mass drafts.
+`Exact` serves every method: follow the target's own tokens through the tree. The other two are
+what papers publish and serve comparison: `Rejection` keeps the law, not the text of a seed;
+`Typical` keeps neither.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from eagle_jax.decode.tree import Shape
+from eagle_jax.decode.method import Accepted, Context
+from eagle_jax.decode.sampling import argmax, position_uniform, process
+from eagle_jax.decode.tree import Proposal
+from eagle_jax.types import Logits
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Accepted:
-    """The accepted path of each row.
+class Exact:
+    """Walk from the root while a child carries the target's token.
+
+    Lossless for every proposal: the emitted token after a node is always the target's own (greedy,
+    or drawn with that position's noise), a draft only decides how many are found in one pass. Equal
+    in law to the multi-round rule of EAGLE and SpecInfer with point-mass drafts.
+    """
+
+    lossless: ClassVar[bool] = True
+    seeded: ClassVar[bool] = True
+
+    def __call__(
+        self, proposal: Proposal, logits: Logits, targets: Int[Array, "b t"], context: Context
+    ) -> Accepted:
+        del logits
+        above = jnp.take_along_axis(targets, proposal.shape.parents, 1, mode="clip")
+        return walk(proposal, proposal.tokens == above, targets, context.longest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Typical:
+    """Medusa's typical acceptance (section 2.3.1): LOSSY, answers do not follow the target's law.
+
+    A drafted token is kept if its probability is above min(epsilon, delta * exp(-entropy)); the
+    longest path wins, then the likelier one. Greedy decoding is as with `Exact`.
 
     Attributes:
-        path: [b, n] its nodes by depth, root first; the root again past `count`.
-        count: [b] accepted drafted tokens, 0 to n - 1.
-        emitted: [b, n] tokens to commit: `count` accepted ones, then the bonus token; what follows
-            is meaningless.
+        epsilon: the hard threshold.
+        delta: the factor of the entropy-dependent one.
     """
 
-    path: Int[Array, "b n"]
-    count: Int[Array, " b"]
-    emitted: Int[Array, "b n"]
+    epsilon: float = 0.09
+    delta: float = 0.3
+
+    lossless: ClassVar[bool] = False
+    seeded: ClassVar[bool] = False
+
+    def __call__(
+        self, proposal: Proposal, logits: Logits, targets: Int[Array, "b t"], context: Context
+    ) -> Accepted:
+        if context.sampling.greedy:
+            return Exact()(proposal, logits, targets, context)
+        law = jax.nn.log_softmax(process(logits, context.sampling), axis=-1)
+        mass = jnp.exp(law)
+        entropy = -jnp.sum(jnp.where(mass > 0, mass * law, 0.0), axis=-1)
+        threshold = jnp.minimum(self.epsilon, self.delta * jnp.exp(-entropy))
+
+        def of_parent(values: Array) -> Array:
+            return jnp.take_along_axis(values, proposal.shape.parents, 1, mode="clip")
+
+        rows = jnp.take_along_axis(law, proposal.shape.parents[:, :, None], 1, mode="clip")
+        own = jnp.take_along_axis(rows, proposal.tokens[:, :, None], 2, mode="clip")[..., 0]
+        kept = jnp.exp(own) > of_parent(threshold)
+        # No product with a mask of 0 and 1: 0 times the -inf of an excluded token would be NaN.
+        own = own.at[:, 0].set(0.0)
+        likelihood = jnp.sum(jnp.where(proposal.shape.ancestors, own[:, None, :], 0.0), axis=-1)
+        accepted = walk(proposal, kept, targets, context.longest, likelihood)
+        # Drafted tokens were judged, not matched: they are emitted as they are.
+        drafted = jnp.take_along_axis(proposal.tokens, accepted.path, 1, mode="clip")
+        step = jnp.arange(accepted.path.shape[1])[None]
+        emitted = jnp.where(
+            step < accepted.count[:, None], jnp.roll(drafted, -1, axis=1), accepted.emitted
+        )
+        return dataclasses.replace(accepted, emitted=emitted)
 
 
-def accept(
-    tokens: Int[Array, "b t"], shape: Shape, targets: Int[Array, "b t"], longest: int
+@dataclasses.dataclass(frozen=True)
+class Rejection:
+    """Speculative sampling's rule (arXiv 2211.17192) for a chain drawn from `proposal.logits`.
+
+    A token is kept with probability min(1, p / q); after the first one that isn't, the bonus token
+    comes from the normalised max(0, p - q). The law is the target's, the text of a seed is not
+    vanilla's. The draft must have drawn with noise of its own. Greedy decoding is as with `Exact`.
+    """
+
+    lossless: ClassVar[bool] = True
+    seeded: ClassVar[bool] = False
+
+    def __call__(
+        self, proposal: Proposal, logits: Logits, targets: Int[Array, "b t"], context: Context
+    ) -> Accepted:
+        if context.sampling.greedy:
+            return Exact()(proposal, logits, targets, context)
+        assert proposal.logits is not None and context.noise is not None
+        t = proposal.tokens.shape[1]
+        p = jax.nn.softmax(process(logits, context.sampling), axis=-1)[:, :-1]
+        q = jax.nn.softmax(process(proposal.logits, context.sampling), axis=-1)[:, 1:]
+        drawn = proposal.tokens[:, 1:, None]
+        ratio = _pick(p, drawn) / jnp.maximum(_pick(q, drawn), jnp.finfo(q.dtype).tiny)
+        kept = position_uniform(context.seeds, context.length, t - 1) < ratio
+        count = jnp.sum(jnp.cumprod(kept.astype(jnp.int32), axis=1), axis=1)
+        residual = jnp.maximum(p - q, 0.0)
+        # Where rounding leaves no residual, p and q are the same.
+        residual = jnp.where(jnp.sum(residual, axis=-1, keepdims=True) > 0, residual, p)
+        redrawn = argmax(jnp.log(residual) + context.noise[:, : t - 1])
+        bonus = jnp.concatenate([redrawn, targets[:, -1:]], axis=1)
+        step = jnp.arange(t, dtype=jnp.int32)[None]
+        drafted = jnp.roll(proposal.tokens, -1, axis=1)
+        return Accepted(
+            path=jnp.where(step <= count[:, None], step, 0),
+            count=count,
+            emitted=jnp.where(step < count[:, None], drafted, bonus),
+        )
+
+
+def _pick(values: Float[Array, "b t v"], index: Int[Array, "b t 1"]) -> Float[Array, "b t"]:
+    return jnp.take_along_axis(values, index, axis=2, mode="clip")[..., 0]
+
+
+def walk(
+    proposal: Proposal,
+    kept: Bool[Array, "b t"],
+    targets: Int[Array, "b t"],
+    longest: int,
+    preference: Float[Array, "b t"] | None = None,
 ) -> Accepted:
-    """Walk each row's tree from the root while a child carries the target's token.
+    """The deepest path from the root whose nodes are all kept.
 
     Args:
-        tokens: drafted tokens; node 0 is the last committed one.
-        shape: of the trees.
+        proposal: the trees.
+        kept: verdict on each node by itself; the root's is not read.
         targets: the target's token after each node.
-        longest: n, nodes of the longest path, root included (static).
+        longest: n, nodes of the longest path, root included.
+        preference: among equally deep nodes the largest wins; else the lowest index does.
     """
 
-    def one_row(tokens, parents, depth, ancestors, targets):
-        matches = (tokens == targets[parents]).at[0].set(True)
-        alive = jnp.all(matches[None, :] | ~ancestors, axis=1)
+    def one_row(kept, depth, ancestors, targets, preference):
+        alive = jnp.all(kept.at[0].set(True)[None, :] | ~ancestors, axis=1)
         # Siblings may repeat a token: the lowest index wins, and with it one well-defined path.
-        best = jnp.argmax(jnp.where(alive, depth, -1))
+        reached = jnp.where(alive, depth, -1)
+        if preference is not None:
+            preference = jnp.where(reached == jnp.max(reached), preference, -jnp.inf)
+        best = jnp.argmax(reached if preference is None else preference)
         on_path = ancestors[best][None, :] & (depth[None, :] == jnp.arange(longest)[:, None])
         path = jnp.argmax(on_path, axis=1).astype(jnp.int32)
         return path, depth[best], targets[path]
 
-    trees = (tokens, shape.parents, shape.depth, shape.ancestors, targets)
-    return Accepted(*jax.vmap(one_row)(*trees))
+    shape = proposal.shape
+    return Accepted(*jax.vmap(one_row)(kept, shape.depth, shape.ancestors, targets, preference))

@@ -24,11 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt32
 
-from eagle_jax.config import EagleConfig, TransformerConfig
-from eagle_jax.decode.accept import accept
+from eagle_jax.config import DraftConfig, TransformerConfig
 from eagle_jax.decode.method import Context, Method, Models, Prompt, Verified
 from eagle_jax.decode.sampling import Sampling, argmax, perturb, position_noise
-from eagle_jax.models import Cache, EagleDraft, Transformer, bind
+from eagle_jax.models import DRAFTS, Cache, Transformer, bind
 from eagle_jax.models import cache as caches
 from eagle_jax.models.transformer import packed_mask
 from eagle_jax.params import Params
@@ -80,15 +79,15 @@ class Program:
 
     method: Method
     target: TransformerConfig
-    draft: EagleConfig | None
+    draft: DraftConfig | None
     slots: int
     eos: tuple[int, ...]
 
     def models(self, params: Params) -> Models:
         draft = None
-        if self.draft is not None and self.method.needs_draft:
-            assert params.draft is not None
-            draft = bind(EagleDraft, self.draft, params.draft)
+        if self.draft is not None:
+            kind = self.draft.kind
+            draft = bind(DRAFTS[kind], self.draft, params.drafts[kind].params)
         return Models(bind(Transformer, self.target, params.target), draft)
 
 
@@ -121,7 +120,7 @@ def prefill(
     empty = caches.empty(
         len(output.block), b, keys.shape[1], program.slots, keys.shape[3], keys.dtype
     )
-    prompt = Prompt(tokens, length, output.features)
+    prompt = Prompt(tokens, length, output)
     return State(
         tokens=jnp.pad(tokens, ((0, 0), (0, program.slots - t))),
         length=length,
@@ -161,7 +160,7 @@ def _round(program: Program, models: Models, state: State, settings: Sampling) -
     noise = None
     if not settings.greedy:
         noise = position_noise(state.seeds, state.length, n, program.target.vocab_size)
-    context = Context(state.tokens, state.length, noise, settings)
+    context = Context(state.tokens, state.length, state.seeds, noise, settings, n)
     proposal, method_state = method.propose(models, context, state.method)
 
     depth = proposal.shape.depth
@@ -176,12 +175,12 @@ def _round(program: Program, models: Models, state: State, settings: Sampling) -
     if noise is not None:
         noise = jnp.take_along_axis(noise, depth[:, :, None], axis=1, mode="clip")
     targets = argmax(perturb(logits, noise, settings))
-    accepted = accept(proposal.tokens, proposal.shape, targets, n)
+    accepted = method.rule(proposal, logits, targets, context)
 
     committed, done = _clip(program, state, accepted.emitted, accepted.count + 1)
     # Rejected nodes never reach the cache: only the accepted path is written, n slots at once.
     cache = caches.write(state.cache, caches.gather(output.block, accepted.path), state.length - 1)
-    verified = Verified(output.features, logits, accepted.path, committed)
+    verified = Verified(proposal, output, logits, targets, accepted.path, committed)
     # At an end token or the limit a round may commit drafted tokens and no bonus token.
     drafted = jnp.where(state.done, -1, jnp.minimum(committed, accepted.count))
     return dataclasses.replace(
@@ -190,7 +189,7 @@ def _round(program: Program, models: Models, state: State, settings: Sampling) -
         length=state.length + committed,
         done=done,
         cache=cache,
-        method=method.update(method_state, verified),
+        method=method.update(models, method_state, verified),
         rounds=state.rounds + (~state.done).astype(jnp.int32),
         accepted=state.accepted + (drafted[:, None] == jnp.arange(n)[None]).astype(jnp.int32),
     )
@@ -237,6 +236,7 @@ class Clock:
 
 _executables: dict[Any, Callable[..., State]] = {}
 _executables_lock = threading.Lock()
+_compiling: dict[Any, threading.Lock] = {}
 
 
 def _signature(tree: Any) -> Any:
@@ -256,7 +256,9 @@ def _compiled(
     Kept by hand instead of by jit so that compile time is known exactly and apart.
     """
     key = (function, program, _signature(args))
-    with _executables_lock:  # two threads with one new shape compile it once
+    with _executables_lock:
+        turn = _compiling.setdefault(key, threading.Lock())
+    with turn:  # two threads with one new shape compile it once; other shapes don't wait
         if key not in _executables:
             start = time.perf_counter()
             donate = (2,) if function is decode else ()

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import heapq
 import operator
 from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 ROOT = 0
 
@@ -36,9 +37,26 @@ class Shape:
             the mask under which the target scores the tree.
     """
 
-    parents: Int[Array, "b t"]
-    depth: Int[Array, "b t"]
-    ancestors: Bool[Array, "b t t"]
+    parents: Int[Array, "*b t"]
+    depth: Int[Array, "*b t"]
+    ancestors: Bool[Array, "*b t t"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """What a round verifies: one tree per row.
+
+    Attributes:
+        tokens: [b, t]; node 0 is the root, the last committed token.
+        shape: of the trees.
+        logits: [b, t, v] scores that a node's token was drawn from, or none. Only rules that
+            weigh the draft's own distribution read them.
+    """
+
+    tokens: Int[Array, "b t"]
+    shape: Shape
+    logits: Float[Array, "b t v"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +116,110 @@ class StaticTree:
         return Shape(rows(self.parents), rows(self.depths), rows(self.ancestors))
 
 
+@dataclasses.dataclass(frozen=True)
+class DynamicTree:
+    """EAGLE-2's tree, grown anew every round (arXiv 2406.16858 section 4): a fixed envelope.
+
+    From every frontier node the `k` best children; of all of them the `k` best by cumulative
+    log-probability are the next frontier; at the end the best `drafted` of the whole pool stay.
+    The official command line counts otherwise: its `depth` is ours - 1, its `total-token` ours + 1.
+
+    Attributes:
+        depth: longest draft.
+        k: candidates of every node, and nodes of every frontier.
+        drafted: nodes that stay, root not counted.
+    """
+
+    depth: int = 6
+    k: int = 10
+    drafted: int = 59
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "k", "drafted"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"tree {name}={value!r}: must be a whole number above 0")
+        if self.drafted > self.pool:
+            raise ValueError(
+                f"tree drafted={self.drafted}: depth {self.depth} and k {self.k} find only "
+                f"{self.pool} candidates; use at most that"
+            )
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of the tree, root included: tokens of one target pass."""
+        return self.drafted + 1
+
+    @property
+    def pool(self) -> int:
+        """Candidates that are found."""
+        return self.k + (self.depth - 1) * self.k**2
+
+
+def rerank(
+    tokens: Int[Array, "b p"],
+    scores: Float[Array, "b p"],
+    parents: Int[Array, "b p"],
+    root: Int[Array, " b"],
+    tree: DynamicTree,
+) -> Proposal:
+    """The tree of the `tree.drafted` best candidates of a pool.
+
+    A candidate's parent has a lower index and at least its score, and equal scores go to the lower
+    index, so the parent of whoever is chosen is chosen too.
+
+    Args:
+        tokens, scores: of every candidate.
+        parents: index + 1 of each candidate's parent, 0 for the root.
+        root: the root's token.
+        tree: the envelope.
+    """
+
+    def one_row(tokens, scores, parents, root):
+        # `top_k` ranks -0.0 below 0.0: a child could be chosen without its parent.
+        _, best = jax.lax.top_k(jnp.where(scores == 0, 0.0, scores), tree.drafted)
+        chosen = jnp.sort(best)  # parents first
+        place = jnp.zeros(tree.pool + 1, jnp.int32).at[chosen + 1].set(jnp.arange(1, tree.nodes))
+        above = jnp.concatenate([jnp.zeros(1, jnp.int32), place[parents[chosen]]])
+        return jnp.concatenate([root[None], tokens[chosen]]), grow(above, tree.depth)
+
+    tokens, shape = jax.vmap(one_row)(tokens, scores, parents, root)
+    return Proposal(tokens, shape)
+
+
+def grow(parents: Int[Array, " t"], depth: int) -> Shape:
+    """The shape of one row's tree, from the parent of every node (the root's is itself)."""
+    own = jnp.eye(parents.shape[0], dtype=bool)
+    ancestors = own
+    for _ in range(depth):
+        ancestors = own | ancestors[parents]
+    return Shape(parents, jnp.sum(ancestors, axis=1, dtype=jnp.int32) - 1, ancestors)
+
+
+def best_tree(accuracy: Sequence[Sequence[float]], nodes: int) -> StaticTree:
+    """The static tree of `nodes` drafted nodes with the longest expected acceptance.
+
+    Args:
+        accuracy: `accuracy[d][r]`, how often the candidate of rank r is right at depth d + 1, given
+            that its parent is. A path's chance is the product; the likeliest paths are taken.
+        nodes: drafted nodes, root not counted.
+    """
+    chosen: list[tuple[int, ...]] = []
+    waiting: list[tuple[float, tuple[int, ...]]] = [
+        (-float(share), (rank,)) for rank, share in enumerate(accuracy[0])
+    ]
+    heapq.heapify(waiting)
+    while len(chosen) < nodes:
+        if not waiting:
+            raise ValueError(f"nodes={nodes}: the accuracies describe only {len(chosen)} paths")
+        chance, path = heapq.heappop(waiting)
+        chosen.append(path)
+        if len(path) < len(accuracy):
+            for rank, share in enumerate(accuracy[len(path)]):
+                heapq.heappush(waiting, (chance * float(share), (*path, rank)))
+    return static_tree(chosen)
+
+
 def static_tree(paths: Iterable[Sequence[int]]) -> StaticTree:
     """A checked tree from rank paths in any order; a path's prefixes must be given too."""
     try:
@@ -125,15 +247,19 @@ def chain(depth: int) -> StaticTree:
 MC_SIM_7B_63 = static_tree([[int(rank) for rank in word] for word in _MC_SIM_7B_63.split()])
 
 
-def named_tree(name: str) -> StaticTree:
-    """`mc_sim_7b_63`, `chain-5`, or paths written as `0 1 00 01` (ranks 0 to 9)."""
+def named_tree(name: str) -> StaticTree | DynamicTree:
+    """A tree by its name; see the message at the end for what there is."""
     if name == "mc_sim_7b_63":
         return MC_SIM_7B_63
     if name.startswith("chain-") and name.removeprefix("chain-").isdecimal():
         return chain(int(name.removeprefix("chain-")))
+    sizes = name.removeprefix("dynamic-").split("-")
+    if name.startswith("dynamic-") and len(sizes) == 3 and all(map(str.isdecimal, sizes)):
+        return DynamicTree(*map(int, sizes))
     words = name.split()
     if words and all(word.isascii() and word.isdecimal() for word in words):
         return static_tree([[int(rank) for rank in word] for word in words])
     raise ValueError(
-        f"tree={name!r}: unknown; use mc_sim_7b_63, chain-N, or rank paths such as '0 1 00 01'"
+        f"tree={name!r}: unknown; use mc_sim_7b_63, chain-N, dynamic-DEPTH-K-DRAFTED, or rank "
+        "paths such as '0 1 00 01'"
     )

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Int
 
 from eagle_jax.config import EagleConfig
 from eagle_jax.models.layers import AttentionKernel, DecoderLayer, Linear
-from eagle_jax.types import Hidden, KeyValue
+from eagle_jax.models.transformer import Output, Transformer
+from eagle_jax.types import Hidden, KeyValue, Logits
 
 
 class EagleDraft(nnx.Module):
@@ -54,3 +55,19 @@ class EagleDraft(nnx.Module):
         return self.layers[0](
             x, positions, mask, prefix=prefix, lengths=lengths, before=before, kernel=kernel
         )
+
+    def features(self, output: Output) -> Hidden:
+        """What is kept of a target pass: its features."""
+        return output.features
+
+    def fuse(self, features: Hidden) -> Hidden:
+        """The draft's input at positions whose features are the target's own: these."""
+        return features
+
+    def logits(self, state: Hidden, target: Transformer) -> Logits:
+        """Scores of predicted features through the target's head."""
+        return target.logits(state)
+
+    def tokens(self) -> None:
+        """The draft vocabulary is the target's."""
+        return None

@@ -138,22 +138,22 @@ def two_segment_attention(
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions; reads `inputs` times the model's width."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
-        d, e = config.hidden_size, config.head_dim
+    def __init__(self, config: TransformerConfig, *, inputs: int = 1, rngs: nnx.Rngs) -> None:
+        d, e = inputs * config.hidden_size, config.head_dim
         h, k = config.num_attention_heads, config.num_key_value_heads
         bias = config.attention_bias
         self.q_proj = Linear(d, h * e, bias=bias, rngs=rngs)
         self.k_proj = Linear(d, k * e, bias=bias, rngs=rngs)
         self.v_proj = Linear(d, k * e, bias=bias, rngs=rngs)
-        self.o_proj = Linear(h * e, d, zero=True, rngs=rngs)
+        self.o_proj = Linear(h * e, config.hidden_size, zero=True, rngs=rngs)
         self.head_dim = e
         self.theta = config.rope_theta
 
     def __call__(
         self,
-        x: Hidden,
+        x: Float[Array, "b t i"],
         positions: Int[Array, "b t"],
         mask: Bool[Array, "b t u"],
         *,
@@ -168,10 +168,7 @@ class Attention(nnx.Module):
         drafted); they come first in `mask`'s last axis. `kernel="cudnn"` takes the fused kernel
         for training, where there is no prefix.
         """
-        heads = (*x.shape[:2], -1, self.head_dim)
-        query = rotary(self.q_proj(x).reshape(heads), positions, self.theta)
-        keys = rotary(self.k_proj(x).reshape(heads), positions, self.theta)
-        values = self.v_proj(x).reshape(heads)
+        query, keys, values = self.project(x, positions)
         if kernel == "cudnn":
             mixed = jax.nn.dot_product_attention(
                 query, keys, values, mask=mask[:, None], implementation="cudnn"
@@ -183,6 +180,15 @@ class Attention(nnx.Module):
                 seen = jax.tree.map(lambda a, c: jnp.concatenate([a, c], axis=2), before, block)
             mixed = two_segment_attention(query, seen, mask, prefix, lengths)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1)), block
+
+    def project(
+        self, x: Float[Array, "b t i"], positions: Int[Array, "b t"]
+    ) -> tuple[Float[Array, "b t h e"], Float[Array, "b t k e"], Float[Array, "b t k e"]]:
+        """Query, keys and values of a block, rotated to their positions."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        query = rotary(self.q_proj(x).reshape(heads), positions, self.theta)
+        keys = rotary(self.k_proj(x).reshape(heads), positions, self.theta)
+        return query, keys, self.v_proj(x).reshape(heads)
 
 
 class MLP(nnx.Module):

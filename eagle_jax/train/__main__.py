@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from eagle_jax import cli, config
+from eagle_jax import cli, settings
+from eagle_jax.config import TrainConfig
 from eagle_jax.train import run
 
 
@@ -36,8 +37,8 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Parse, train, print the result."""
     arguments = _arguments()
-    settings = config.load(arguments.config, arguments.overrides)
-    result = run(settings, restart=arguments.restart, dry_run=arguments.dry_run)
+    config = settings.load(arguments.config, arguments.overrides, kind=TrainConfig)
+    result = run(config, restart=arguments.restart, dry_run=arguments.dry_run)
     print(json.dumps(result), flush=True)
 
 

@@ -32,6 +32,7 @@ from eagle_jax.text import Tokenizer, read_conversations
 # Raise when the content of prepared folders changes for the same input.
 FORMAT = 1
 SPLIT = "rows"
+COUNTS = "token_counts.npy"
 Batch = dict[str, np.ndarray]
 Row = dict[str, np.ndarray]
 
@@ -166,6 +167,39 @@ def prepare(files: Sequence[str], config: DataConfig, *, field: str = "train") -
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def token_counts(config: DataConfig) -> np.ndarray:
+    """How often each token occurs in assistant turns of the training text.
+
+    Counted once: the result is stored in the prepared folder, whose name is a hash of the content.
+
+    Args:
+        config: the text and its shape; prepared first if this was not done before.
+
+    Returns:
+        int64 [largest token + 1].
+
+    Raises:
+        ValueError: a field of the configuration or of the text is wrong.
+    """
+    import tqdm
+
+    folder = prepare(config.train, config, field="train")
+    file = folder / COUNTS
+    if file.is_file():
+        return np.load(file)
+    source, counts = _open(folder), np.zeros(0, np.int64)
+    for first in tqdm.trange(0, len(source), 256, desc="counting", unit_scale=256, disable=None):
+        rows = source.__getitems__(range(first, min(first + 256, len(source))))
+        marked = np.concatenate([row["tokens"][row["mask"] > 0] for row in rows])
+        new = np.bincount(marked, minlength=len(counts))
+        new[: len(counts)] += counts
+        counts = new
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".npy", delete=False) as unfinished:
+        np.save(unfinished, counts)
+    Path(unfinished.name).rename(file)  # whoever reads it finds the whole
+    return counts
 
 
 def cut(tokens: Sequence[int], mask: Sequence[int], length: int) -> Iterator[Example]:

@@ -1,15 +1,14 @@
-"""Hugging Face directories: bit-exact round trips, transformers' reading, and errors that help."""
+"""Targets in Hugging Face directories: bit-exact, as transformers reads them, errors that help."""
 
 import dataclasses
 import json
 
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
+from model_directories import assert_same, edit, message, random_params
 
-from eagle_jax.checkpoint import hf, safetensors
-from eagle_jax.config import EagleConfig, TransformerConfig
+from eagle_jax.checkpoint import hf
+from eagle_jax.config import TransformerConfig
 
 # Every size differs from every other, so that a wrong axis cannot pass.
 TARGET = TransformerConfig(
@@ -24,55 +23,11 @@ TARGET = TransformerConfig(
     rms_norm_eps=1e-4,
     max_position_embeddings=96,
 )
-DRAFT = EagleConfig(
-    vocab_size=40,
-    hidden_size=24,
-    intermediate_size=56,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    rope_theta=50000.0,
-    rms_norm_eps=1e-4,
-)
 TARGETS = [
     TARGET,
     dataclasses.replace(TARGET, tie_word_embeddings=True),
     dataclasses.replace(TARGET, attention_bias=True),
 ]
-DRAFTS = [DRAFT, dataclasses.replace(DRAFT, bias=False, attention_bias=True)]
-
-
-def random_params(config, dtype="float32"):
-    rng = np.random.default_rng(0)
-    return {name: rng.normal(size=shape).astype(dtype) for name, shape in hf.shapes(config).items()}
-
-
-def message(function, *args) -> str:
-    with pytest.raises(ValueError) as info:
-        function(*args)
-    text = str(info.value)
-    assert "\n" not in text
-    return text
-
-
-def edit(directory, **changes):
-    path = directory / "config.json"
-    settings = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in settings.items() if v != "absent"}))
-
-
-def retensor(directory, change):
-    path = directory / "model.safetensors"
-    tensors = safetensors.read(path)
-    change(tensors)
-    safetensors.write(path, tensors)
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        assert found[name].dtype == array.dtype and found[name].shape == array.shape
-        assert found[name].tobytes() == array.tobytes(), name
 
 
 @pytest.fixture
@@ -81,34 +36,29 @@ def target(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def draft(tmp_path):
-    hf.save_draft(tmp_path, DRAFT, random_params(DRAFT), "float32")
-    return tmp_path
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("config", TARGETS + DRAFTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("config", TARGETS)
 def test_round_trip_is_bit_exact(tmp_path, config, dtype):
-    draft = isinstance(config, EagleConfig)
+    """Catches a lost, transposed or rounded array, and a setting that is not written."""
     params = random_params(config, dtype)
-    save, load = (hf.save_draft, hf.load_draft) if draft else (hf.save_target, hf.load_target)
-    save(tmp_path / "new", config, params, dtype)
-    found_config, found = load(tmp_path / "new")
+    hf.save_target(tmp_path / "new", config, params, dtype)
+    found_config, found = hf.load_target(tmp_path / "new")
     assert found_config == config
     assert_same(found, params)
 
 
-def test_saves_jax_arrays_and_casts(tmp_path):
-    params = random_params(DRAFT)
-    hf.save_draft(tmp_path, DRAFT, {k: jnp.asarray(v) for k, v in params.items()}, "bfloat16")
-    rounded = {name: value.astype(ml_dtypes.bfloat16) for name, value in params.items()}
-    assert_same(hf.load_draft(tmp_path)[1], rounded)
+def test_a_layout_in_memory_is_not_written(target):
+    """Catches `fused_mlp` in a file, whose reader has the two matrices apart."""
+    hf.save_target(target, dataclasses.replace(TARGET, fused_mlp=True), random_params(TARGET))
+    assert "fused_mlp" not in json.loads((target / "config.json").read_text())
+    edit(target, fused_mlp=True)
+    assert hf.load_target(target)[0] == TARGET
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("config", TARGETS)
 def test_transformers_opens_a_target(tmp_path, config, dtype):
+    """Catches names, transposes and settings that only we understand."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     params = random_params(config, dtype)
@@ -134,6 +84,7 @@ def test_transformers_opens_a_target(tmp_path, config, dtype):
 
 
 def test_reads_what_transformers_writes_in_shards(tmp_path):
+    """Catches a reader that takes the first file for the whole model."""
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     hf.save_target(tmp_path / "ours", TARGET, random_params(TARGET), "float32")
@@ -146,19 +97,12 @@ def test_reads_what_transformers_writes_in_shards(tmp_path):
 
 
 def test_old_config_keys(target):
+    """Catches other defaults than transformers' for keys that older files leave out."""
     edit(target, rope_parameters="absent", head_dim=None, num_key_value_heads="absent")
     edit(target, rope_theta=7, num_attention_heads=2, hidden_size=24)
     # Derived: two heads, each 12 wide, and as many for keys.
     text = message(hf.load_target, target)
     assert "q_proj.weight has shape (32, 24), the configuration implies (24, 24)" in text
-    hf.save_draft(target, DRAFT, random_params(DRAFT), "float32")
-    edit(target, bias="absent", qkv_bias="absent", rope_parameters="absent", rope_theta="absent")
-    assert hf.load_draft(target)[0] == dataclasses.replace(DRAFT, rope_theta=10000.0)
-
-
-def test_extra_tensors_that_are_known_are_ignored(draft):
-    retensor(draft, lambda t: t.update({"embed_tokens.weight": np.zeros((40, 24))}))
-    assert_same(hf.load_draft(draft)[1], random_params(DRAFT))
 
 
 @pytest.mark.parametrize(
@@ -178,12 +122,14 @@ def test_extra_tensors_that_are_known_are_ignored(draft):
     ],
 )
 def test_target_config_errors(target, changes, parts):
+    """Catches settings that would be computed differently than they say."""
     edit(target, **changes)
     text = message(hf.load_target, target)
     assert all(part in text for part in [str(target), *parts]), text
 
 
 def test_file_errors(target):
+    """Catches a traceback in place of one line that names the file."""
     (target / "model.safetensors").unlink()
     assert "no model.safetensors" in message(hf.load_target, target)
     (target / "config.json").write_text("{")
@@ -193,19 +139,9 @@ def test_file_errors(target):
 
 
 def test_wrong_params_are_not_saved(tmp_path):
-    params = random_params(DRAFT) | {"fc.kernel": np.zeros((24, 48))}
-    text = message(hf.save_draft, tmp_path / "new", DRAFT, params)
-    assert "fc.kernel has shape (24, 48), the configuration implies (48, 24)" in text
-    assert "dtype='int8'" in message(hf.save_draft, tmp_path / "new", DRAFT, params, "int8")
+    """Catches a directory that is half a model."""
+    params = random_params(TARGET) | {"lm_head.kernel": np.zeros((40, 24))}
+    text = message(hf.save_target, tmp_path / "new", TARGET, params)
+    assert "lm_head.kernel has shape (40, 24), the configuration implies (24, 40)" in text
+    assert "dtype='int8'" in message(hf.save_target, tmp_path / "new", TARGET, params, "int8")
     assert not (tmp_path / "new").exists()
-
-
-def test_eagle3_drafts_are_named(draft):
-    edit(draft, draft_vocab_size=20)
-    assert "EAGLE-3" in message(hf.load_draft, draft)
-
-
-def test_check_fit():
-    hf.check_fit(TARGET, DRAFT)
-    text = message(hf.check_fit, TARGET, dataclasses.replace(DRAFT, vocab_size=41))
-    assert "vocab_size: the target has 40, the draft 41" in text

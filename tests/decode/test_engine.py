@@ -1,6 +1,8 @@
 """The loop, round by round, against the reference; clipping; compiled programs."""
 
 import contextlib
+import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 
@@ -12,33 +14,53 @@ import numpy as np
 import pytest
 import reference
 
-from eagle_jax.decode import Eagle, Vanilla, chain, engine, generate, named_tree
+from eagle_jax.decode import (
+    DynamicTree,
+    Eagle,
+    EagleLookup,
+    Medusa,
+    PromptLookup,
+    Rejection,
+    Speculative,
+    Vanilla,
+    chain,
+    engine,
+    generate,
+    named_tree,
+    static_tree,
+)
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.sampling import sampling
+from eagle_jax.params import Draft, Params
+from eagle_jax.testing import random_draft, tiny_eagle3
 
 COUNT = 12
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-def make_program(method: Method, more: int = 0, eos: tuple[int, ...] = ()) -> engine.Program:
+def make_program(
+    method: Method, more: int = 0, eos: tuple[int, ...] = (), pair: Params | None = None
+) -> engine.Program:
     """The program that `generate` would use; `more` slots make it one of its own."""
-    pair = decoding.trained_pair()
+    pair = pair or decoding.trained_pair()
     longest = engine.bucket_prompt(max(map(len, decoding.PROMPTS)))
     slots = engine.capacity(longest, decoding.NEW, method.depth) + more
-    draft = pair.draft_config if method.needs_draft else None
+    draft = None if method.draft is None else pair.drafts[method.draft].config
     return engine.Program(method, pair.target_config, draft, slots, eos)
 
 
-def start(program: engine.Program, counts: list[int]) -> engine.State:
+def start(program: engine.Program, counts: list[int], pair: Params | None = None) -> engine.State:
     prompts = [np.array(prompt) for prompt in decoding.PROMPTS]
     limits = [len(prompt) + count for prompt, count in zip(prompts, counts, strict=True)]
-    pair = decoding.trained_pair()
+    pair = (pair or decoding.trained_pair()).only(program.method.draft)
     return engine.start(program, pair, prompts, limits, decoding.SEEDS, engine.Clock())
 
 
-def advance(program, state, temperature: float = 0.0, rounds: int = 1000) -> engine.State:
-    settings = sampling(temperature)
-    pair = decoding.trained_pair()
+def advance(
+    program, state, temperature: float = 0.0, rounds: int = 1000, pair: Params | None = None, **more
+) -> engine.State:
+    pair = (pair or decoding.trained_pair()).only(program.method.draft)
+    settings = sampling(temperature, **more)
     return engine.advance(program, pair, state, settings, engine.Clock(), rounds)
 
 
@@ -52,54 +74,185 @@ def answers(state: engine.State) -> list[list[int]]:
     return [text[len(prompt) :] for text, prompt in pairs]
 
 
-@pytest.mark.parametrize("tree", ["mc_sim_7b_63", "chain-3"])
-@pytest.mark.parametrize(("temperature", "coupled"), [(0.0, True), (1.0, True), (1.0, False)])
-def test_every_round_is_the_references(tree: str, temperature: float, coupled: bool) -> None:
+@functools.cache
+def drafting_pair(**changes: bool | tuple[int, ...]) -> Params:
+    """The trained pair with drafts that tell more than random ones.
+
+    EAGLE-3 gets the flags `changes` and a vocabulary with gaps; the small model is the target with
+    a few of its weights shaken, so that whole chains are accepted.
+    """
+    pair = decoding.trained_pair()
+    config = tiny_eagle3(pair.target_config, **changes)
+    known = np.array([0, 2, 3, 5, 7, 8, 10])
+    eagle3 = random_draft(config, 9)
+    table = jnp.asarray(known - np.arange(len(known)), jnp.int32)
+    rng = np.random.default_rng(0)
+    model = {
+        name: x + 0.03 * jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+        for name, x in pair.target.items()
+    }
+    drafts = {
+        **pair.drafts,
+        "eagle3": Draft({**eagle3.params, "d2t": table}, config),
+        "model": Draft(model, pair.target_config),
+    }
+    return dataclasses.replace(pair, drafts=drafts)
+
+
+# Every child of the root, so that a round finds something whatever the draft is worth.
+WIDE = static_tree(
+    [(r,) for r in range(decoding.VOCAB)]
+    + [(r, s) for r in range(decoding.VOCAB) for s in (0, 1, 3)]
+    + [(r, 0, 1) for r in range(0, decoding.VOCAB, 2)]
+)
+HEAD3 = static_tree([[0], [1], [2], [3], [6], [0, 0], [0, 2], [3, 1], [6, 0], [0, 2, 0], [6, 0, 1]])
+# Often enough a match, often enough none.
+LOOKUP = PromptLookup(max_ngram=4, min_ngram=2, length=4, latest=True, truncate=True)
+MC_SIM = Eagle(named_tree("mc_sim_7b_63"))
+DRAFTING: dict[str, tuple[Method, float, dict]] = {
+    "eagle greedy": (MC_SIM, 0.0, {}),
+    "eagle": (MC_SIM, 1.0, {}),
+    "eagle plain": (dataclasses.replace(MC_SIM, coupled=False), 1.0, {}),
+    "eagle chain greedy": (Eagle(chain(3)), 0.0, {}),
+    "eagle2 greedy": (Eagle(DynamicTree(5, 3, 14)), 0.0, {}),
+    "eagle2": (Eagle(DynamicTree(4, 4, 20), sharpness=0.6), 1.0, {}),
+    "eagle2 plain": (Eagle(DynamicTree(3, 5, 55), coupled=False), 1.0, {}),  # the whole pool
+    "eagle2 one wide": (Eagle(DynamicTree(4, 1, 3)), 0.7, {}),
+    "eagle3 greedy": (Eagle(HEAD3, head="eagle3"), 0.0, {}),
+    "eagle3 chain": (Eagle(chain(4), head="eagle3"), 1.0, {"fc_norm": True, "norm_output": True}),
+    "eagle3 dynamic greedy": (
+        Eagle(DynamicTree(4, 5, 30), head="eagle3"),
+        0.0,
+        {"norm_output": True, "aux_layers": (2, 0)},
+    ),
+    "eagle3 dynamic": (Eagle(DynamicTree(4, 7, 30), head="eagle3"), 1.0, {"fc_norm": True}),
+    # Filters: most children have no chance at all, and those are equal.
+    "eagle2 filtered": (Eagle(DynamicTree(3, 4, 30)), 1.0, {"top_k": 2}),
+    "eagle3 filtered": (Eagle(DynamicTree(3, 4, 20), head="eagle3"), 1.3, {"top_p": 0.6}),
+    "eagle lookup": (EagleLookup(Eagle(chain(2)), LOOKUP), 0.0, {}),
+    "eagle lookup, dynamic": (EagleLookup(Eagle(DynamicTree(3, 3, 9)), LOOKUP), 1.0, {}),
+    "medusa greedy": (Medusa(WIDE), 0.0, {}),
+    "medusa": (Medusa(WIDE), 1.0, {}),
+    "medusa plain": (Medusa(WIDE, coupled=False), 1.0, {}),
+    "speculative greedy": (Speculative(4), 0.0, {}),
+    "speculative": (Speculative(3), 1.0, {}),
+    "speculative plain": (Speculative(2, coupled=False), 1.0, {}),
+    "speculative rejection": (Speculative(3, rule=Rejection()), 1.0, {}),
+}
+
+
+@pytest.mark.parametrize(("method", "temperature", "changes"), DRAFTING.values(), ids=DRAFTING)
+def test_every_round_is_the_references(method: Method, temperature: float, changes: dict) -> None:
     """Catches every off-by-one between token, feature, position, noise and cache slot.
 
     Such bugs cost acceptance only, never correctness, so nothing else would notice. After each
     round, the reference drafts and verifies again from the committed text alone.
     """
-    pair = reference.Pair.of(decoding.trained_pair())
-    paths = [(), *named_tree(tree).paths]
-    program = make_program(decoding.Recording(Eagle(named_tree(tree), coupled=coupled)))
-    state = start(program, [COUNT, COUNT - 1, COUNT - 5, COUNT])
-    rounds, deepest = 0, 0
+    filters = {name: value for name, value in changes.items() if name.startswith("top")}
+    params = drafting_pair(**{k: v for k, v in changes.items() if k not in filters})
+    pair = reference.Pair.of(params)
+    program = make_program(decoding.Recording(method), pair=params)
+    state = start(program, [COUNT, COUNT - 1, COUNT - 5, COUNT], params)
+    rounds, deepest, copied = 0, 0, set()
     while not bool(jnp.all(state.done)):
         before, done = texts(state), np.asarray(state.done)
         limits = np.asarray(state.limit)
-        state = advance(program, state, temperature, rounds=1)
+        state = advance(program, state, temperature, 1, params, **filters)
         for row, text in enumerate(before):
             if done[row]:
                 assert texts(state)[row] == text
                 continue
-            drafted = np.asarray(state.method.tokens)[row].tolist()
-            rule = reference.Rule(temperature, seed=decoding.SEEDS[row])
+            drafted, parents = (
+                np.asarray(x)[row].tolist() for x in (state.method.tokens, state.method.parents)
+            )
+            rule = reference.Rule(temperature, seed=decoding.SEEDS[row], **filters)
             assert drafted[0] == text[-1]
-            if len(text) > 1:  # a text of one token holds no pair to draft from
-                found = reference.draft_tree(pair, text, paths[1:], rule, coupled=coupled)
-                assert drafted[1:] == [found[path] for path in paths[1:]], (row, text)
-            emitted = verified(pair, text, paths, drafted, rule)
+            # A text of one token holds no pair to draft from.
+            if len(text) > 1 or method.draft == "model":
+                wanted = redrafted(method, pair, text, rule)
+                assert (drafted[1:], parents[1:]) == wanted, (row, text)
+            if isinstance(method, EagleLookup):
+                copied.add(bool(reference.lookup(text, LOOKUP.max_ngram, LOOKUP.min_ngram, 1)))
+            emitted = verified(method, pair, text, drafted, parents, rule)
             room = int(limits[row]) - len(text)
             assert texts(state)[row] == text + emitted[:room]
             deepest = max(deepest, len(emitted))
         rounds += 1
-    assert deepest > 2 and rounds < COUNT  # the test has seen paths of some length
+    # The test has seen paths of some length, and both ways of drafting.
+    assert not isinstance(method, EagleLookup) or copied == {True, False}
+    assert deepest > min(2, method.depth) and rounds < COUNT, (deepest, rounds)
 
 
-def verified(pair, text, paths, drafted, rule) -> list[int]:
-    """Tokens that a round must emit: each node scored as a sequence of its own."""
-    targets = []
-    for path in paths:
-        above = [drafted[paths.index(path[:i])] for i in range(1, len(path) + 1)]
-        logits = reference.target(pair, [*text, *above])[1][-1]
-        noisy = reference.scores(logits, len(text) + len(path), rule)
-        targets.append(int(np.argmax(noisy)))
+def redrafted(
+    method: Method, pair: reference.Pair, text: list[int], rule: reference.Rule
+) -> tuple[list[int], list[int]]:
+    """Tokens and parents of the nodes below the root, by the reference."""
+    assert method.draft is not None
+    if isinstance(method, EagleLookup):
+        find = method.lookup
+        tokens = reference.lookup(text, find.max_ngram, find.min_ngram, find.length)
+        parents = [*range(len(tokens))]
+        if not tokens:
+            tokens, parents = redrafted(method.eagle, pair, text, rule)
+        more = method.nodes - 1 - len(tokens)
+        return [*tokens, *[text[-1]] * more], [*parents, *[0] * more]
+    think = reference.drafter(pair, method.draft, text)
+    if isinstance(method, Speculative):
+        if isinstance(method.rule, Rejection):
+            return own_draws(think, method.length, len(text), rule), [*range(method.length)]
+        tree = chain(method.length)
+    else:
+        assert isinstance(method, Eagle | Medusa)
+        tree = method.tree
+    coupled = method.coupled
+    if isinstance(tree, DynamicTree):
+        assert isinstance(method, Eagle)
+        return reference.dynamic_tree(
+            think, len(text), tree, rule, coupled=coupled, sharpness=method.sharpness
+        )
+    nodes = [(), *tree.paths]
+    tokens = reference.draft_tree(think, len(text), tree.paths, rule, coupled=coupled)
+    return tokens, [nodes.index(path[:-1]) for path in tree.paths]
+
+
+def own_draws(think: reference.Drafter, count: int, length: int, rule) -> list[int]:
+    """A chain that is drawn with the draft's own noise."""
+    words: list[int] = []
+    for i in range(count):
+        logits = reference.process(think(tuple(words)), rule)
+        noise = reference.own_gumbel(rule.seed, length + i, len(logits))
+        words.append(int(np.argmax(logits + noise)))
+    return words
+
+
+def verified(method: Method, pair, text, drafted, parents, rule) -> list[int]:
+    """Tokens that a round must emit: each node that matters scored as a sequence of its own."""
+
+    def words(node: int) -> list[int]:
+        return [] if node == 0 else [*words(parents[node]), drafted[node]]
+
+    if isinstance(method.rule, Rejection):
+        think = reference.drafter(pair, "model", text)
+
+        def law(logits) -> np.ndarray:
+            return reference.softmax(reference.process(logits, rule))
+
+        p = [law(reference.target(pair, text + drafted[1 : i + 1])[1][-1]) for i in range(4)]
+        q = [law(think(tuple(drafted[1 : i + 1]))) for i in range(3)]
+        return reference.rejection(p, q, drafted[1:], len(text), rule.seed)
+
+    class Targets(dict[int, int]):
+        def __missing__(self, node: int) -> int:
+            above = words(node)
+            logits = reference.target(pair, [*text, *above])[1][-1]
+            noisy = reference.scores(logits, len(text) + len(above), rule)
+            return self.setdefault(node, int(np.argmax(noisy)))
 
     def children(node: int) -> list[int]:
-        return [i for i, path in enumerate(paths) if path and path[:-1] == paths[node]]
+        return [i for i in range(1, len(drafted)) if parents[i] == node]
 
-    path = reference.accept(children, np.array(drafted), np.array(targets))
+    targets = Targets()
+    path = reference.accept(children, drafted, targets)
     return [targets[node] for node in path]
 
 

@@ -128,14 +128,18 @@ def test_the_context_ends_the_answer() -> None:
         assert long[: len(short)].tolist() == short.tolist(), row
 
 
-def test_bfloat16_parameters_work() -> None:
+@pytest.mark.parametrize(
+    "name", ["eagle2", "eagle3", "eagle lookup", "medusa", "speculative", "lookahead", "recycling"]
+)
+def test_bfloat16_parameters_work(name: str) -> None:
     """Catches a float32 constant that strict promotion refuses, or a cache of another dtype."""
     pair = decoding.trained_pair()
-    assert pair.draft is not None
-    half = dataclasses.replace(
-        pair, target=cast(pair.target, jnp.bfloat16), draft=cast(pair.draft, jnp.bfloat16)
-    )
-    out = run(half, decoding.PROMPTS, method=Eagle(chain(2)), temperature=1.0)
+    drafts = {
+        kind: dataclasses.replace(draft, params=cast(draft.params, jnp.bfloat16))
+        for kind, draft in pair.drafts.items()
+    }
+    half = dataclasses.replace(pair, target=cast(pair.target, jnp.bfloat16), drafts=drafts)
+    out = run(half, decoding.PROMPTS, method=decoding.METHODS[name], temperature=1.0)
     assert [len(row) for row in out.tokens] == [20] * 4
     assert all(0 <= token < decoding.VOCAB for row in out.tokens for token in row)
     assert out.statistics.tau > 1.2
@@ -178,8 +182,8 @@ def test_end_tokens_can_be_ignored(with_text: Params) -> None:
 
 
 def test_a_missing_draft_is_an_error() -> None:
-    alone = dataclasses.replace(decoding.random_pair(), draft=None, draft_config=None)
-    with pytest.raises(ValueError, match="needs a draft, and params has none; .* draft="):
+    alone = dataclasses.replace(decoding.random_pair(), drafts={})
+    with pytest.raises(ValueError, match="kind 'eagle', and params has none; .* draft="):
         generate(alone, [1], method="eagle")
 
 

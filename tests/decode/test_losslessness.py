@@ -12,9 +12,24 @@ import pytest
 import reference
 from scipy import stats
 
-from eagle_jax.decode import Eagle, Vanilla, chain, engine, generate, static_tree
-from eagle_jax.decode.accept import accept
-from eagle_jax.decode.method import Method
+from eagle_jax.decode import (
+    DynamicTree,
+    Eagle,
+    EagleLookup,
+    Lookahead,
+    Medusa,
+    PromptLookup,
+    Recycling,
+    Rejection,
+    Speculative,
+    Typical,
+    Vanilla,
+    engine,
+    generate,
+    static_tree,
+)
+from eagle_jax.decode.accept import Exact
+from eagle_jax.decode.method import Method, Rule
 from eagle_jax.decode.sampling import position_noise, sampling
 from eagle_jax.params import Params
 from eagle_jax.testing import tiny_params, tiny_target
@@ -79,35 +94,37 @@ def test_adversaries_and_oracles_equal_vanilla(name: str, right: tuple[bool, ...
     assert out.statistics.rounds == (-(-decoding.NEW // per_round),) * 4
 
 
-TREES = {
-    "chain": Eagle(chain(3)),
-    "one level": Eagle(static_tree([[0], [1], [2], [3]]), coupled=False),
-    "gaps": Eagle(static_tree([[2], [2, 1], [1], [2, 1, 3], [1, 0]]), coupled=False),
-}
-
-
-@pytest.mark.parametrize(
-    ("tree", "name"),
-    [("chain", "plain"), ("one level", "plain"), ("gaps", "plain"), ("gaps", "greedy")],
-)
-def test_any_tree_equals_vanilla(tree: str, name: str) -> None:
-    """Catches code that knows the published tree: ranks without gaps, a best child everywhere."""
-    out = run(decoding.trained_pair(), TREES[tree], **SETTINGS[name])
+@pytest.mark.parametrize("draft", ["random", "nan"])
+@pytest.mark.parametrize("method", decoding.METHODS.values(), ids=decoding.METHODS)
+@pytest.mark.parametrize("name", ["greedy", "top_p"])
+def test_every_method_equals_vanilla(name: str, method: Method, draft: str) -> None:
+    """Catches whatever a method's state, tree or cache could do to the text."""
+    if draft == "nan" and method.draft is None:
+        pytest.skip("reads no draft")
+    out = run(DRAFTS[draft](), method, **SETTINGS[name])
     assert decoding.lists(out.tokens) == vanilla(name)
 
 
-def test_rows_do_not_know_their_neighbours() -> None:
-    """Catches noise, lengths or cache slots shared across the batch."""
+@pytest.mark.parametrize("method", decoding.METHODS.values(), ids=decoding.METHODS)
+def test_rows_do_not_know_their_neighbours(method: Method) -> None:
+    """Catches noise, lengths, cache slots or a method's state shared across the batch."""
+    pair = decoding.trained_pair()
+    whole = run(pair, method, **SETTINGS["top_p"])
+    order = [2, 0, 3, 1]
+    shuffled = [[values[i] for i in order] for values in (decoding.PROMPTS, decoding.SEEDS)]
+    turned = run(pair, method, *shuffled, **SETTINGS["top_p"])
+    assert decoding.lists(turned.tokens) == [whole.tokens[i].tolist() for i in order]
+    assert turned.statistics.rounds == tuple(whole.statistics.rounds[i] for i in order)
+
+
+def test_a_row_of_a_batch_is_a_run_of_its_own() -> None:
+    """Catches a shape that depends on the batch."""
     pair, method = decoding.trained_pair(), Eagle(TREE)
     whole = run(pair, method, **SETTINGS["top_p"])
     for row, (prompt, seed) in enumerate(zip(decoding.PROMPTS, decoding.SEEDS, strict=True)):
         alone = run(pair, method, [prompt], [seed], **SETTINGS["top_p"])
         assert alone.tokens[0].tolist() == whole.tokens[row].tolist()
         assert alone.statistics.rounds == whole.statistics.rounds[row : row + 1]
-    order = [2, 0, 3, 1]
-    shuffled = [[values[i] for i in order] for values in (decoding.PROMPTS, decoding.SEEDS)]
-    turned = run(pair, method, *shuffled, **SETTINGS["top_p"])
-    assert decoding.lists(turned.tokens) == [whole.tokens[i].tolist() for i in order]
 
 
 # The law of whole answers: 3 tokens, 3 positions, 27 answers.
@@ -136,7 +153,7 @@ def exact_law() -> dict[tuple[int, ...], float]:
 def draw(method: Method, slots: int = 12) -> collections.Counter[tuple[int, ...]]:
     """Answers of `ROWS * CALLS` seeds, counted."""
     pair, clock = small_pair(), engine.Clock()
-    draft = pair.draft_config if method.needs_draft else None
+    draft = None if method.draft is None else pair.drafts[method.draft].config
     program = engine.Program(method, pair.target_config, draft, slots, ())
     settings = sampling(RULE.temperature, RULE.top_k, RULE.top_p)
     counts: collections.Counter[tuple[int, ...]] = collections.Counter()
@@ -178,15 +195,36 @@ def test_the_law_is_worth_testing() -> None:
     assert max(gaps) > 0.2
 
 
+LAW = {
+    "vanilla": Vanilla(),
+    "eagle": Eagle(SMALL_TREE),
+    "eagle2": Eagle(DynamicTree(2, 2, 4)),
+    "eagle3": Eagle(DynamicTree(2, 2, 4), head="eagle3"),
+    "eagle plain": Eagle(SMALL_TREE, coupled=False),
+    "eagle lookup": EagleLookup(Eagle(SMALL_TREE), PromptLookup(2, 1, 2, truncate=True)),
+    "medusa": Medusa(SMALL_TREE),
+    "speculative": Speculative(2),
+    "speculative rejection": Speculative(2, rule=Rejection()),
+    "lookahead": Lookahead(3, 2, 2),
+    "lookahead plain": Lookahead(3, 2, 2, coupled=False),
+    "prompt lookup": PromptLookup(2, 1, 2),
+    "recycling": Recycling(SMALL_TREE, width=2),
+}
+
+
 @pytest.mark.usefixtures("unpadded")
-@pytest.mark.parametrize("method", [Vanilla(), Eagle(SMALL_TREE)], ids=["vanilla", "eagle"])
+@pytest.mark.parametrize("method", LAW.values(), ids=LAW)
 def test_answers_follow_the_exact_law(method: Method) -> None:
     """Catches whatever equality with vanilla cannot: a law that both share and that is wrong."""
     assert p_value(draw(method)) > 1e-3
 
 
+# The three classic bugs, each seeded into every kind of method that can have it.
+
+
 @pytest.mark.usefixtures("unpadded")
-def test_reused_noise_would_be_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["vanilla", "eagle", "eagle3", "lookahead", "recycling"])
+def test_reused_noise_would_be_rejected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The power of the test above: one noise for all positions, right at every single one."""
 
     def reused(seeds, first, count, vocab):
@@ -194,17 +232,87 @@ def test_reused_noise_would_be_rejected(monkeypatch: pytest.MonkeyPatch) -> None
         return jnp.broadcast_to(noise, (noise.shape[0], count, vocab))
 
     monkeypatch.setattr(engine, "position_noise", reused)
-    assert p_value(draw(Vanilla(), slots=13)) < 1e-9
+    assert p_value(draw(LAW[name], slots=14)) < 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class Lenient(Exact):
+    """The draft's best token is taken in place of the target's token 0."""
+
+    def __call__(self, proposal, logits, targets, context):
+        root = jnp.where(targets[:, 0] == 0, proposal.tokens[:, 1], targets[:, 0])
+        return super().__call__(proposal, logits, targets.at[:, 0].set(root), context)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unprocessed(Exact):
+    """After a round without a rejection the bonus token ignores temperature and top-p."""
+
+    def __call__(self, proposal, logits, targets, context):
+        accepted = super().__call__(proposal, logits, targets, context)
+        assert context.noise is not None
+        noise = jnp.take_along_axis(context.noise, proposal.shape.depth[:, :, None], axis=1)
+        raw = jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+        leaf = ~jnp.any(
+            (proposal.shape.parents[:, None, 1:] == jnp.arange(targets.shape[1])[None, :, None]),
+            axis=2,
+        )
+        spoilt = jnp.where(leaf, raw, targets)
+        emitted = jnp.take_along_axis(spoilt, accepted.path, axis=1)
+        step = jnp.arange(emitted.shape[1])[None]
+        emitted = jnp.where(step == accepted.count[:, None], emitted, accepted.emitted)
+        return dataclasses.replace(accepted, emitted=emitted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken:
+    """Any method under a rule that is not its own."""
+
+    inner: Method
+    rule: Rule
+
+    @property
+    def nodes(self) -> int:
+        return self.inner.nodes
+
+    @property
+    def depth(self) -> int:
+        return self.inner.depth
+
+    @property
+    def draft(self) -> str | None:
+        return self.inner.draft
+
+    def check(self, params):
+        self.inner.check(params)
+
+    def init(self, models, prompt, slots):
+        return self.inner.init(models, prompt, slots)
+
+    def propose(self, models, context, state):
+        return self.inner.propose(models, context, state)
+
+    def update(self, models, state, verified):
+        return self.inner.update(models, state, verified)
 
 
 @pytest.mark.usefixtures("unpadded")
-def test_lenient_acceptance_would_be_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The power again: the draft's best token is taken in place of the target's token 0."""
+@pytest.mark.parametrize("name", ["eagle plain", "medusa", "prompt lookup", "lookahead", "eagle2"])
+def test_lenient_acceptance_would_be_rejected(name: str) -> None:
+    """The power again: a drafted token taken where the target wanted another."""
+    assert p_value(draw(Broken(LAW[name], Lenient()))) < 1e-9
 
-    def lenient(tokens, shape, targets, longest):
-        root = jnp.where(targets[:, 0] == 0, tokens[:, 1], targets[:, 0])
-        return accept(tokens, shape, targets.at[:, 0].set(root), longest)
 
-    monkeypatch.setattr(engine, "accept", lenient)
-    method = dataclasses.replace(Eagle(SMALL_TREE), coupled=False)
-    assert p_value(draw(method, slots=13)) < 1e-9
+@pytest.mark.usefixtures("unpadded")
+@pytest.mark.parametrize("name", ["eagle", "eagle2", "eagle3", "speculative", "recycling"])
+def test_an_unprocessed_bonus_token_would_be_rejected(name: str) -> None:
+    """The power again: the bug that published EAGLE code had until 2025."""
+    assert p_value(draw(Broken(LAW[name], Unprocessed()))) < 1e-9
+
+
+@pytest.mark.usefixtures("unpadded")
+def test_typical_acceptance_is_lossy() -> None:
+    """Catches a lossy rule that is not labelled so: its answers fail the same test."""
+    method = Medusa(SMALL_TREE, coupled=False, rule=Typical())
+    assert not method.rule.lossless
+    assert p_value(draw(method)) < 1e-9

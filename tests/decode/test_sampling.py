@@ -8,7 +8,14 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle_jax.decode.sampling import perturb, position_noise, process, sampling
+from eagle_jax.decode.sampling import (
+    draft_noise,
+    perturb,
+    position_noise,
+    position_uniform,
+    process,
+    sampling,
+)
 
 VOCAB = 7
 jitted = jax.jit(process)
@@ -65,6 +72,22 @@ def test_noise_is_that_of_row_seed_and_absolute_position() -> None:
         for i in range(4):
             expected = reference.gumbel(seeds[row], first[row] + i, VOCAB)
             np.testing.assert_array_equal(got[row, i], expected.astype(np.float32))
+
+
+def test_noise_of_drafts_and_coins_has_keys_of_its_own() -> None:
+    """Catches a draft that drafts with the target's noise, and coins that know of either: rejection
+    would then be biased."""
+    seeds, first = [3, 4000000000], [5, 0]
+    rows = (jnp.array(seeds, jnp.uint32), jnp.array(first))
+    noise = jax.jit(draft_noise, static_argnums=(2, 3))(*rows, 4, VOCAB)
+    coins = jax.jit(position_uniform, static_argnums=2)(*rows, 4)
+    for row in range(2):
+        for i in range(4):
+            place = (seeds[row], first[row] + i)
+            own = reference.own_gumbel(*place, VOCAB).astype(np.float32)
+            np.testing.assert_array_equal(noise[row, i], own)
+            assert float(coins[row, i]) == reference.uniform(*place)
+            assert not np.isclose(own, reference.gumbel(*place, VOCAB)).any()
 
 
 def test_argmax_of_perturbed_logits_has_the_processed_law() -> None:

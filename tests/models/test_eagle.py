@@ -11,7 +11,7 @@ import reference
 from eagle_jax.models import EagleDraft, Transformer, bind, init_params
 from eagle_jax.models import cache as caches
 from eagle_jax.models.transformer import packed_mask
-from eagle_jax.params import Params
+from eagle_jax.params import Draft, Params
 from eagle_jax.testing import tiny_draft, tiny_params, tiny_target
 
 LENGTH = 9
@@ -26,7 +26,7 @@ def make_pair(**changes) -> Params:
         name: jnp.asarray(rng.normal(size=x.shape) * 0.3 + name.endswith("scale"), jnp.float32)
         for name, x in init_params(EagleDraft, config, 0).items()
     }
-    return dataclasses.replace(tiny_params(target), draft=draft, draft_config=config)
+    return dataclasses.replace(tiny_params(target), drafts={"eagle": Draft(draft, config)})
 
 
 PAIRS = {
@@ -45,11 +45,12 @@ def inputs(rows: int) -> tuple[np.ndarray, np.ndarray]:
 def run(pair: Params, features, tokens, positions, mask, **cached):
     def apply(target, draft, features, tokens, positions, mask, cached):
         embed = bind(Transformer, pair.target_config, target).embed_tokens
-        module = bind(EagleDraft, pair.draft_config, draft)
+        module = bind(EagleDraft, pair.drafts["eagle"].config, draft)
         return module(embed(tokens), features, positions, mask, **cached)
 
     features = jnp.asarray(features, jnp.float32)
-    return jax.jit(apply)(pair.target, pair.draft, features, tokens, positions, mask, cached)
+    draft = pair.drafts["eagle"].params
+    return jax.jit(apply)(pair.target, draft, features, tokens, positions, mask, cached)
 
 
 def causal(rows: int, length: int):

@@ -83,7 +83,7 @@ def test_the_reference_agrees(name: str) -> None:
     config, params = CONFIGS[name], random_params(CONFIGS[name])
     tokens = random_tokens(1)
     output, logits = causal_pass(config, params, tokens)
-    pair = reference.Pair.of(Params(params, None, config, None))
+    pair = reference.Pair.of(Params(params, {}, config))
     features, expected = reference.target(pair, tokens[0].tolist())
     close(logits[0], expected)
     close(output.features[0], features)
@@ -139,7 +139,7 @@ def test_tree_block_equals_its_paths_run_as_sequences() -> None:
         cache=garbage_cache(whole.block, lengths),
         lengths=jnp.array(lengths),
     )
-    pair = reference.Pair.of(Params(params, None, config, None))
+    pair = reference.Pair.of(Params(params, {}, config))
     for row, length in enumerate(lengths):
         for node, path in enumerate(paths):
             text = [*tokens[row, :length], *nodes[row, path]]
@@ -155,7 +155,7 @@ def test_packed_sequences_do_not_see_each_other() -> None:
     segments = jnp.array([[1] * 5 + [2] * 7])
     positions = jnp.array([[*range(5), *range(7)]])
     _, got = run(config, params, jnp.asarray(tokens), positions, packed_mask(segments))
-    pair = reference.Pair.of(Params(params, None, config, None))
+    pair = reference.Pair.of(Params(params, {}, config))
     close(got[0, :5], reference.target(pair, tokens[0, :5].tolist())[1])
     close(got[0, 5:], reference.target(pair, tokens[0, 5:].tolist())[1])
 

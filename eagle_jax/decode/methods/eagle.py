@@ -1,27 +1,34 @@
-"""EAGLE-1: drafts extrapolated from the target's features, verified as a static token tree.
+"""EAGLE: drafts extrapolated from the target's features, verified as a token tree.
 
-A round (arXiv 2401.15077 section 4.1, figure 7):
+One method for three papers: EAGLE-1 (arXiv 2401.15077) is its head with a static tree, EAGLE-2
+(2406.16858) the same head with a dynamic tree, EAGLE-3 (2503.01840) another head. A round:
+
 1. catch-up: the draft reads the pairs (feature, next token) that the last round committed, with
    the target's own features, and appends their keys and values to its cache;
-2. tree: level by level, each expanded node reads its parent's *predicted* feature and its own
-   token; those keys and values live for this round only.
-So extrapolated features never outlive a round.
+2. tree: level by level, each expanded node reads its parent's *predicted* state and its own token;
+   those keys and values live for this round only.
+
+So extrapolated states never outlive a round.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from eagle_jax.decode.method import Context, Models, Prompt, Proposal, Verified
+from eagle_jax.config import Eagle3Config
+from eagle_jax.decode.accept import Exact
+from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
 from eagle_jax.decode.sampling import argmax, perturb
-from eagle_jax.decode.tree import MC_SIM_7B_63, StaticTree
+from eagle_jax.decode.tree import MC_SIM_7B_63, DynamicTree, Proposal, StaticTree, rerank
 from eagle_jax.models import cache as caches
 from eagle_jax.models.transformer import packed_mask
+from eagle_jax.params import Params
 from eagle_jax.types import Hidden, KeyValue, Tokens
 
 
@@ -32,28 +39,38 @@ class EagleState:
 
     Attributes:
         cache: keys and values of pairs whose features are the target's own.
-        features: [b, n, d] features of the tokens committed last, not yet fed to the draft.
+        features: [b, n, a] features of the tokens committed last, not yet fed to the draft.
         count: [b] how many of them are valid.
     """
 
     cache: KeyValue
-    features: Hidden
+    features: Float[Array, "b n a"]
     count: Int[Array, " b"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Eagle:
-    """EAGLE-1 with a static tree.
+    """EAGLE-1, EAGLE-2 and EAGLE-3.
 
     Attributes:
-        tree: rank paths; a chain is a tree too.
+        tree: rank paths (a chain is a tree too), or the envelope of a dynamic tree.
+        head: which draft: "eagle" (of EAGLE-1 and EAGLE-2) or "eagle3".
         coupled: rank children under the noise that the target will draw with, so that at
-            temperature > 0 the draft follows the target's draw; without it by likelihood alone.
+            temperature > 0 the draft follows the target's draw; without it by likelihood alone, at
+            temperature 1, as the papers do.
+        sharpness: how much a dynamic tree trusts a lead under noise: a child's score is its share
+            in the softmax of `sharpness` times the perturbed logits.
     """
 
-    tree: StaticTree = MC_SIM_7B_63
+    tree: StaticTree | DynamicTree = MC_SIM_7B_63
+    head: Literal["eagle", "eagle3"] = "eagle"
     coupled: bool = True
-    needs_draft: bool = dataclasses.field(default=True, init=False)
+    sharpness: float = 1.0
+    rule: Rule = dataclasses.field(default=Exact(), init=False)
+
+    @property
+    def draft(self) -> str:
+        return self.head
 
     @property
     def nodes(self) -> int:
@@ -63,30 +80,39 @@ class Eagle:
     def depth(self) -> int:
         return self.tree.depth
 
-    def check(self, vocab_size: int) -> None:
-        """Raise if the tree asks for candidates beyond the vocabulary."""
-        widest = int(self.tree.ranks.max())
-        if widest >= vocab_size:
-            raise ValueError(f"tree rank {widest}: the vocabulary has {vocab_size} tokens")
+    def check(self, params: Params) -> None:
+        config = params.drafts[self.head].config
+        vocab = config.draft_vocab_size if isinstance(config, Eagle3Config) else config.vocab_size
+        if not 0 < self.sharpness < float("inf"):
+            raise ValueError(f"sharpness={self.sharpness}: must be a number above 0")
+        if isinstance(self.tree, DynamicTree):
+            if self.tree.k > vocab:
+                raise ValueError(f"tree k={self.tree.k}: the draft knows {vocab} tokens; use fewer")
+            return
         if self.tree.depth < 1:
             raise ValueError("tree=(): no drafted node; give at least one path")
+        widest = int(self.tree.ranks.max())
+        if widest >= vocab:
+            raise ValueError(f"tree rank {widest}: the draft knows {vocab} tokens; use lower ranks")
 
     def init(self, models: Models, prompt: Prompt, slots: int) -> EagleState:
         """Run the draft over the prompt: pair i is (feature i, token i+1)."""
-        assert models.draft is not None
         b, t = prompt.tokens.shape
         following = jnp.roll(prompt.tokens, -1, axis=1)  # the last pair is rewritten by catch-up
         positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
-        mask = packed_mask(jnp.zeros((b, t), jnp.int32))
+        features = models.draft.features(prompt.output)
         _, block = models.draft(
-            models.target.embed_tokens(following), prompt.features, positions, mask
+            models.target.embed_tokens(following),
+            models.draft.fuse(features),
+            positions,
+            packed_mask(jnp.zeros((b, t), jnp.int32)),
         )
         heads, width = block[0].shape[1], block[0].shape[3]
         (empty,) = caches.empty(1, b, heads, slots, width, block[0].dtype)
         (cache,) = caches.write((empty,), (block,), jnp.zeros(b, jnp.int32))
         # Pair length-2 (the newest: its token is the root) is read by the first catch-up.
         newest = jnp.maximum(prompt.length - 2, 0)[:, None, None]
-        features = jnp.take_along_axis(prompt.features, newest, axis=1, mode="clip")
+        features = jnp.take_along_axis(features, newest, axis=1, mode="clip")
         padding = jnp.zeros((b, self.depth, features.shape[-1]), features.dtype)
         count = jnp.minimum(prompt.length - 1, 1)  # a prompt of one token leaves no pair at all
         return EagleState(cache, jnp.concatenate([features, padding], axis=1), count)
@@ -94,28 +120,25 @@ class Eagle:
     def propose(
         self, models: Models, context: Context, state: EagleState
     ) -> tuple[Proposal, EagleState]:
-        feature, state = self._catch_up(models, context, state)
-        tokens = self._draft(models, context, state, feature)
-        return Proposal(tokens, self.tree.shape(tokens.shape[0])), state
+        feature, state = self.catch_up(models, context, state)
+        return self.grow(models, context, state, feature), state
 
-    def update(self, state: EagleState, verified: Verified) -> EagleState:
-        features = jnp.take_along_axis(
-            verified.features, verified.path[:, :, None], axis=1, mode="clip"
-        )
+    def update(self, models: Models, state: EagleState, verified: Verified) -> EagleState:
+        features = models.draft.features(verified.output)
+        features = jnp.take_along_axis(features, verified.path[:, :, None], axis=1, mode="clip")
         return dataclasses.replace(state, features=features, count=verified.committed)
 
-    def _catch_up(
+    def catch_up(
         self, models: Models, context: Context, state: EagleState
     ) -> tuple[Hidden, EagleState]:
-        """Feed the newly committed pairs; returns the predicted feature of the root, [b, 1, d]."""
-        assert models.draft is not None
+        """Feed the newly committed pairs; returns the predicted state of the root, [b, 1, d]."""
         b, n, _ = state.features.shape
         start = context.length - 1 - state.count
         step = jnp.arange(n, dtype=jnp.int32)[None]
         tokens = jnp.take_along_axis(context.tokens, start[:, None] + 1 + step, 1, mode="clip")
         output, block = models.draft(
             models.target.embed_tokens(tokens),
-            state.features,
+            models.draft.fuse(state.features),
             start[:, None] + step,
             packed_mask(jnp.zeros((b, n), jnp.int32)),
             prefix=state.cache,
@@ -127,61 +150,153 @@ class Eagle:
         feature = jnp.take_along_axis(output, last, axis=1, mode="clip")
         return feature, dataclasses.replace(state, cache=cache)
 
-    def _draft(
+    def grow(
         self,
         models: Models,
         context: Context,
         state: EagleState,
         feature: Float[Array, "b 1 d"],
+    ) -> Proposal:
+        """Draft a tree below the root, whose predicted state is `feature` [b, 1, d]."""
+        if isinstance(self.tree, DynamicTree):
+            return self._dynamic(self.tree, models, context, state, feature)
+        tokens = self._static(self.tree, models, context, state, feature)
+        return Proposal(tokens, self.tree.shape(tokens.shape[0]))
+
+    def _static(
+        self,
+        tree: StaticTree,
+        models: Models,
+        context: Context,
+        state: EagleState,
+        feature: Float[Array, "b 1 d"],
     ) -> Tokens:
-        """Fill the tree level by level; `feature` is the root's predicted one. Returns [b, t]."""
-        assert models.draft is not None
-        tree, b = self.tree, feature.shape[0]
+        """Fill the tree level by level."""
+        b = feature.shape[0]
         tokens = [context.root()[:, None]]
         expanded: list[int] = []  # nodes fed to the draft so far, in block order
-        parents = np.array([0])  # nodes whose predicted feature is in `feature`, in its order
+        parents = np.array([0])  # nodes whose predicted state is in `feature`, in its order
         before: KeyValue | None = None
         for depth in range(1, tree.depth + 1):
             level = np.flatnonzero(tree.depths == depth)
             row = np.searchsorted(parents, tree.parents[level])
-            ranked = self._candidates(models, context, feature, depth - 1)
+            widest = int(tree.ranks[level].max()) + 1
+            scores = self._scores(models, context, feature, depth)
+            ranked = self._best(models, scores, widest)[1]
             tokens.append(ranked[:, row, tree.ranks[level]])
             inner = np.flatnonzero(np.isin(level, tree.parents[1:]))
             if not inner.size:
                 break
             expanded += list(level[inner])
-            mask = tree.ancestors[level[inner]][:, expanded]
-            position = context.length[:, None] + jnp.full((1, inner.size), depth - 2, jnp.int32)
-            feature, block = models.draft(
-                models.target.embed_tokens(tokens[-1][:, inner]),
+            mask = jnp.asarray(tree.ancestors[level[inner]][:, expanded])
+            feature, before = self._feed(
+                models,
+                context,
+                state,
+                tokens[-1][:, inner],
                 feature[:, row[inner]],
-                position,
-                jnp.broadcast_to(jnp.asarray(mask)[None], (b, *mask.shape)),
-                prefix=state.cache,
-                lengths=context.length - 1,
-                before=before,
+                depth,
+                jnp.broadcast_to(mask[None], (b, *mask.shape)),
+                before,
             )
-            before = block if before is None else _join(before, block)
             parents = level[inner]
         return jnp.concatenate(tokens, axis=1)
 
-    def _candidates(
+    def _dynamic(
+        self,
+        tree: DynamicTree,
+        models: Models,
+        context: Context,
+        state: EagleState,
+        feature: Float[Array, "b 1 d"],
+    ) -> Proposal:
+        """Grow a pool of candidates from a frontier of the k best, and keep the best of all."""
+        b, k = feature.shape[0], tree.k
+        own = jnp.broadcast_to(jnp.eye(k, dtype=bool)[None], (b, k, k))
+        scores, tokens = self._best(models, self._log_scores(models, context, feature, 1), k)
+        scores, tokens = scores[:, 0], tokens[:, 0]
+        pool = [(tokens, scores, jnp.zeros((b, k), jnp.int32))]
+        # Of the frontier: index in the pool, and which earlier frontier nodes are its ancestors.
+        index = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32)[None], (b, k))
+        feature = jnp.broadcast_to(feature, (b, k, feature.shape[-1]))
+        seen, before = own, None
+        for depth in range(1, tree.depth):
+            feature, before = self._feed(
+                models, context, state, tokens, feature, depth, seen, before
+            )
+            log_scores = self._log_scores(models, context, feature, depth + 1)
+            gained, children = self._best(models, log_scores, k)
+            total = (scores[:, :, None] + gained).reshape(b, k * k)
+            children = children.reshape(b, k * k)
+            start = k + (depth - 1) * k * k
+            pool.append((children, total, jnp.repeat(index + 1, k, axis=1)))
+            scores, best = jax.lax.top_k(total, k)
+            tokens = jnp.take_along_axis(children, best, axis=1)
+            index, above = start + best, best // k
+            feature = jnp.take_along_axis(feature, above[:, :, None], axis=1)
+            seen = jnp.take_along_axis(seen, above[:, :, None], axis=1)
+            seen = jnp.concatenate([seen, own], axis=2)
+        found, total, above = (jnp.concatenate(parts, axis=1) for parts in zip(*pool, strict=True))
+        return rerank(found, total, above, context.root(), tree)
+
+    def _feed(
+        self,
+        models: Models,
+        context: Context,
+        state: EagleState,
+        tokens: Int[Array, "b m"],
+        feature: Hidden,
+        depth: int,
+        mask: Bool[Array, "b m u"],
+        before: KeyValue | None,
+    ) -> tuple[Hidden, KeyValue]:
+        """Run the draft on nodes of one depth; `feature` is their parents' predicted state."""
+        b, m = tokens.shape
+        position = context.length[:, None] + jnp.full((b, m), depth - 2, jnp.int32)
+        feature, block = models.draft(
+            models.target.embed_tokens(tokens),
+            feature,
+            position,
+            mask,
+            prefix=state.cache,
+            lengths=context.length - 1,
+            before=before,
+        )
+        if before is None:
+            return feature, block
+        return feature, jax.tree.map(lambda a, c: jnp.concatenate([a, c], axis=2), before, block)
+
+    def _scores(
         self, models: Models, context: Context, feature: Hidden, depth: int
-    ) -> Int[Array, "b m r"]:
-        """Best children of nodes at `depth`, given their predicted features [b, m, d]."""
-        scores = models.target.logits(feature)
+    ) -> Float[Array, "b m v"]:
+        """Scores of children at `depth` over the draft's vocabulary, given their parents' state."""
+        scores = models.draft.logits(feature, models.target)
         if self.coupled and context.noise is not None:
-            scores = perturb(scores, _rows(context.noise[:, depth], scores), context.sampling)
-        widest = int(self.tree.ranks[self.tree.depths == depth + 1].max()) + 1
-        if widest == 1:
-            return argmax(scores)[..., None]
-        return jax.lax.top_k(scores, widest)[1]
+            noise = context.noise[:, depth - 1]
+            if (ids := models.draft.tokens()) is not None:
+                noise = noise[:, ids]
+            noise = jnp.broadcast_to(noise[:, None, :], scores.shape)
+            scores = perturb(scores, noise, context.sampling)
+        return scores
 
+    def _log_scores(
+        self, models: Models, context: Context, feature: Hidden, depth: int
+    ) -> Float[Array, "b m v"]:
+        """Log of each child's chance; never positive, never NaN: `rerank` counts on that."""
+        scores = self._scores(models, context, feature, depth)
+        if self.coupled and context.noise is not None:
+            scores = scores * self.sharpness
+        log = jnp.minimum(jax.nn.log_softmax(scores, axis=-1), 0.0)
+        return jnp.where(jnp.isnan(log), -jnp.inf, log)
 
-def _rows(noise: Float[Array, "b v"], like: jax.Array) -> jax.Array:
-    """One noise vector per row of the batch, for each of its nodes."""
-    return jnp.broadcast_to(noise[:, None, :], like.shape)
-
-
-def _join(first: KeyValue, second: KeyValue) -> KeyValue:
-    return jax.tree.map(lambda a, c: jnp.concatenate([a, c], axis=2), first, second)
+    def _best(
+        self, models: Models, scores: Float[Array, "b m v"], count: int
+    ) -> tuple[Float[Array, "b m r"], Int[Array, "b m r"]]:
+        """The `count` best children of every node and their scores, as the target's tokens."""
+        if count == 1:
+            index = argmax(scores)[..., None]
+            best = jnp.max(scores, axis=-1, keepdims=True)
+        else:
+            best, index = jax.lax.top_k(scores, count)
+        ids = models.draft.tokens()
+        return best, index if ids is None else ids[index]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from eagle_jax.decode.method import Context, Models, Prompt, Proposal, Verified
-from eagle_jax.decode.tree import StaticTree
+from eagle_jax.decode.accept import Exact
+from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
+from eagle_jax.decode.tree import Proposal, StaticTree
+from eagle_jax.params import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +16,11 @@ class Vanilla:
 
     nodes: int = dataclasses.field(default=1, init=False)
     depth: int = dataclasses.field(default=0, init=False)
-    needs_draft: bool = dataclasses.field(default=False, init=False)
+    draft: None = dataclasses.field(default=None, init=False)
+    rule: Rule = dataclasses.field(default=Exact(), init=False)
+
+    def check(self, params: Params) -> None:
+        del params
 
     def init(self, models: Models, prompt: Prompt, slots: int) -> tuple[()]:
         del models, prompt, slots
@@ -27,6 +33,6 @@ class Vanilla:
         root = context.root()
         return Proposal(root[:, None], StaticTree(()).shape(root.shape[0])), state
 
-    def update(self, state: tuple[()], verified: Verified) -> tuple[()]:
-        del verified
+    def update(self, models: Models, state: tuple[()], verified: Verified) -> tuple[()]:
+        del models, verified
         return state

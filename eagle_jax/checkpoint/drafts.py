@@ -1,0 +1,220 @@
+"""The layouts of published drafts: EAGLE-1, EAGLE-3 and Medusa heads.
+
+Each has a function that makes `config.json` and one that reads configuration and arrays back.
+`hf.save_draft` and `hf.load_draft` choose among them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eagle_jax.checkpoint import families
+from eagle_jax.checkpoint.files import Arrays, arrays
+from eagle_jax.config import Eagle3Config, EagleConfig, MedusaConfig, TransformerConfig
+
+# The layers whose residual streams are fused: serving stacks disagree about their numbers.
+_AUX = "eagle_aux_hidden_state_layer_ids"
+_COVERAGE = "draft_vocab_coverage"
+_MEDUSA_PREFIX = "medusa_head."
+_MEDUSA_KEYS = {
+    "num_heads": "medusa_num_heads",
+    "num_layers": "medusa_num_layers",
+    "hidden_size": "hidden_size",
+    "vocab_size": "vocab_size",
+    "tie_lm_head": "tie_lm_head",
+}
+_EMBEDDING = "embed_tokens.weight"  # a copy of the target's, in some heads
+
+
+def kind_of(settings: Mapping[str, Any], names: Iterable[str]) -> str:
+    """The kind of draft that a directory holds, from its `config.json` and its tensors' names."""
+    names = list(names)
+    if "medusa_num_heads" in settings or any(_medusa_block(name) for name in names):
+        return "medusa"
+    own_names = (name for name in names if name.startswith(("midlayer.", "d2t", "t2d")))
+    if "draft_vocab_size" in settings or any(own_names):
+        return "eagle3"
+    return "model" if any(name.startswith("model.") for name in names) else "eagle"
+
+
+def eagle_json(config: EagleConfig, dtype: str) -> dict[str, Any]:
+    """`config.json` of an EAGLE-1 draft."""
+    return families.to_json(config, "llama", dtype) | {
+        "num_hidden_layers": 1,
+        "bias": config.bias,
+        "qkv_bias": config.attention_bias,
+    }
+
+
+def read_eagle(
+    directory: Path, settings: Mapping[str, Any], tensors: Arrays
+) -> tuple[EagleConfig, Arrays]:
+    """An EAGLE-1 draft; an embedding among its tensors is ignored."""
+    config = families.from_json(directory, EagleConfig, settings)
+    return config, arrays(directory, config, tensors, _EMBEDDING)
+
+
+def eagle3_json(config: Eagle3Config, dtype: str, coverage: float | None) -> dict[str, Any]:
+    """`config.json` of an EAGLE-3 draft."""
+    settings = families.to_json(config, "llama", dtype) | {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "num_hidden_layers": 1,
+        "draft_vocab_size": config.draft_vocab_size,
+        _AUX: list(config.aux_layers),
+        "fc_norm": config.fc_norm,
+        "norm_output": config.norm_output,
+        "qkv_bias": config.attention_bias,
+    }
+    return settings if coverage is None else settings | {_COVERAGE: coverage}
+
+
+def eagle3_tables(config: Eagle3Config, offsets: Any) -> Arrays:
+    """`d2t` (int64 offsets) and `t2d` (membership of each of the target's tokens).
+
+    Raises:
+        ValueError: the offsets leave the vocabulary or repeat a token.
+    """
+    offsets = np.asarray(offsets)
+    members = np.zeros(config.vocab_size, bool)
+    members[_tokens("params", config, offsets)] = True
+    return {"d2t": offsets.astype(np.int64), "t2d": members}
+
+
+def read_eagle3(
+    directory: Path,
+    settings: Mapping[str, Any],
+    tensors: Arrays,
+    target: TransformerConfig | None,
+) -> tuple[Eagle3Config, Arrays]:
+    """An EAGLE-3 draft; `params["d2t"]` is int32, an embedding among its tensors is ignored."""
+    path = directory / "config.json"
+    # The official names, or those that serving stacks give.
+    tensors = {
+        re.sub(r"^layers\.0\.", "midlayer.", name.removeprefix("model.")): array
+        for name, array in tensors.items()
+    }
+    families.check_fixed(path, settings, {"norm_before_residual": False, "norm_before_fc": False})
+    if "hidden_size" in settings:
+        width = {"target_hidden_size": settings["hidden_size"]}
+        families.check_fixed(path, settings, width)
+    own = {
+        "aux_layers": _aux_layers(path, settings, target),
+        "fc_norm": settings.get("fc_norm", "fc_norm.0.weight" in tensors),
+    }
+    config = families.from_json(directory, Eagle3Config, {**settings, **own})
+    offsets, members = tensors.pop("d2t", None), tensors.pop("t2d", None)
+    params = arrays(directory, config, tensors, _EMBEDDING)
+    params["d2t"] = _offsets(directory, config, offsets, members)
+    return config, params
+
+
+def medusa_json(config: MedusaConfig, dtype: str) -> dict[str, Any]:
+    """`config.json` of Medusa heads."""
+    return {
+        "architectures": ["MedusaModel"],
+        "model_type": "medusa",
+        **{key: getattr(config, name) for name, key in _MEDUSA_KEYS.items()},
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def read_medusa(
+    directory: Path,
+    settings: Mapping[str, Any],
+    tensors: Arrays,
+    target: TransformerConfig | None,
+) -> tuple[MedusaConfig, Arrays]:
+    """Medusa heads; published ones name no sizes; these follow from the tensors."""
+    tensors = {name.removeprefix(_MEDUSA_PREFIX): array for name, array in tensors.items()}
+    layers = settings.get("medusa_num_layers", 1)
+    block, head = tensors.get("0.0.linear.weight"), tensors.get(f"0.{layers}.weight")
+    found: dict[str, Any] = {"num_layers": layers, "tie_lm_head": head is None}
+    if block is not None:
+        found["hidden_size"] = len(block)
+    if head is not None:
+        found["vocab_size"] = len(head)
+    elif target is not None:
+        found["vocab_size"] = target.vocab_size
+    for name, key in _MEDUSA_KEYS.items():
+        if key in settings:
+            found[name] = settings[key]
+        elif name not in found:
+            raise ValueError(f"{directory / 'config.json'}: has no {key}; add it")
+    config = families.build(directory, MedusaConfig, lambda: found)
+    return config, arrays(directory, config, tensors)
+
+
+def _medusa_block(name: str) -> bool:
+    return re.fullmatch(r"(medusa_head\.)?\d+\.\d+\.linear\.(weight|bias)", name) is not None
+
+
+def _aux_layers(
+    path: Path, settings: Mapping[str, Any], target: TransformerConfig | None
+) -> tuple[int, ...]:
+    """The fused layers, by the layer that their residual streams enter."""
+    nested = settings.get("eagle_config")
+    nested = nested.get(_AUX) if isinstance(nested, dict) else None
+    # At the top the numbers are those of vLLM: the layers entered. SGLang, which reads
+    # `eagle_config`, numbers the layers left.
+    ids, shift = (settings[_AUX], 0) if _AUX in settings else (nested, 1)
+    if ids:
+        if not isinstance(ids, list) or any(type(index) is not int for index in ids):
+            raise ValueError(f"{path}: {_AUX}={ids!r}: must be a list of layer numbers")
+        return tuple(index + shift for index in ids)
+    if target is None:
+        raise ValueError(
+            f"{path}: has no {_AUX}, and the official layers depend on the target; "
+            "add the key, or load the draft together with its target"
+        )
+    layers = target.num_hidden_layers
+    return (2, layers // 2, layers - 3)
+
+
+def _offsets(
+    directory: Path, config: Eagle3Config, offsets: np.ndarray | None, members: np.ndarray | None
+) -> np.ndarray:
+    """Checked `d2t`, int32; zeros where the draft has the whole vocabulary and no table."""
+    draft_vocab, vocab = config.draft_vocab_size, config.vocab_size
+    if offsets is None and draft_vocab < vocab:
+        raise ValueError(
+            f"{directory}: has no d2t, though draft_vocab_size={draft_vocab} is less than "
+            f"vocab_size={vocab}; export the draft again with it"
+        )
+    if offsets is None:
+        offsets = np.zeros(draft_vocab, np.int64)
+    tokens = _tokens(str(directory), config, offsets)
+    if members is not None:
+        expected = np.zeros(vocab, bool)
+        expected[tokens] = True
+        if members.shape != expected.shape or np.any(members.astype(bool) != expected):
+            raise ValueError(
+                f"{directory}: t2d marks other tokens than d2t lists; export the draft again"
+            )
+    return offsets.astype(np.int32)
+
+
+def _tokens(where: str, config: Eagle3Config, offsets: np.ndarray) -> np.ndarray:
+    """The target's token of every entry of the draft vocabulary."""
+    draft_vocab, vocab = config.draft_vocab_size, config.vocab_size
+    remedy = "export the draft again"
+    if offsets.shape != (draft_vocab,) or not np.issubdtype(offsets.dtype, np.integer):
+        raise ValueError(
+            f"{where}: d2t is {offsets.dtype} of shape {offsets.shape}, "
+            f"not integers of shape {(draft_vocab,)}; {remedy}"
+        )
+    tokens = np.arange(draft_vocab) + offsets.astype(np.int64)
+    for wrong in np.flatnonzero((tokens < 0) | (tokens >= vocab))[:1]:
+        raise ValueError(
+            f"{where}: d2t maps entry {wrong} to token {tokens[wrong]}, outside "
+            f"vocab_size={vocab}; {remedy}"
+        )
+    unique, counts = np.unique(tokens, return_counts=True)
+    for token in unique[counts > 1][:1]:
+        raise ValueError(f"{where}: d2t lists token {token} more than once; {remedy}")
+    return tokens

@@ -1,0 +1,100 @@
+"""Medusa (arXiv 2401.10774): heads on one feature draft every depth of a static tree at once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from eagle_jax.config import MedusaConfig
+from eagle_jax.decode.accept import Exact, Rejection
+from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
+from eagle_jax.decode.sampling import perturb
+from eagle_jax.decode.tree import Proposal, StaticTree, best_tree
+from eagle_jax.params import Params
+
+# How often the candidate of rank 0, 1, ... of each head is the token that greedy decoding puts
+# there: heads of the "tiny" target, 40 Alpaca questions (train/medusa_tree.py measures it).
+ACCURACY = (
+    (0.243, 0.067, 0.041, 0.032, 0.033, 0.025, 0.021, 0.022, 0.020, 0.016),
+    (0.140, 0.059, 0.041, 0.031, 0.031, 0.023, 0.019, 0.020, 0.015, 0.011),
+    (0.130, 0.064, 0.042, 0.037, 0.030, 0.024, 0.019, 0.018, 0.014, 0.011),
+    (0.107, 0.058, 0.038, 0.029, 0.023, 0.020, 0.018, 0.016, 0.014, 0.014),
+)
+TREE = best_tree(ACCURACY, 63)
+
+
+@dataclasses.dataclass(frozen=True)
+class Medusa:
+    """Medusa-1.
+
+    Attributes:
+        tree: rank paths; its depth is at most the number of heads.
+        coupled: rank candidates under the noise that the target will draw with.
+        rule: `Exact`, or `Typical` (the paper's at temperature > 0: lossy).
+    """
+
+    tree: StaticTree = TREE
+    coupled: bool = True
+    rule: Rule = Exact()
+    draft: str = dataclasses.field(default="medusa", init=False)
+
+    @property
+    def nodes(self) -> int:
+        return self.tree.nodes
+
+    @property
+    def depth(self) -> int:
+        return self.tree.depth
+
+    def check(self, params: Params) -> None:
+        config = params.drafts["medusa"].config
+        assert isinstance(config, MedusaConfig)
+        if isinstance(self.rule, Rejection):
+            raise ValueError(
+                f"rule={self.rule}: Medusa draws no candidates that it could weigh; use Exact() or "
+                "Typical()"
+            )
+        if not isinstance(self.tree, StaticTree):
+            raise ValueError(f"tree={self.tree}: Medusa fills a static tree; give rank paths")
+        if not 1 <= self.tree.depth <= config.num_heads:
+            raise ValueError(
+                f"tree of depth {self.tree.depth}: the draft has {config.num_heads} heads; use a "
+                "tree of depth 1 to that"
+            )
+        widest = int(self.tree.ranks.max())
+        if widest >= config.vocab_size:
+            raise ValueError(f"tree rank {widest}: the vocabulary has {config.vocab_size} tokens")
+
+    def init(self, models: Models, prompt: Prompt, slots: int) -> Float[Array, "b d"]:
+        """The state is the feature of the token before the root; zeros if there is none."""
+        del models, slots
+        before = jnp.maximum(prompt.length - 2, 0)[:, None, None]
+        feature = jnp.take_along_axis(prompt.output.features, before, axis=1, mode="clip")[:, 0]
+        return jnp.where((prompt.length > 1)[:, None], feature, jnp.zeros_like(feature))
+
+    def propose(
+        self, models: Models, context: Context, state: Float[Array, "b d"]
+    ) -> tuple[Proposal, Float[Array, "b d"]]:
+        tree, tokens = self.tree, [context.root()[:, None]]
+        scores = models.draft.logits(state[:, None], models.target)
+        for depth in range(1, tree.depth + 1):
+            level = scores[depth - 1][:, 0]
+            if self.coupled and context.noise is not None:
+                level = perturb(level, context.noise[:, depth - 1], context.sampling)
+            ranks = tree.ranks[np.flatnonzero(tree.depths == depth)]
+            _, best = jax.lax.top_k(level, int(ranks.max()) + 1)
+            tokens.append(best[:, ranks])
+        tokens = jnp.concatenate(tokens, axis=1)
+        return Proposal(tokens, tree.shape(tokens.shape[0])), state
+
+    def update(
+        self, models: Models, state: Float[Array, "b d"], verified: Verified
+    ) -> Float[Array, "b d"]:
+        del models, state
+        last = jnp.maximum(verified.committed - 1, 0)[:, None]
+        node = jnp.take_along_axis(verified.path, last, axis=1, mode="clip")[:, :, None]
+        return jnp.take_along_axis(verified.output.features, node, axis=1, mode="clip")[:, 0]

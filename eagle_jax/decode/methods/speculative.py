@@ -1,0 +1,100 @@
+"""Speculative sampling (arXiv 2211.17192, 2302.01318): a small model drafts a chain."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from eagle_jax.decode.accept import Exact, Rejection
+from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
+from eagle_jax.decode.sampling import argmax, draft_noise, perturb
+from eagle_jax.decode.tree import Proposal, chain
+from eagle_jax.models import Cache
+from eagle_jax.models import cache as caches
+from eagle_jax.models.transformer import packed_mask
+from eagle_jax.params import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculative:
+    """A chain of `length` tokens by a draft model that shares the target's tokenizer.
+
+    Attributes:
+        length: drafted tokens a round (gamma).
+        coupled: draw drafts with the noise that the target will draw with; without it the draft
+            takes its likeliest token.
+        rule: `Exact`, or `Rejection`, the papers' rule, for which drafts are drawn with noise of
+            their own.
+    """
+
+    length: int = 5
+    coupled: bool = True
+    rule: Rule = Exact()
+    draft: str = dataclasses.field(default="model", init=False)
+
+    @property
+    def nodes(self) -> int:
+        return self.length + 1
+
+    @property
+    def depth(self) -> int:
+        return self.length
+
+    def check(self, params: Params) -> None:
+        del params
+        if not isinstance(self.length, int) or self.length < 1:
+            raise ValueError(f"length={self.length!r}: must be a whole number, at least 1")
+
+    def init(self, models: Models, prompt: Prompt, slots: int) -> Cache:
+        """The state is the draft's cache: valid up to the last token but two."""
+        b, t = prompt.tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
+        mask = packed_mask(jnp.zeros((b, t), jnp.int32))
+        block = models.draft(prompt.tokens, positions, mask).block
+        keys = block[0][0]
+        empty = caches.empty(len(block), b, keys.shape[1], slots, keys.shape[3], keys.dtype)
+        return caches.write(empty, block, jnp.zeros(b, jnp.int32))
+
+    def propose(self, models: Models, context: Context, state: Cache) -> tuple[Proposal, Cache]:
+        b = context.length.shape[0]
+        own = None  # the draft's own noise
+        if isinstance(self.rule, Rejection) and not context.sampling.greedy:
+            vocab = models.target.embed_tokens.embedding[...].shape[0]
+            own = draft_noise(context.seeds, context.length, self.length, vocab)
+        # The last two tokens first: after a round that took every draft, the last draft's keys and
+        # values are missing. Then one token at a time.
+        start = jnp.maximum(context.length - 2, 0)
+        width = 2
+        step = jnp.arange(width, dtype=jnp.int32)[None]
+        block = jnp.take_along_axis(context.tokens, start[:, None] + step, 1, mode="clip")
+        last = (context.length - 1 - start)[:, None, None]
+        tokens, logits = [context.root()], []
+        for depth in range(1, self.length + 1):
+            output = models.draft(
+                block,
+                start[:, None] + jnp.arange(width, dtype=jnp.int32)[None],
+                packed_mask(jnp.zeros((b, width), jnp.int32)),
+                cache=state,
+                lengths=start,
+            )
+            state = caches.write(state, output.block, start)
+            features = output.features
+            if width == 2:
+                features = jnp.take_along_axis(features, last, axis=1, mode="clip")
+            scores = models.draft.logits(features)[:, 0]
+            logits.append(scores)
+            if own is not None:
+                scores = perturb(scores, own[:, depth - 1], context.sampling)
+            elif self.coupled and context.noise is not None:
+                scores = perturb(scores, context.noise[:, depth - 1], context.sampling)
+            tokens.append(argmax(scores))
+            block, start, width = tokens[-1][:, None], context.length - 1 + depth, 1
+        drawn = None
+        if own is not None:
+            drawn = jnp.stack([jnp.zeros_like(logits[0]), *logits], axis=1)
+        return Proposal(jnp.stack(tokens, axis=1), chain(self.length).shape(b), drawn), state
+
+    def update(self, models: Models, state: Cache, verified: Verified) -> Cache:
+        del models, verified
+        return state

@@ -1,0 +1,260 @@
+"""Command line of evaluation: `python -m eagle_jax.evaluate --config configs/eval/tiny.py`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+from eagle_jax import cli, settings
+from eagle_jax.evaluate.config import EvalConfig
+
+_EPILOG = """\
+what is measured
+  Every method decodes every prompt in turn, A B C, A B C, after a warm-up of each shape. The
+  baseline is vanilla decoding through the same engine. Every answer is compared with vanilla's,
+  token for token. Speedups are medians over prompts of medians over repeats, with 95 % bootstrap
+  intervals; compilation and the pass over the prompt are timed apart.
+
+questions
+  "own" are prompts of this package, the default. --data DIR has NAME.jsonl files, one question a
+  line: {"turns": ["first message", "second message"]}, with question_id, category if you like.
+  Without --tasks, those of mt_bench, humaneval, gsm8k, alpaca that are in DIR are asked.
+
+results
+  The output directory gets results.json, results.csv, plots, and samples.jsonl, from which a run
+  that was stopped goes on when the same command is given again. The last line of standard output
+  is one JSON object. Exit status 1: in float32, an answer differs that must not.
+
+examples
+  python -m eagle_jax.evaluate --config configs/eval/tiny.py --set limit=4 --set repeats=1
+  python -m eagle_jax.evaluate --config configs/eval/tiny.py --methods eagle --temperature 0
+  python -m eagle_jax.evaluate --config configs/eval/tiny.py --data DIR --tasks mt_bench gsm8k
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser(
+        prog="python -m eagle_jax.evaluate",
+        description="Compare decoding methods: acceptance, speed, equality with vanilla decoding.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    out.add_argument("--config", required=True, metavar="PATH", help="an EvalConfig file")
+    out.add_argument(
+        "--methods",
+        metavar="A,B",
+        help="only these of the file, and vanilla; by default all that the model has drafts for",
+    )
+    out.add_argument("--tasks", nargs="+", metavar="TASK", help="own, or NAME for DIR/NAME.jsonl")
+    out.add_argument("--temperature", nargs="+", type=float, metavar="T", help="0 is greedy")
+    out.add_argument("--data", metavar="DIR", help="directory of question files")
+    out.add_argument("--output", metavar="DIR", help="in place of the file's output_dir")
+    out.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a=b",
+        dest="overrides",
+        help="override one field, e.g. limit=10, batch_size=8, dtype=bfloat16; repeatable",
+    )
+    out.add_argument("--restart", action="store_true", help="delete the samples of an earlier run")
+    return out
+
+
+def configuration(args: argparse.Namespace) -> EvalConfig:
+    """The file's configuration under the command line's options."""
+    config = settings.load(args.config, args.overrides, kind=EvalConfig)
+    changes: dict[str, Any] = {}
+    if args.tasks:
+        changes["tasks"] = tuple(name for word in args.tasks for name in word.split(",") if name)
+    if args.temperature:
+        changes["temperatures"] = tuple(args.temperature)
+    if args.data is not None:
+        changes["data"] = args.data
+    if args.output is not None:
+        changes["output_dir"] = args.output
+    if args.methods is not None:
+        changes["methods"] = config.chosen([name.strip() for name in args.methods.split(",")])
+    return dataclasses.replace(config, **changes)
+
+
+def evaluate(config: EvalConfig, restart: bool = False, strict: bool = True) -> dict[str, Any]:
+    """Measures what is missing in `config.output_dir`, writes the results there, returns them.
+
+    Args:
+        config: the evaluation.
+        restart: delete the samples of an earlier run.
+        strict: a method whose draft the model does not have is an error; otherwise it is left out,
+            and said to be.
+
+    Raises:
+        ValueError: a setting, a file or a method that cannot work; one line.
+    """
+    from eagle_jax.evaluate import metrics, report, runner, tasks
+    from eagle_jax.evaluate.samples import Samples
+    from eagle_jax.params import load
+
+    questions = tasks.read_tasks(config.tasks, config.data, config.limit)
+    params = load(config.model, draft=config.drafts, dtype=config.dtype)
+    if not strict:
+        config = _with_drafts(config, params)
+    runner.check_methods(params, config)
+    around = environment(params)
+    folder = Path(config.output_dir).expanduser()
+    samples = Samples(folder, _fixed(config, params, around), restart)
+    try:
+        run = runner.Runner(params, config, samples)
+        units = run.units(questions)
+        groups = run.jobs(units)
+        run.measure(groups)
+    finally:
+        samples.close()
+    table = metrics.Table(params, run.methods, around["device"])
+    table.read(groups[: len(units)], samples, config.repeats)
+    rows = table.rows()
+    failed = around["dtype"] == "float32" and any(
+        row["guarantee"] == "exact" and row["equal"] < row["answers"] for row in rows
+    )
+    result = {
+        "lossless": None if around["dtype"] != "float32" else not failed,
+        "environment": around,
+        "config": {
+            **dataclasses.asdict(dataclasses.replace(config, methods=())),
+            "methods": {name: repr(method) for name, method in run.methods.items()},
+        },
+        "skipped": run.skipped,
+        "rows": rows,
+        "step_times": metrics.step_times(groups[len(units) :], samples, config.repeats),
+        "notes": {
+            "tau": "committed tokens per round, the bonus token included",
+            "mbu": "bytes of target and draft weights, once each a round, and of the target's used "
+            "keys and values, over the round's time and the device's peak bandwidth",
+            "batch": "acceptance per depth of a padded batch counts its padding rows",
+        },
+    }
+    report.write(folder, result)
+    _plot(folder, result)
+    return result
+
+
+def _with_drafts(config: EvalConfig, params: Any) -> EvalConfig:
+    """Without the methods whose draft there is none of."""
+    kept = []
+    for name, method in config.methods:
+        if method.draft is None or method.draft in params.drafts:
+            kept.append((name, method))
+        else:
+            print(f"left out {name}: the model has no {method.draft} draft", file=sys.stderr)
+    return dataclasses.replace(config, methods=tuple(kept))
+
+
+def environment(params: Any) -> dict[str, Any]:
+    """What the figures depend on besides the settings."""
+    import platform
+    from importlib.metadata import version
+
+    import jax
+
+    import eagle_jax
+
+    devices = jax.devices()
+    return {
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "backend": jax.default_backend(),
+        "processor": platform.processor() or platform.machine(),
+        "dtype": str(next(iter(params.target.values())).dtype),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+        "eagle_jax": eagle_jax.__version__,
+    }
+
+
+def _fixed(config: EvalConfig, params: Any, around: dict[str, Any]) -> dict[str, Any]:
+    """What all samples of an output directory share; tasks, temperatures and limits may grow."""
+    from eagle_jax.evaluate.runner import with_baseline
+
+    names = ("model", "drafts", "top_p", "new_tokens", "ignore_eos", "seed", "repeats")
+    return {
+        **{name: getattr(config, name) for name in (*names, "batch_size")},
+        "methods": {name: repr(method) for name, method in with_baseline(config.methods).items()},
+        **{name: around[name] for name in ("device", "devices", "dtype", "jax", "eagle_jax")},
+        "weights": _fingerprint(params),
+    }
+
+
+def _fingerprint(params: Any) -> str:
+    """Of every vector of weights: retrained weights in the same place are other weights."""
+    import jax
+
+    total = 0
+    for model in (params.target, *(draft.params for _, draft in sorted(params.drafts.items()))):
+        arrays = [array for _, array in sorted(model.items())]
+        vectors = [array for array in arrays if array.ndim == 1]
+        for array in jax.device_get(vectors or [min(arrays, key=lambda array: array.nbytes)]):
+            total = zlib.crc32(array.tobytes(), total)
+    return f"{total:08x}"
+
+
+def _plot(folder: Path, result: dict[str, Any]) -> None:
+    from eagle_jax.evaluate import plots
+
+    around = result["environment"]
+    title = f"{result['config']['model']}, {around['dtype']}, {around['device']}"
+    try:
+        plots.plot(folder, result["rows"], result["step_times"], title)
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        print("no plots: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+
+
+def summary(result: dict[str, Any], output: str) -> dict[str, Any]:
+    """One line's worth: figures over all tasks."""
+    rows = [row for row in result["rows"] if not row["category"]]
+    kept = ("task", "temperature", "method", "tau", "round_ms", "tokens_per_second", "speedup")
+    kept += ("speedup_interval", "end_to_end", "equal", "answers")
+    return {
+        "lossless": result["lossless"],
+        "output": output,
+        "device": result["environment"]["device"],
+        "dtype": result["environment"]["dtype"],
+        "rows": [
+            {name: _short(row[name]) for name in kept}
+            for row in rows
+            if row["task"] == rows[-1]["task"]
+        ],
+    }
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_short(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 1 if an answer differs that must not."""
+    args = parser().parse_args(argv)
+    config = configuration(args)
+    from eagle_jax.evaluate import report
+
+    try:
+        result = evaluate(config, args.restart, strict=args.methods is not None)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise
+    for line in report.tables(result):
+        print(line)
+    print(json.dumps(summary(result, config.output_dir)), flush=True)
+    return 1 if result["lossless"] is False else 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

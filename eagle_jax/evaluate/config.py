@@ -1,0 +1,101 @@
+"""The configuration of an evaluation; imports no JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from eagle_jax.settings import check
+
+BASELINE = "vanilla"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """One evaluation.
+
+    Attributes:
+        output_dir: receives samples, results and plots; a run that was stopped goes on in it.
+        methods: (name, method) pairs, compared in this order; vanilla is added if missing.
+        model: "tiny" or a directory that `eagle_jax.load` reads.
+        drafts: further directories of drafts.
+        dtype: of weights and arithmetic; by default the device's (`eagle_jax.load`).
+        tasks: "own" (prompts of this package), or NAME for data/NAME.jsonl. By default "own"
+            without `data`, else those of mt_bench, humaneval, gsm8k, alpaca that are there.
+        data: directory of question files.
+        limit: first questions of each task; 0 takes all.
+        temperatures: every one is measured by itself; 0 is greedy.
+        top_p: filter of the sampled distribution; 1 is off.
+        new_tokens: longest answer.
+        ignore_eos: decode all answers to `new_tokens`.
+        seed: of the sampling noise; each question's own seed is derived from it.
+        repeats: timed runs of every method on every prompt.
+        batch_size: prompts decoded together; the last batch is padded to this size.
+        longest_prompt: in tokens; longer ones are skipped, as are those that leave less than
+            `new_tokens` of the context. 0 is no further limit. Prompts are padded to powers of two
+            from 128 on, and each size compiles its own programs, so this bounds compile time too.
+        compile_threads: programs compiled at a time.
+        step_times: nodes per pass for which the time of the target's pass is measured; () skips it.
+        step_prompts: prompts of that measurement.
+    """
+
+    output_dir: str
+    methods: tuple[tuple[str, Any], ...]
+    model: str = "tiny"
+    drafts: tuple[str, ...] = ()
+    dtype: Literal["float32", "bfloat16"] | None = None
+    tasks: tuple[str, ...] = ()
+    data: str = ""
+    limit: int = 0
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    top_p: float = 1.0
+    new_tokens: int = 128
+    ignore_eos: bool = False
+    seed: int = 0
+    repeats: int = 3
+    batch_size: int = 1
+    longest_prompt: int = 0
+    compile_threads: int = 4
+    step_times: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+    step_prompts: int = 3
+
+    def __post_init__(self) -> None:
+        check(self)
+        at_least = {
+            **dict.fromkeys(("limit", "longest_prompt", "seed"), 0),
+            **dict.fromkeys(("new_tokens", "repeats", "batch_size", "compile_threads"), 1),
+            "step_prompts": 1,
+        }
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        if not self.output_dir:
+            raise ValueError("output_dir='': empty; give a directory")
+        if not self.temperatures or min(self.temperatures) < 0:
+            raise ValueError(f"temperatures={self.temperatures}: give numbers of 0 or more")
+        if self.step_times and min(self.step_times) < 1:
+            raise ValueError(f"step_times={self.step_times}: give numbers of nodes, 1 or more")
+        for field in ("tasks", "temperatures", "step_times"):
+            _distinct(field, getattr(self, field))
+        _distinct("methods", [name for name, _ in self.methods])
+        for name, _ in self.methods:
+            if not name or "," in name or name != name.strip():
+                raise ValueError(f"methods: the name {name!r}; use a word without commas")
+
+    def chosen(self, names: list[str]) -> tuple[tuple[str, Any], ...]:
+        """The named methods, in the order of the configuration, and the baseline.
+
+        Raises:
+            ValueError: an unknown name; lists the valid ones.
+        """
+        valid = [name for name, _ in self.methods]
+        for name in names:
+            if name not in (*valid, BASELINE):
+                raise ValueError(f"methods={name!r}: unknown; use {', '.join(valid)}")
+        return tuple(pair for pair in self.methods if pair[0] in (*names, BASELINE))
+
+
+def _distinct(field: str, values: Any) -> None:
+    for i, value in enumerate(values):
+        if value in values[:i]:
+            raise ValueError(f"{field}: {value!r} stands twice; give it once")

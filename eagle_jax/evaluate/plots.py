@@ -1,0 +1,114 @@
+"""Plots of an evaluation: speedup by task, acceptance by depth, time of a pass over its nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eagle_jax.evaluate.config import BASELINE
+
+Row = dict[str, Any]
+
+
+def plot(folder: Path, rows: Sequence[Row], steps: Sequence[Row], title: str) -> list[str]:
+    """Writes the PNG files; returns their names.
+
+    Args:
+        rows: of `metrics.Table.rows`.
+        steps: of `metrics.step_times`; may be empty.
+        title: what was measured, and on what.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+
+    rows = [row for row in rows if not row["category"]]
+    written = ["speedup.png"]
+    _speedup(folder / "speedup.png", rows, title)
+    if any(row["accepted_per_depth"] for row in rows):
+        _acceptance(folder / "acceptance.png", rows, title)
+        written.append("acceptance.png")
+    if steps:
+        _step_time(folder / "step_time.png", steps, title)
+        written.append("step_time.png")
+    return written
+
+
+def _panels(rows: Sequence[Row], key: str, width: float, title: str) -> tuple[Any, list[Any]]:
+    """A figure with one panel per value of `key`, side by side."""
+    from matplotlib.figure import Figure
+
+    values = list(dict.fromkeys(row[key] for row in rows))
+    figure = Figure(figsize=(max(6.0, width * len(values)), 4.2), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    axes = figure.subplots(1, len(values), squeeze=False, sharey=True)[0]
+    return figure, list(zip(values, axes, strict=True))
+
+
+def _speedup(image: Path, rows: Sequence[Row], title: str) -> None:
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    methods = [name for name in names if name != BASELINE] or names  # the baseline is a line
+    width = 0.8 / len(methods)
+    size = max(5.0, 0.22 * len(tasks) * len(methods) + 2)
+    figure, panels = _panels(rows, "temperature", size, title)
+    for temperature, axes in panels:
+        for index, method in enumerate(methods):
+            own = [r for r in rows if r["method"] == method and r["temperature"] == temperature]
+            places = [tasks.index(r["task"]) + (index + 0.5) * width - 0.4 for r in own]
+            heights = [r["speedup"] for r in own]
+            hatch = "//" if index > 9 else None  # there are ten colours
+            axes.bar(
+                places, heights, width * 0.9, label=method, color=f"C{index % 10}", hatch=hatch
+            )
+            for place, row in zip(places, own, strict=True):
+                if row["speedup_interval"]:
+                    axes.plot([place] * 2, row["speedup_interval"], color="black", linewidth=0.8)
+        axes.axhline(1.0, color="gray", linewidth=0.8)
+        axes.set_xticks(range(len(tasks)), tasks)
+        axes.set(title=f"temperature {temperature:g}", ylabel="decode speedup over vanilla")
+    _legend(figure, panels, len(methods))
+    figure.savefig(image, dpi=120)
+
+
+def _acceptance(image: Path, rows: Sequence[Row], title: str) -> None:
+    """Over all tasks."""
+    last = rows[-1]["task"]  # all tasks together stand last
+    rows = [row for row in rows if row["task"] == last]
+    figure, panels = _panels(rows, "temperature", 5.0, title)
+    names = list(dict.fromkeys(row["method"] for row in rows if row["method"] != BASELINE))
+    for temperature, axes in panels:
+        for row in rows:
+            shares = row["accepted_per_depth"]
+            if row["temperature"] == temperature and shares:
+                depths = range(1, len(shares) + 1)
+                index = names.index(row["method"])
+                line = {"color": f"C{index % 10}", "linestyle": "--" if index > 9 else "-"}
+                axes.plot(depths, shares, marker="o", markersize=4, label=row["method"], **line)
+        axes.set(title=f"temperature {temperature:g}, {last}", xlabel="depth", ylim=(0, 1))
+        axes.set_ylabel("share of rounds that kept a token")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    _legend(figure, panels, len(names))
+    figure.savefig(image, dpi=120)
+
+
+def _legend(figure: Any, panels: list[Any], entries: int) -> None:
+    handles, labels = panels[0][1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(entries, 5), fontsize=8)
+
+
+def _step_time(image: Path, steps: Sequence[Row], title: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    axes = figure.subplots()
+    nodes = [row["nodes"] for row in steps]
+    axes.plot(nodes, [row["ms"] for row in steps], "o-")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(nodes, [str(n) for n in nodes])
+    axes.set(xlabel="tokens of one target pass", ylabel="ms", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    figure.savefig(image, dpi=120)

@@ -1,0 +1,321 @@
+"""Measuring: every method on every prompt in turn, A B C, A B C, after a warm-up of every shape.
+
+All methods get the same token ids. Later turns of a question follow frozen earlier answers:
+vanilla's at this temperature and seed, decoded once and stored. Compilation, the pass over the
+prompt and the rounds are timed apart by `eagle_jax.decode.generate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from eagle_jax.decode import Options, Vanilla, engine, generate
+from eagle_jax.decode.method import Context, Method, Models
+from eagle_jax.decode.tree import Proposal, StaticTree
+from eagle_jax.evaluate.config import BASELINE, EvalConfig
+from eagle_jax.evaluate.samples import Samples
+from eagle_jax.evaluate.tasks import Question
+from eagle_jax.params import Params
+
+STEP_TASK = "step time"
+_STEP_TOKENS = 32  # rounds of one run of that measurement, about
+
+
+@dataclasses.dataclass(frozen=True)
+class Star(Vanilla):
+    """Not a method to decode with: vanilla whose root has children that are all token 0.
+
+    One round is the target's pass over `nodes` tokens, at least 2, without any draft.
+    """
+
+    nodes: int = 2
+    depth: int = dataclasses.field(default=1, init=False)
+
+    def propose(
+        self, models: Models, context: Context, state: tuple[()]
+    ) -> tuple[Proposal, tuple[()]]:
+        del models
+        root = context.root()
+        tokens = jnp.zeros((root.shape[0], self.nodes), root.dtype).at[:, 0].set(root)
+        tree = StaticTree(tuple((rank,) for rank in range(self.nodes - 1)))
+        return Proposal(tokens, tree.shape(root.shape[0])), state
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What one call decodes: a prompt, or a batch of prompts of one task, turn and padded length.
+
+    Attributes:
+        task, category: where it is from; a batch has no category.
+        ids: of its questions.
+        turn: which message of theirs is answered, from 0.
+        temperature: 0 is greedy.
+        prompts: token ids of each row, frozen answers of earlier turns included.
+        seeds: of each row.
+    """
+
+    task: str
+    category: str
+    ids: tuple[str, ...]
+    turn: int
+    temperature: float
+    prompts: tuple[tuple[int, ...], ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def bucket(self) -> int:
+        """Tokens that its prompts are padded to."""
+        return engine.bucket_prompt(max(map(len, self.prompts)))
+
+    def key(self, kind: str, *more: Any) -> str:
+        """What a sample of it is stored under; other prompts have another key."""
+        prompts = zlib.crc32(json.dumps(self.prompts).encode())
+        return json.dumps([kind, self.task, self.ids, self.turn, self.temperature, prompts, *more])
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A method on a unit."""
+
+    name: str
+    method: Method
+    unit: Unit
+    new_tokens: int
+    ignore_eos: bool
+
+    def key(self, repeat: int) -> str:
+        return self.unit.key("run", self.name, repeat)
+
+    def shape(self) -> str:
+        """What its compiled programs depend on, besides the settings that all share."""
+        return json.dumps(["compile", self.name, self.unit.bucket, self.unit.temperature > 0])
+
+
+class Runner:
+    """Plans and measures; every sample goes to `samples` and is measured once."""
+
+    def __init__(self, params: Params, config: EvalConfig, samples: Samples) -> None:
+        if params.tokenizer is None:
+            raise ValueError(f"model={config.model!r}: has no tokenizer; questions are text")
+        self.params, self.config, self.samples = params, config, samples
+        self.tokenizer = params.tokenizer
+        self.methods = with_baseline(config.methods)
+        self.skipped: dict[str, dict[str, int]] = {}
+        self._warm: set[str] = set()
+
+    def units(self, tasks: dict[str, list[Question]]) -> list[Unit]:
+        """All that is to be decoded, in order; decodes the answers that later turns follow.
+
+        Raises:
+            ValueError: no prompt of a task fits the context.
+        """
+        return [
+            unit
+            for temperature in map(float, self.config.temperatures)
+            for task, questions in tasks.items()
+            for unit in self._units(task, questions, temperature)
+        ]
+
+    def jobs(self, units: Sequence[Unit]) -> list[list[Job]]:
+        """Groups to interleave: all methods on a unit, then all tree sizes on the first units."""
+        new, ignore = self.config.new_tokens, self.config.ignore_eos
+        out = [
+            [Job(name, method, unit, new, ignore) for name, method in self.methods.items()]
+            for unit in units
+        ]
+        new = min(new, _STEP_TOKENS)
+        for unit in units[: self.config.step_prompts if self.config.step_times else 0]:
+            unit = dataclasses.replace(unit, task=STEP_TASK, temperature=0.0)
+            sizes = [(n, Vanilla() if n == 1 else Star(n)) for n in self.config.step_times]
+            out.append([Job(f"step {n}", method, unit, new, True) for n, method in sizes])
+        return out
+
+    def measure(self, groups: Sequence[Sequence[Job]]) -> None:
+        """Takes every sample that is not there yet."""
+        repeats = range(self.config.repeats)
+        todo = [
+            (job, repeat)
+            for group in groups
+            for repeat in repeats
+            for job in group
+            if self.samples.get(job.key(repeat)) is None
+        ]
+        self._warm_up(job for job, _ in todo)
+        total = sum(map(len, groups)) * len(repeats)
+        with self._bar("measuring", total, total - len(todo)) as bar:
+            for job, repeat in todo:
+                bar.set_postfix_str(f"{job.unit.task}, {job.name}", refresh=False)
+                self.samples.add(job.key(repeat), self._run(job))
+                bar.update()
+
+    def _units(self, task: str, questions: list[Question], temperature: float) -> Iterator[Unit]:
+        chats = {question.id: [] for question in questions}
+        asked = questions
+        skipped = 0
+        for turn in range(max(len(question.turns) for question in questions)):
+            rows: list[tuple[Question, tuple[int, ...]]] = []
+            for question in asked:
+                chats[question.id].append({"role": "user", "content": question.turns[turn]})
+                rows.append((question, self._encode(chats[question.id])))
+            fitting = [(question, ids) for question, ids in rows if len(ids) <= self._room()]
+            skipped += len(rows) - len(fitting)
+            units = list(self._batches(task, fitting, turn, temperature))
+            yield from units
+            going_on = {q.id for q, _ in fitting if len(q.turns) > turn + 1}
+            asked = [question for question in asked if question.id in going_on]
+            frozen = self._freeze([unit for unit in units if going_on & set(unit.ids)])
+            for question in asked:
+                answer = self.tokenizer.decode(frozen[question.id])
+                chats[question.id].append({"role": "assistant", "content": answer})
+            if turn == 0 and not fitting:
+                raise ValueError(
+                    f"tasks={task!r}: every prompt is too long, longest_prompt={self._room()} "
+                    f"tokens besides new_tokens={self.config.new_tokens}; use less of those"
+                )
+        self.skipped.setdefault(task, {})[f"{temperature:g}"] = skipped
+
+    def _room(self) -> int:
+        """Longest prompt that leaves room for a whole answer."""
+        room = self.params.target_config.max_position_embeddings - self.config.new_tokens
+        return min(room, self.config.longest_prompt or room)
+
+    def _encode(self, chat: list[dict[str, str]]) -> tuple[int, ...]:
+        if self.tokenizer.chat_template is not None:
+            return tuple(self.tokenizer.chat(chat))
+        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        text = "\n\n".join(message["content"] for message in chat)
+        return tuple(bos + self.tokenizer.encode(text))
+
+    def _batches(
+        self,
+        task: str,
+        rows: list[tuple[Question, tuple[int, ...]]],
+        turn: int,
+        temperature: float,
+    ) -> Iterator[Unit]:
+        """Rows of one padded length together, so that few shapes are compiled."""
+        size = self.config.batch_size
+        if size > 1:
+            rows = sorted(rows, key=lambda row: -len(row[1]))  # stable
+        while rows:
+            bucket = engine.bucket_prompt(len(rows[0][1]))
+            together = [row for row in rows[:size] if engine.bucket_prompt(len(row[1])) == bucket]
+            rows = rows[len(together) :]
+            ids = tuple(question.id for question, _ in together)
+            yield Unit(
+                task=task,
+                category=together[0][0].category if size == 1 else "",
+                ids=ids,
+                turn=turn,
+                temperature=temperature,
+                prompts=tuple(prompt for _, prompt in together),
+                seeds=tuple(self._seed(task, name) for name in ids),
+            )
+
+    def _seed(self, task: str, question: str) -> int:
+        """The question's own, whatever else is asked beside it."""
+        return (self.config.seed + zlib.crc32(f"{task}/{question}".encode())) % 2**32
+
+    def _freeze(self, units: list[Unit]) -> dict[str, list[int]]:
+        """Vanilla's answers, by question."""
+        method, new = self.methods[BASELINE], self.config.new_tokens
+        jobs = [Job(BASELINE, method, unit, new, self.config.ignore_eos) for unit in units]
+        todo = [job for job in jobs if self.samples.get(job.unit.key("frozen")) is None]
+        self._warm_up(todo)
+        if todo:
+            for job in self._bar("earlier turns", len(todo), items=todo):
+                tokens = self._run(job)["tokens"]
+                self.samples.add(job.unit.key("frozen"), {"tokens": tokens})
+        out: dict[str, list[int]] = {}
+        for unit in units:
+            record = self.samples.get(unit.key("frozen"))
+            assert record is not None
+            out |= dict(zip(unit.ids, record["tokens"], strict=True))
+        return out
+
+    def _warm_up(self, jobs: Iterable[Job]) -> None:
+        """Compiles and runs every shape once; the seconds of the first compilation are kept."""
+        shapes: dict[str, Job] = {}
+        for job in jobs:
+            if job.shape() not in self._warm:
+                shapes.setdefault(job.shape(), job)
+        if not shapes:
+            return
+        with ThreadPoolExecutor(self.config.compile_threads) as pool:
+            runs = {pool.submit(self._run, job): shape for shape, job in shapes.items()}
+            try:
+                for run in self._bar("compiling", len(runs), items=as_completed(runs)):
+                    shape, seconds = runs[run], run.result()["compile"]
+                    if self.samples.get(shape) is None:
+                        self.samples.add(shape, {"seconds": seconds})
+                    self._warm.add(shape)
+            except BaseException:  # an error or Ctrl-C: what has not begun is not waited for
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _run(self, job: Job) -> dict[str, Any]:
+        """One call of `generate`, as a sample."""
+        unit, size = job.unit, self.config.batch_size
+        missing = size - len(unit.ids)
+        # The last batch has the shape of the others: it repeats its first row.
+        prompts = [list(p) for p in (*unit.prompts, *unit.prompts[:1] * missing)]
+        out = generate(
+            self.params,
+            prompts,
+            method=job.method,
+            max_new_tokens=job.new_tokens,
+            temperature=unit.temperature,
+            top_p=float(self.config.top_p),
+            seed=[*unit.seeds, *unit.seeds[:1] * missing],
+            ignore_eos=job.ignore_eos,
+        )
+        statistics = out.statistics
+        return {
+            "new_tokens": statistics.new_tokens,
+            "rounds": statistics.rounds,
+            "accepted": statistics.accepted_per_depth,
+            "compile": statistics.compile_seconds,
+            "prefill": statistics.prefill_seconds,
+            "decode": statistics.decode_seconds,
+            "tokens": [row.tolist() for row in out.tokens[: len(unit.ids)]],
+        }
+
+    @staticmethod
+    def _bar(what: str, total: int, done: int = 0, items: Any = None) -> Any:
+        return tqdm(items, desc=what, total=total, initial=done, file=sys.stderr)
+
+
+def with_baseline(methods: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """Methods by name, vanilla decoding among them.
+
+    Raises:
+        ValueError: something else is named "vanilla".
+    """
+    out = dict(methods)
+    if type(out.get(BASELINE, Vanilla())) is not Vanilla:
+        raise ValueError(f"methods: {BASELINE!r} is {out[BASELINE]}; that name is the baseline's")
+    return out if BASELINE in out else {BASELINE: Vanilla(), **out}
+
+
+def check_methods(params: Params, config: EvalConfig) -> None:
+    """Raises a ValueError of one line for the first method or setting that cannot work."""
+    for name, method in with_baseline(config.methods).items():
+        for temperature in config.temperatures:
+            try:
+                Options(
+                    method=method,
+                    max_new_tokens=config.new_tokens,
+                    temperature=temperature,
+                    top_p=config.top_p,
+                ).check(params)
+            except ValueError as error:
+                raise ValueError(f"methods, {name!r}: {error}") from error

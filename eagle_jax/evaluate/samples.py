@@ -1,0 +1,95 @@
+"""The record of a run: one JSON line per measurement, appended as it is made.
+
+The first line says under which settings all the others were taken. A run that was killed at any
+moment goes on from here; a line that the kill cut short is cut away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SAMPLES = "samples.jsonl"
+WRITTEN = (
+    SAMPLES,
+    "results.json",
+    "results.csv",
+    "speedup.png",
+    "acceptance.png",
+    "step_time.png",
+)
+_START = b'{"eagle_jax_evaluation": '
+
+
+class Samples:
+    """Records by key, in memory and on disk.
+
+    Raises:
+        ValueError: the directory holds samples of other settings, or somebody else's file.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], restart: bool = False) -> None:
+        self.path = folder / SAMPLES
+        self._records: dict[str, dict[str, Any]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        if restart:
+            for name in WRITTEN:
+                (folder / name).unlink(missing_ok=True)
+        if not self._read(json.loads(json.dumps(settings))):  # as it was written
+            header = json.dumps({"eagle_jax_evaluation": 1, "settings": settings})
+            self.path.write_text(header + "\n", encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The record stored under `key`, if any."""
+        return self._records.get(key)
+
+    def add(self, key: str, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Stores `record` at once and returns it as a later run will read it."""
+        line = json.dumps({"key": key, **record})
+        self._file.write(line + "\n")
+        self._file.flush()
+        self._records[key] = json.loads(line)
+        return self._records[key]
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read(self, settings: dict[str, Any]) -> bool:
+        """Takes over what is there; false if there is nothing."""
+        data = self.path.read_bytes() if self.path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        if not whole and (data.startswith(_START) or _START.startswith(data)):
+            return False
+        here = f"output_dir={str(self.path.parent)!r}"
+        try:
+            first, *lines = whole.splitlines()
+            if not first.startswith(_START):
+                raise ValueError
+            found = json.loads(first)["settings"]
+            records = [json.loads(line) for line in lines]
+            self._records = {record["key"]: record for record in records}
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{here}: its {SAMPLES} is damaged or not ours; give another --output"
+            ) from None
+        _compare(found, settings, here)
+        if len(whole) < len(data):
+            os.truncate(self.path, len(whole))
+        return True
+
+
+def _compare(found: dict[str, Any], settings: dict[str, Any], here: str) -> None:
+    for name in {**settings, **found}:
+        before, now = found.get(name), settings.get(name)
+        if before != now:
+            if isinstance(before, dict) and isinstance(now, dict):
+                changed = [k for k in {**now, **before} if before.get(k) != now.get(k)]
+                before, now = f"another {', '.join(changed)}", "this one"
+            raise ValueError(
+                f"{here}: holds samples taken with {name} {before}, not {now}; "
+                "give another --output, or --restart to delete them and measure anew"
+            )

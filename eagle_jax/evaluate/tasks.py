@@ -1,0 +1,129 @@
+"""Tasks: named lists of questions, from files in Spec-Bench's and FastChat's format or our own."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from eagle_jax.evaluate.prompts import OWN
+
+PUBLIC = ("mt_bench", "humaneval", "gsm8k", "alpaca")
+_SUFFIXES = (".jsonl", ".jsonl.gz")
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is asked, turn after turn.
+
+    Attributes:
+        task: name of the list it belongs to.
+        id: its `question_id`, or else its line; unique in the task.
+        category: its kind; may be empty.
+        turns: the user's messages.
+    """
+
+    task: str
+    id: str
+    category: str
+    turns: tuple[str, ...]
+
+
+def read_tasks(names: Sequence[str], data: str = "", limit: int = 0) -> dict[str, list[Question]]:
+    """Questions by task.
+
+    Args:
+        names: "own", or NAME for `data`/NAME.jsonl (or .jsonl.gz); none for the default: "own"
+            without `data`, else those of `PUBLIC` that are there.
+        data: directory of question files.
+        limit: first questions of each task; 0 takes all.
+
+    Raises:
+        ValueError: unknown task (lists the valid ones), a file that is empty or malformed (names
+            the line); one line.
+    """
+    folder = Path(data).expanduser() if data else None
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"data={data!r}: no such directory; give one with NAME.jsonl files")
+    files = {} if folder is None else _files(folder)
+    chosen = list(names)
+    if not chosen:
+        chosen = ["own"] if folder is None else [name for name in PUBLIC if name in files]
+    if not chosen:
+        raise ValueError(
+            f"data={data!r}: holds none of {', '.join(PUBLIC)} (.jsonl); name others with --tasks"
+        )
+    out = {}
+    for name in chosen:
+        if name != "own" and name not in files:
+            valid = ", ".join(["own", *files])
+            where = f"data={data!r}" if data else "no data directory is given (--data DIR)"
+            raise ValueError(f"tasks={name!r}: unknown; use {valid}: {where}")
+        questions = _own() if name == "own" else list(_read(name, files[name]))
+        out[name] = questions[: limit or None]
+    return out
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Question files by task name; a plain file goes before a compressed one."""
+    return {
+        path.name.removesuffix(suffix): path
+        for suffix in reversed(_SUFFIXES)
+        for path in sorted(folder.glob(f"*{suffix}"))
+    }
+
+
+def _own() -> list[Question]:
+    return [
+        Question("own", str(i), category, turns) for i, (category, turns) in enumerate(OWN, start=1)
+    ]
+
+
+def _read(task: str, path: Path) -> Iterator[Question]:
+    seen: dict[str, int] = {}
+    for number, line in _lines(path):
+        where = f"{path}:{number}"
+        question = _parse(task, line, number, where)
+        if question.id in seen:
+            raise ValueError(
+                f"{where}: question_id {question.id} stands in line {seen[question.id]} already"
+            )
+        seen[question.id] = number
+        yield question
+    if not seen:
+        raise ValueError(f"{path}: empty; write one question a line")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, line
+        except (EOFError, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}:{number + 1}: damaged gzip ({error}); copy it anew") from None
+
+
+def _parse(task: str, line: bytes, number: int, where: str) -> Question:
+    try:
+        record: Any = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error}); write one object a line") from None
+    turns = record.get("turns") if isinstance(record, dict) else None
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f'{where}: no "turns"; write {{"turns": ["question", ...]}}')
+    for turn in turns:
+        if not isinstance(turn, str) or not turn.strip():
+            raise ValueError(f"{where}: turns={str(turns)[:60]}: every turn must be some text")
+        if any("\ud800" <= letter <= "\udfff" for letter in turn):
+            raise ValueError(f"{where}: turns hold a lone surrogate; give valid Unicode")
+    return Question(
+        task,
+        str(record.get("question_id", f"line {number}")),
+        str(record.get("category") or ""),
+        tuple(turns),
+    )

@@ -1,0 +1,107 @@
+"""The EAGLE-3 draft (arXiv 2503.01840 section 3.2), as its published code and heads have it.
+
+Residual streams of three target layers are fused into one state by `fc`; from then on the draft
+feeds on its own states. One decoder layer reads the token's embedding beside the state, each
+normed; its own head scores a draft vocabulary, whose entry i is the target's token `i + d2t[i]`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from eagle_jax.config import Eagle3Config
+from eagle_jax.models.layers import MLP, Attention, AttentionKernel, Linear, RMSNorm
+from eagle_jax.models.transformer import Output, Transformer
+from eagle_jax.types import Hidden, KeyValue
+
+
+class Eagle3Layer(nnx.Module):
+    """The decoder layer: attention reads [embedding ; state], each with a norm of its own."""
+
+    def __init__(self, config: Eagle3Config, *, rngs: nnx.Rngs) -> None:
+        d, eps, layer = config.hidden_size, config.rms_norm_eps, config.layer()
+        self.input_layernorm = RMSNorm(d, eps, rngs=rngs)
+        self.hidden_norm = RMSNorm(d, eps, rngs=rngs)
+        self.self_attn = Attention(layer, inputs=2, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(d, eps, rngs=rngs)
+        self.mlp = MLP(layer, rngs=rngs)
+
+    def read(self, embeddings: Hidden, state: Hidden) -> Float[Array, "b t d2"]:
+        """What attention projects."""
+        return jnp.concatenate([self.input_layernorm(embeddings), self.hidden_norm(state)], axis=-1)
+
+    def leave(self, state: Hidden, mixed: Hidden) -> Hidden:
+        """The layer's output, given what attention mixed; the residual is the state as it came."""
+        state = state + mixed
+        return state + self.mlp(self.post_attention_layernorm(state))
+
+
+class Eagle3Draft(nnx.Module):
+    """`fc`, one layer, norm and head; `d2t` is a table of int32 offsets, not a weight."""
+
+    def __init__(self, config: Eagle3Config, *, rngs: nnx.Rngs) -> None:
+        d, eps, fused = config.hidden_size, config.rms_norm_eps, len(config.aux_layers)
+        self.fc_norm = (
+            nnx.List(RMSNorm(d, eps, rngs=rngs) for _ in range(fused)) if config.fc_norm else None
+        )
+        self.fc = Linear(fused * d, d, rngs=rngs)
+        self.midlayer = Eagle3Layer(config, rngs=rngs)
+        self.norm = RMSNorm(d, eps, rngs=rngs)
+        self.lm_head = Linear(d, config.draft_vocab_size, rngs=rngs)
+        self.d2t = nnx.Variable(jnp.zeros(config.draft_vocab_size, jnp.int32))
+        self.aux_layers = config.aux_layers
+        self.norm_output = config.norm_output
+
+    def features(self, output: Output) -> Float[Array, "b t a"]:
+        """What is kept of a target pass: the chosen residual streams side by side."""
+        return jnp.concatenate([output.residuals[i] for i in self.aux_layers], axis=-1)
+
+    def fuse(self, features: Float[Array, "b t a"]) -> Hidden:
+        """The state at positions whose features are the target's own."""
+        if self.fc_norm is not None:
+            parts = jnp.split(features, len(self.fc_norm), axis=-1)
+            pairs = zip(self.fc_norm, parts, strict=True)
+            features = jnp.concatenate([norm(part) for norm, part in pairs], axis=-1)
+        return self.fc(features)
+
+    def __call__(
+        self,
+        embeddings: Hidden,
+        state: Hidden,
+        positions: Int[Array, "b t"],
+        mask: Bool[Array, "b t u"],
+        *,
+        prefix: KeyValue | None = None,
+        lengths: Int[Array, " b"] | None = None,
+        before: KeyValue | None = None,
+        kernel: AttentionKernel = "xla",
+    ) -> tuple[Hidden, KeyValue]:
+        """The next state [b, t, d], and the block's keys and values; arguments as `EagleDraft`."""
+        mixed, block = self.midlayer.self_attn(
+            self.midlayer.read(embeddings, state),
+            positions,
+            mask,
+            prefix=prefix,
+            lengths=lengths,
+            before=before,
+            kernel=kernel,
+        )
+        return self.feed_back(self.midlayer.leave(state, mixed)), block
+
+    def feed_back(self, state: Hidden) -> Hidden:
+        """The state as the next draft step reads it."""
+        return self.norm(state) if self.norm_output else state
+
+    def logits(self, state: Hidden, target: Transformer | None = None) -> Float[Array, "b t v"]:
+        """Scores over the draft vocabulary, float32, of states as `__call__` returns them."""
+        del target
+        normed = state if self.norm_output else self.norm(state)
+        return jnp.matmul(normed, self.lm_head.kernel[...], preferred_element_type=jnp.float32)
+
+    def tokens(self) -> Int[Array, " v"]:
+        """The target's token of every entry of the draft vocabulary."""
+        offsets = self.d2t[...]
+        return jax.lax.iota(jnp.int32, offsets.shape[0]) + offsets

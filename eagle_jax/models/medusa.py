@@ -1,0 +1,67 @@
+"""Medusa heads (arXiv 2401.10774 section 2.1): several tokens ahead from one feature.
+
+Head i turns the target's feature at token t into a distribution of token t + 2 + i: residual
+blocks `h + silu(W h + b)`, then a vocabulary head, its own or (factored) the target's.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from eagle_jax.config import MedusaConfig
+from eagle_jax.models.layers import Linear
+from eagle_jax.models.transformer import Transformer
+from eagle_jax.types import Hidden
+
+
+class ResidualBlock(nnx.Module):
+    """`h + silu(linear(h))`; starts as the identity."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
+        self.linear = Linear(width, width, bias=True, zero=True, rngs=rngs)
+
+    def __call__(self, x: Hidden) -> Hidden:
+        return x + jax.nn.silu(self.linear(x))
+
+
+class MedusaHead(nnx.Module):
+    """Residual blocks, then a vocabulary head, or a square matrix before the target's."""
+
+    def __init__(self, config: MedusaConfig, *, rngs: nnx.Rngs) -> None:
+        d, v = config.hidden_size, config.vocab_size
+        self.blocks = nnx.List(ResidualBlock(d, rngs=rngs) for _ in range(config.num_layers))
+        tied = config.tie_lm_head
+        self.lm_head = None if tied else Linear(d, v, rngs=rngs)
+        self.lm_proj = Linear(d, d, rngs=rngs) if tied else None
+        if self.lm_proj is not None:
+            self.lm_proj.kernel = nnx.Param(jnp.eye(d))  # at first, every head is the target's
+
+    def __call__(self, x: Hidden) -> Hidden:
+        for block in self.blocks:
+            x = block(x)
+        return x if self.lm_proj is None else self.lm_proj(x)
+
+
+class MedusaHeads(nnx.Module):
+    """All heads over the same feature."""
+
+    def __init__(self, config: MedusaConfig, *, rngs: nnx.Rngs) -> None:
+        self.heads = nnx.List(MedusaHead(config, rngs=rngs) for _ in range(config.num_heads))
+
+    def __call__(self, features: Hidden) -> list[Hidden]:
+        """What each head's vocabulary matrix reads, [b, t, d] per head."""
+        return [head(features) for head in self.heads]
+
+    def logits(self, features: Hidden, target: Transformer) -> list[Float[Array, "b t v"]]:
+        """Scores of every head, float32."""
+        scores = []
+        for head, hidden in zip(self.heads, self(features), strict=True):
+            if head.lm_head is None:
+                scores.append(target.logits(hidden))
+            else:
+                kernel = head.lm_head.kernel[...]
+                scores.append(jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32))
+        return scores

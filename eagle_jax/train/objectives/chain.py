@@ -1,0 +1,188 @@
+"""Attention of the training-time test: real rows in common, and a chain of drafted ones per row.
+
+At step j, row t sees the real rows up to t of its segment (keys of step 0) and its own keys of
+steps 1..j, which nobody else sees. Keys of 3 rows at step 2:
+
+              step 0     step 1     step 2
+    row 0     x          x          x
+    row 1     x x          x          x
+    row 2     x x x          x          x
+
+The right part is diagonal: one score per row and step. `causal` does the left part alone and also
+returns the logarithm of its softmax denominator; `attend` then takes one softmax over that number
+and the diagonal scores. No array has more than a chunk of queries by all keys.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from eagle_jax.types import KeyValue
+
+CHUNK = 256
+# What the backward pass keeps of `causal`, for `jax.checkpoint_policies.save_only_these_names`.
+SAVED = "causal"
+
+Queries = Float[Array, "b k g t e"]
+PerQuery = Float[Array, "b k g t"]
+
+
+def attend(
+    query: Float[Array, "b t h e"],
+    real: KeyValue,
+    chain: Sequence[KeyValue],
+    segments: Int[Array, "b t"],
+    chunk: int = CHUNK,
+) -> Float[Array, "b t h e"]:
+    """Attention of one draft step of every row.
+
+    Args:
+        query: of the rows at this step.
+        real: keys and values [b, k, t, e] of step 0.
+        chain: keys and values of steps 1..j, each seen by its own row only.
+        segments: as in a packed batch.
+        chunk: queries whose scores are held at once.
+    """
+    b, t, h, e = query.shape
+    k = real[0].shape[1]
+    rows = query.reshape(b, t, k, h // k, e).transpose(0, 2, 3, 1, 4)
+    rows = rows * jnp.asarray(e**-0.5, query.dtype)
+    both: Any = causal(rows, *real, segments, chunk)
+    mixed, total = both
+    if chain:
+        own = [jnp.sum(_wide(rows) * _wide(keys)[:, :, None], axis=-1) for keys, _ in chain]
+        # Column 0 stands for all real rows.
+        share = jax.nn.softmax(jnp.stack([total, *own], axis=-1), axis=-1)[..., None, :]
+        mixed = share[..., 0] * mixed
+        for i, (_, values) in enumerate(chain, start=1):
+            mixed += share[..., i] * _wide(values)[:, :, None]
+    return mixed.astype(query.dtype).transpose(0, 3, 1, 2, 4).reshape(b, t, h, e)
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def causal(
+    query: Queries,
+    keys: Float[Array, "b k t e"],
+    values: Float[Array, "b k t e"],
+    segments: Int[Array, "b t"],
+    chunk: int,
+) -> tuple[Queries, PerQuery]:
+    """Causal attention within segments, and its log-sum-exp, float32; scaled queries.
+
+    Written by hand because the gradient has to come through the log-sum-exp as well: jax's cuDNN
+    attention drops that part (0.10.2 to 0.11.2), and rounds the number itself to bfloat16. Scores
+    are recomputed backward; products run in the dtype of the inputs and add up in float32.
+    """
+    return _forward(query, keys, values, segments, chunk)
+
+
+def _forward(
+    query: Queries, keys: Array, values: Array, segments: Array, chunk: int
+) -> tuple[Queries, PerQuery]:
+    t = query.shape[3]
+
+    def part(inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        query, own, index = inputs
+        scores = _scores(query, keys, _visible(own, segments, index))
+        top = jnp.max(scores, axis=-1, keepdims=True)  # finite: a row sees itself
+        weights = jnp.exp(scores - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        mixed = _product("bkgts,bkse->bkgte", weights.astype(values.dtype), values)
+        return mixed / total, (top + jnp.log(total))[..., 0]
+
+    mixed, total = jax.lax.map(part, (_cut(query, 3, chunk), *_rows(segments, chunk)))
+    return _join(mixed, 3, t), _join(total, 3, t)
+
+
+def _causal_forward(
+    query: Queries, keys: Array, values: Array, segments: Array, chunk: int
+) -> tuple[tuple[Queries, PerQuery], tuple[Array, ...]]:
+    mixed, total = (
+        checkpoint_name(x, SAVED) for x in _forward(query, keys, values, segments, chunk)
+    )
+    return (mixed, total), (query, keys, values, segments, mixed, total)
+
+
+def _causal_backward(
+    chunk: int, saved: tuple[Array, ...], gradients: tuple[Array, Array]
+) -> tuple[Array, Array, Array, None]:
+    query, keys, values, segments, mixed, total = saved
+    d_mixed, d_total = gradients
+    # d softmax: weights * (their gradient - its mean); the log-sum-exp adds weights * d_total.
+    offset = jnp.sum(d_mixed * mixed, axis=-1) - d_total
+
+    def part(sums: tuple[Array, Array], inputs: tuple[Array, ...]) -> tuple[Any, Array]:
+        query, total, d_mixed, offset, own, index = inputs
+        d_mixed = d_mixed.astype(values.dtype)
+        scores = _scores(query, keys, _visible(own, segments, index))
+        weights = jnp.exp(scores - total[..., None])
+        d_weights = _product("bkgte,bkse->bkgts", d_mixed, values)
+        d_scores = (weights * (d_weights - offset[..., None])).astype(keys.dtype)
+        weights = weights.astype(values.dtype)
+        sums = (
+            sums[0] + _product("bkgts,bkgte->bkse", d_scores, query),
+            sums[1] + _product("bkgts,bkgte->bkse", weights, d_mixed),
+        )
+        return sums, _product("bkgts,bkse->bkgte", d_scores, keys).astype(query.dtype)
+
+    # Rows that only fill the last chunk up repeat the last row, with no gradient.
+    repeated = (_cut(query, 3, chunk), _cut(total, 3, chunk))
+    zeroed = (_cut(d_mixed, 3, chunk, "constant"), _cut(offset, 3, chunk, "constant"))
+    start = (jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32))
+    sums, d_query = jax.lax.scan(part, start, (*repeated, *zeroed, *_rows(segments, chunk)))
+    d_keys, d_values = sums[0].astype(keys.dtype), sums[1].astype(values.dtype)
+    return _join(d_query, 3, query.shape[3]), d_keys, d_values, None
+
+
+causal.defvjp(_causal_forward, _causal_backward)
+
+
+def _product(letters: str, left: Array, right: Array) -> Array:
+    return jnp.einsum(letters, left, right, preferred_element_type=jnp.float32)
+
+
+def _scores(query: Array, keys: Array, visible: Bool[Array, "b c t"]) -> Float[Array, "b k g c t"]:
+    scores = _product("bkgte,bkse->bkgts", query, keys)
+    return jnp.where(visible[:, None, None], scores, -jnp.inf)
+
+
+def _visible(
+    own: Int[Array, "b c"], segments: Int[Array, "b t"], index: Int[Array, " c"]
+) -> Bool[Array, "b c t"]:
+    earlier = index[:, None] >= jnp.arange(segments.shape[1])[None]
+    return (own[:, :, None] == segments[:, None, :]) & earlier[None]
+
+
+def _rows(segments: Int[Array, "b t"], chunk: int) -> tuple[Array, Array]:
+    """Segments and places of the queries of each chunk."""
+    own = _cut(segments, 1, chunk)
+    return own, jnp.arange(own.shape[0] * own.shape[2]).reshape(own.shape[0], own.shape[2])
+
+
+def _cut(x: Array, axis: int, chunk: int, mode: str = "edge") -> Array:
+    """`axis` in chunks, which come first: [chunks, ..., chunk, ...]; the last one filled up."""
+    length = x.shape[axis]
+    chunk = min(chunk, length)
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -length % chunk)
+    x = jnp.pad(x, widths, mode=mode)
+    shape = (*x.shape[:axis], -1, chunk, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+
+def _join(x: Array, axis: int, length: int) -> Array:
+    """Undoes `_cut`."""
+    x = jnp.moveaxis(x, 0, axis)
+    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(x, 0, length, axis=axis)

@@ -1,0 +1,139 @@
+"""Medusa-1 (arXiv 2401.10774 section 2.2.1): heads on the frozen target's features.
+
+Head i at row t predicts token t + 2 + i.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from eagle_jax import config as configs
+from eagle_jax.checkpoint import hf
+from eagle_jax.models import MedusaHeads, bind, init_params
+from eagle_jax.models.layers import AttentionKernel
+from eagle_jax.train.objectives.base import (
+    Batch,
+    Sums,
+    cross_entropy,
+    head_kernel,
+    matrices,
+    means,
+    next_weights,
+    project,
+    rank,
+    shift,
+    soft_labels,
+    target_pass,
+    transformer_flops,
+    weighted_sums,
+)
+from eagle_jax.types import Hidden, ParamDict
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MedusaObjective:
+    """Cross-entropy of every head, to the text or to the target's distribution.
+
+    Metrics: `top1` and `top3` are agreement of head 0 with the label (the text's token, or the
+    target's most likely one), `top1_h1`, ... of the later heads.
+
+    Attributes:
+        settings: the heads, their weights, and what the labels are.
+        target_config, target: the frozen target.
+        kernel: as in `TrainConfig` (`attention`).
+    """
+
+    settings: configs.MedusaTraining
+    target_config: configs.TransformerConfig
+    target: Mapping[str, Any] = dataclasses.field(repr=False)
+    kernel: AttentionKernel = "xla"
+
+    @property
+    def vocab_size(self) -> int:
+        return self.target_config.vocab_size
+
+    def init(self, seed: int) -> ParamDict:
+        """Residual blocks are the identity, and own vocabulary heads copies of the target's."""
+        params = init_params(MedusaHeads, self.settings.draft, seed)
+        if self.settings.draft.tie_lm_head:
+            return params
+        ends = ("embed_tokens.embedding", "lm_head.kernel")
+        held = {name: jnp.asarray(self.target[name]) for name in ends if name in self.target}
+        head = head_kernel(self.target_config, held).astype(jnp.float32)
+        return {
+            # A copy each: the optimizer's step consumes its arrays.
+            name: jnp.array(head) if name.endswith("lm_head.kernel") else value
+            for name, value in params.items()
+        }
+
+    def frozen(self) -> Mapping[str, Any]:
+        return self.target
+
+    def loss(
+        self, trainable: ParamDict, frozen: ParamDict, batch: Batch, key: jax.Array | None
+    ) -> tuple[jax.Array, Sums]:
+        """The decayed sum of the heads' losses.
+
+        Heads have different numbers of rows that count. `sums` are those of head 0, and other
+        means are scaled to its count.
+        """
+        del key
+        frozen = jax.lax.stop_gradient(frozen)
+        features = target_pass(self.target_config, frozen, batch, self.kernel)[1].features
+        shared = head_kernel(self.target_config, frozen)
+        soft = soft_labels(features, shared) if self.settings.labels == "soft" else None
+
+        def sums_of(i: int, hidden: Hidden, kernel: Float[Array, "d v"]) -> Sums:
+            logits = project(hidden, kernel)
+            if soft is None:
+                best = shift(batch["tokens"], 2 + i)
+                own = jnp.take_along_axis(logits, best[..., None], axis=-1)[..., 0]
+                loss = jax.nn.logsumexp(logits, axis=-1) - own
+            else:
+                probs, best = (shift(x, 1 + i) for x in soft)
+                loss = cross_entropy(logits, probs)
+            place = rank(logits, best)
+            rows = {"loss": loss, "top1": place < 1, "top3": place < 3}
+            return weighted_sums(next_weights(batch, 2 + i), rows)
+
+        heads = bind(MedusaHeads, self.settings.draft, trainable)
+        # Logits of all heads at once would not fit.
+        sums_of = jax.checkpoint(sums_of, static_argnums=0)
+        measured = []
+        for i, hidden in enumerate(heads(features)):
+            measured.append(sums_of(i, hidden, trainable.get(f"heads.{i}.lm_head.kernel", shared)))
+        averages = [means(sums) for sums in measured]
+        weighted = [self.settings.decay**i * values["loss"] for i, values in enumerate(averages)]
+        total = jnp.sum(jnp.stack(weighted))
+        first = measured[0]
+        later = {f"top1_h{i}": values["top1"] for i, values in enumerate(averages) if i}
+        return total, {
+            "loss": first["count"] * total,
+            "top1": first["top1"],
+            "top3": first["top3"],
+            "count": first["count"],
+            **{name: first["count"] * value for name, value in later.items()},
+        }
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        draft = self.settings.draft
+        shapes = jax.eval_shape(lambda: init_params(MedusaHeads, draft, 0))
+        body, head = transformer_flops(self.target_config, sequence_length)
+        # The target, and its head for soft labels, forward; the heads forward and backward; a
+        # shared frozen vocabulary head backward to its input only.
+        labels = head if self.settings.labels == "soft" else 0.0
+        shared = 2.0 * head * draft.num_heads if draft.tie_lm_head else 0.0
+        return body + labels + 6.0 * matrices(shapes) + shared
+
+    def export(
+        self, directory: Path, params: Mapping[str, Any], dtype: str, tokenizer: Path
+    ) -> None:
+        del tokenizer  # the target has it
+        hf.save_draft(directory, self.settings.draft, params, dtype)

@@ -1,0 +1,269 @@
+"""Training-time test (EAGLE-3, arXiv 2503.01840 section 3.1): a draft learns on its own states.
+
+Each row drafts a chain of its own, on the text's tokens. Row t at step j reads token t + 1 + j and
+the state that step j - 1 left at row t (at step 0 the fused features of the target), at rotary
+position t + j, and predicts token t + 2 + j: its label is the target's distribution at row
+t + 1 + j. `chain.py` has the attention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from eagle_jax import config as configs
+from eagle_jax.checkpoint import hf
+from eagle_jax.models import Eagle3Draft, Transformer, bind, init_params
+from eagle_jax.models.layers import AttentionKernel
+from eagle_jax.train.objectives import chain
+from eagle_jax.train.objectives.base import (
+    Batch,
+    Sums,
+    attention_flops,
+    cross_entropy,
+    head_kernel,
+    matrices,
+    next_weights,
+    project,
+    rank,
+    shift,
+    target_pass,
+    transformer_flops,
+)
+from eagle_jax.types import Hidden, KeyValue, ParamDict
+
+# Of arXiv 2602.23881: the weight of KL falls with the acceptance rate as exp(-3 rate).
+_LK_SLOPE = 3.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """What the target says at every row, over the draft vocabulary.
+
+    Attributes:
+        probs: its distribution, renormalised over the draft vocabulary.
+        mass: the probability of the draft vocabulary.
+        entropy: of `probs`.
+        best: draft id of its most likely token, or `OUTSIDE`.
+    """
+
+    probs: Float[Array, "b t v"]
+    mass: Float[Array, "b t"]
+    entropy: Float[Array, "b t"]
+    best: Int[Array, "b t"]
+
+    def ahead(self, by: int) -> Labels:
+        """The labels `by` rows further on."""
+        return jax.tree.map(lambda x: shift(x, by), self)
+
+
+OUTSIDE = -1
+
+
+def draft_vocabulary(
+    counts: np.ndarray, size: int, required: Sequence[int] = ()
+) -> tuple[np.ndarray, float]:
+    """The most frequent tokens as offsets `d2t`, and the share of the counted text they cover.
+
+    Args:
+        counts: [V], of every token of the target's vocabulary.
+        size: of the draft vocabulary.
+        required: tokens that are in it whatever their count.
+
+    Returns:
+        int32 [size]: draft id i is token `i + d2t[i]`, in ascending order; and the coverage.
+
+    Raises:
+        ValueError: `size` is smaller than the number of required tokens.
+    """
+    needed = np.zeros(len(counts), bool)
+    needed[list(required)] = True
+    if size < needed.sum():
+        raise ValueError(
+            f"objective.draft.draft_vocab_size={size}: the tokens that end an answer alone are "
+            f"{needed.sum()}; make it larger"
+        )
+    order = np.lexsort((np.arange(len(counts)), -counts, ~needed))  # the last key counts most
+    tokens = np.sort(order[:size])
+    coverage = float(counts[tokens].sum() / max(1, counts.sum()))
+    return (tokens - np.arange(size)).astype(np.int32), coverage
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainingTimeTestObjective:
+    """EAGLE-3: distillation over several draft steps; the frozen target runs on the same batch.
+
+    Metrics: `top1` and `top3` are agreement of step 0 with the target's most likely token,
+    `top1_last` of the last step; a token outside the draft vocabulary is a miss.
+
+    Attributes:
+        settings: steps, weights, loss, and the draft's architecture.
+        target_config, target: the frozen target.
+        d2t: int32 [draft vocabulary]; see `draft_vocabulary`.
+        coverage: share of the training text inside the draft vocabulary.
+        kernel: of the target's pass; `chain.causal` says why not of the draft's.
+        chunk: queries whose attention scores are held at once.
+    """
+
+    settings: configs.TrainingTimeTest
+    target_config: configs.TransformerConfig
+    target: Mapping[str, Any] = dataclasses.field(repr=False)
+    d2t: np.ndarray = dataclasses.field(repr=False)
+    coverage: float | None = None
+    kernel: AttentionKernel = "xla"
+    chunk: int = chain.CHUNK
+
+    @property
+    def vocab_size(self) -> int:
+        return self.target_config.vocab_size
+
+    def init(self, seed: int) -> ParamDict:
+        return init_params(Eagle3Draft, self.settings.draft, seed)
+
+    def frozen(self) -> Mapping[str, Any]:
+        return self.target
+
+    def loss(
+        self, trainable: ParamDict, frozen: ParamDict, batch: Batch, key: jax.Array | None
+    ) -> tuple[jax.Array, Sums]:
+        """The decayed sum of the steps' losses.
+
+        Steps have different numbers of rows that count. `sums` are those of step 0, and other
+        means are scaled to its count.
+        """
+        del key
+        frozen = jax.lax.stop_gradient(frozen)
+        _, output = target_pass(self.target_config, frozen, batch, self.kernel)
+        labels = self._labels(output.features, head_kernel(self.target_config, frozen))
+        draft = self._draft(trainable)
+        state = draft.fuse(draft.features(output))
+        # Of a step the backward pass keeps the states, keys and values that it read; logits of
+        # all steps at once would not fit.
+        keep = jax.checkpoint_policies.save_only_these_names(chain.SAVED)
+        total, pairs, measured = jnp.zeros(()), (), []
+        for j in range(self.settings.steps):
+            step = jax.checkpoint(functools.partial(self._step, j), policy=keep)
+            state, pair, sums = step(trainable, frozen, state, pairs, batch, labels)
+            pairs = (*pairs, pair)
+            measured.append(sums)
+            total += self.settings.decay**j * self._mean(sums, batch)
+        first, last = measured[0], measured[-1]
+        count = first["count"]
+        return total, {
+            "loss": count * total,
+            "top1": first["top1"],
+            "top3": first["top3"],
+            "top1_last": count * last["top1"] / jnp.maximum(last["count"], 1.0),
+            "count": count,
+        }
+
+    def _draft(self, params: ParamDict) -> Eagle3Draft:
+        return bind(Eagle3Draft, self.settings.draft, {**params, "d2t": jnp.asarray(self.d2t)})
+
+    def _labels(self, features: Hidden, head: Float[Array, "d v"]) -> Labels:
+        tokens = np.arange(len(self.d2t)) + self.d2t
+        entry = np.full(self.vocab_size, OUTSIDE, np.int32)
+        entry[tokens] = np.arange(len(tokens))
+        logits = project(features, head)
+        inside = project(features, head[:, tokens])
+        log_probs = jax.nn.log_softmax(inside, axis=-1)
+        probs = jnp.exp(log_probs)
+        return Labels(
+            probs=probs.astype(features.dtype),  # as in `soft_labels`
+            mass=jnp.exp(jax.nn.logsumexp(inside, axis=-1) - jax.nn.logsumexp(logits, axis=-1)),
+            entropy=-jnp.sum(probs * log_probs, axis=-1),
+            best=jnp.asarray(entry)[jnp.argmax(logits, axis=-1)],
+        )
+
+    def _step(
+        self,
+        j: int,
+        params: ParamDict,
+        frozen: ParamDict,
+        state: Hidden,
+        pairs: tuple[KeyValue, ...],
+        batch: Batch,
+        labels: Labels,
+    ) -> tuple[Hidden, KeyValue, Sums]:
+        """The next state, this step's keys and values, and sums over its rows."""
+        draft = self._draft(params)
+        layer = draft.midlayer
+        target = bind(Transformer, self.target_config, frozen)
+        embeddings = target.embed_tokens(shift(batch["tokens"], j + 1))
+        query, keys, values = layer.self_attn.project(
+            layer.read(embeddings, state), batch["positions"] + j
+        )
+        pair = (keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3))
+        real, *own = *pairs, pair
+        mixed = chain.attend(query, real, own, batch["segment_ids"], self.chunk)
+        mixed = layer.self_attn.o_proj(mixed.reshape(*state.shape[:2], -1))
+        left = layer.leave(state, mixed)
+        # `Eagle3Draft.logits`, with the cheaper gradient of `project`.
+        logits = project(draft.norm(left), params["lm_head.kernel"])
+        sums = self._sums(logits, labels.ahead(j + 1), next_weights(batch, j + 2))
+        return draft.feed_back(left), pair, sums
+
+    def _sums(
+        self, logits: Float[Array, "b t v"], labels: Labels, marked: Float[Array, "b t"]
+    ) -> Sums:
+        """Sums over rows: those that are marked, and of these those with a label ("rows")."""
+        weights = jnp.where(labels.best == OUTSIDE, 0.0, marked)
+        place = rank(logits, jnp.maximum(labels.best, 0))
+        rows = _lk_rows(logits, labels) if self.settings.loss == "lk" else None
+        rows = cross_entropy(logits, labels.probs) if rows is None else rows
+        return {
+            "loss": jnp.sum(weights * rows),
+            "rows": jnp.sum(weights),
+            "top1": jnp.sum(jnp.where(place < 1, weights, 0.0)),
+            "top3": jnp.sum(jnp.where(place < 3, weights, 0.0)),
+            "count": jnp.sum(marked),
+        }
+
+    def _mean(self, sums: Sums, batch: Batch) -> Float[Array, ""]:
+        if self.settings.mean == "all":
+            return sums["loss"] / batch["tokens"].size
+        return sums["loss"] / jnp.maximum(sums["rows"], 1.0)
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        settings, draft = self.settings, self.settings.draft
+        shapes = jax.eval_shape(lambda: self.init(0))
+        fuse = float(2 * shapes["fc.kernel"].size)
+        attention = attention_flops(draft.layer(), sequence_length)
+        step = 2.0 * matrices(shapes) - fuse + attention
+        # A product with the row's own key and one with its value per earlier drafted step.
+        pairs = settings.steps * (settings.steps - 1) / 2
+        own = 4.0 * draft.num_attention_heads * draft.head_dim * pairs
+        # Target and its head forward; the draft's steps forward and backward.
+        target = sum(transformer_flops(self.target_config, sequence_length))
+        return target + 3.0 * (fuse + settings.steps * step + own)
+
+    def export(
+        self, directory: Path, params: Mapping[str, Any], dtype: str, tokenizer: Path
+    ) -> None:
+        del tokenizer  # the target has it
+        params = {**params, "d2t": np.asarray(self.d2t)}
+        hf.save_draft(directory, self.settings.draft, params, dtype, coverage=self.coverage)
+
+
+def _lk_rows(logits: Float[Array, "b t v"], labels: Labels) -> Float[Array, "b t"]:
+    """KL and total variation, weighed by the acceptance rate (arXiv 2602.23881).
+
+    The rate is that of speculative sampling from the target: what the target gives to tokens
+    outside the draft vocabulary is lost, and total variation is one minus the rate. KL compares
+    with the renormalised distribution, since the other would be infinite.
+    """
+    draft_probs = jax.nn.softmax(logits, axis=-1)
+    target_probs = labels.mass[..., None] * labels.probs.astype(jnp.float32)
+    rate = jnp.sum(jnp.minimum(target_probs, draft_probs), axis=-1)
+    share = jnp.exp(-_LK_SLOPE * jax.lax.stop_gradient(rate))
+    divergence = cross_entropy(logits, labels.probs) - labels.entropy
+    return share * divergence + (1.0 - share) * (1.0 - rate)
