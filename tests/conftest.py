@@ -28,6 +28,16 @@ import eagle_jax.config  # noqa: E402, F401
 install_import_hook("eagle_jax", "strict.typecheck")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """One process cannot hold the compiled programs of all tests; the cache on disk does."""
+    yield
+    from eagle_jax.decode import engine
+
+    engine.forget()
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory for programs: random pair, bytes for a vocabulary."""

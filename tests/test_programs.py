@@ -18,6 +18,7 @@ from eagle_jax.text import read_conversations
 ROOT = tiny_pair.ROOT
 FOLDERS = ("train", "decode")
 RUN = {
+    "train/medusa_tree.py",
     "train/tokenizer.py",  # by test_train_tokenizer.py
     "train/pair.py",
     "train/sample.py",
@@ -35,10 +36,13 @@ def programs() -> list[Path]:
 
 @pytest.fixture
 def questions(tmp_path) -> str:
-    path = tmp_path / "questions.jsonl"
+    """A directory of one question file."""
+    folder = tmp_path / "questions"
+    folder.mkdir()
     turns = ["Hi", "0+1"]
-    path.write_text("".join(json.dumps({"turns": [turn]}) + "\n" for turn in turns))
-    return str(path)
+    lines = (json.dumps({"turns": [turn]}) + "\n" for turn in turns)
+    (folder / "mt_bench.jsonl").write_text("".join(lines))
+    return str(folder)
 
 
 # --- The folders -----------------------------------------------------------------------------
@@ -135,17 +139,34 @@ def test_the_whole_pipeline(tmp_path, questions) -> None:
     for name, config in (("target", target), ("eagle", draft)):
         source = f"from eagle_jax.config import *\n\nconfig = {config!r}\n"
         (configs / f"{name}.py").write_text(source)
-    command = [sys.executable, "train/pair.py", "--configs", str(configs)]
+    (configs / "eval.py").write_text(
+        "from eagle_jax.decode import Eagle, chain\n"
+        "from eagle_jax.evaluate import EvalConfig\n\n"
+        "config = EvalConfig('', (('eagle', Eagle(chain(2))),), new_tokens=8, repeats=1,\n"
+        "    step_times=())\n".replace("''", "'runs'")
+    )
+    command = [sys.executable, "train/pair.py", "--configs", str(configs), "--drafts", "eagle"]
+    command += ["--eval-config", str(configs / "eval.py")]
     command += ["--data", target.data.train[0], "--validation", target.data.validation[0]]
     command += ["--eval", questions, "--output", str(tmp_path / "runs"), "--prompts", "6"]
     command += ["--batch-size", "4", "--new-tokens", "16", "--set", "eval_batches=1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["prompts"] == 2 and Path(result["model"]) == tmp_path / "runs" / "pair"
-    for name in ("answers-0.0", "answers-1.0"):
+    assert {row["answers"] for row in result["rows"]} == {2} and result["lossless"]
+    for name in ("answers-0", "answers-1", "answers-2"):
         assert len((tmp_path / "runs" / f"{name}.jsonl").read_bytes().splitlines()) == 6
-    assert set(load(tmp_path / "runs" / "pair").drafts) == {"eagle"}
+    assert set(load(tmp_path / "runs" / "model").drafts) == {"eagle"}
+
+
+def test_medusa_tree(tiny_model) -> None:
+    """Catches heads compared with the wrong token: of random ones each rank is right as often."""
+    options = ["--model", str(tiny_model), "--limit", "2", "--new-tokens", "24", "--nodes", "9"]
+    out = tiny_pair.run_program("train/medusa_tree.py", *options, "--ranks", "4")
+    result = json.loads(out.splitlines()[-1])
+    assert [len(row) for row in result["accuracy"]] == [4] * 3
+    assert all(0 <= sum(row) <= 1 for row in result["accuracy"])
+    assert sum(result["nodes_by_depth"]) == 9
 
 
 def test_sample_splits_by_prompt(tiny_model, tmp_path) -> None:

@@ -37,6 +37,7 @@ config = EvalConfig(
         ("eagle2 plain", Eagle(EAGLE2, coupled=False)),
         ("eagle", Eagle(MC_SIM_7B_63)),
         ("eagle plain", Eagle(MC_SIM_7B_63, coupled=False)),
+        ("eagle chain-5", Eagle(chain(5))),
         ("eagle lookup", EagleLookup(Eagle(EAGLE2))),
         ("medusa", Medusa()),
         ("medusa plain", Medusa(coupled=False)),

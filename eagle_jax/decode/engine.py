@@ -12,6 +12,7 @@ Invariant between rounds: `length` tokens are committed, the cache holds the fir
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import threading
@@ -234,7 +235,9 @@ class Clock:
     decode: float = 0.0
 
 
-_executables: dict[Any, Callable[..., State]] = {}
+# On CPUs a program takes 300 memory mappings, of 65,530 that Linux grants a process by default.
+_KEPT = 160
+_executables: collections.OrderedDict[Any, Callable[..., State]] = collections.OrderedDict()
 _executables_lock = threading.Lock()
 _compiling: dict[Any, threading.Lock] = {}
 
@@ -253,29 +256,43 @@ def _compiled(
 ) -> Callable[..., State]:
     """The executable of `function(program, *args)`; compiled once per program and shapes.
 
-    Kept by hand instead of by jit so that compile time is known exactly and apart.
+    Kept by hand instead of by jit so that compile time is known exactly and apart, and so that
+    those not used for longest can go.
     """
     key = (function, program, _signature(args))
     with _executables_lock:
         turn = _compiling.setdefault(key, threading.Lock())
     with turn:  # two threads with one new shape compile it once; other shapes don't wait
-        if key not in _executables:
+        run = _executables.get(key)
+        if run is None:
             start = time.perf_counter()
-            donate = (2,) if function is decode else ()
+            donate = (1,) if function is decode else ()
+            # A function of its own, so that jit's caches let go of the program with it.
+            bound = functools.partial(function, program)
             # TPUs and GPUs multiply float32 in fewer bits unless told otherwise.
             exact = next(iter(args[0].target.values())).dtype == jnp.float32
             with jax.default_matmul_precision("highest" if exact else "default"):
-                lowered = jax.jit(function, static_argnums=0, donate_argnums=donate).lower(
-                    program, *args
-                )
-                _executables[key] = lowered.compile()
+                lowered = jax.jit(bound, donate_argnums=donate).lower(*args)
+                run = lowered.compile()
             clock.compile += time.perf_counter() - start
-        return _executables[key]
+        with _executables_lock:
+            _executables[key] = run
+            _executables.move_to_end(key)
+            _compiling.pop(key, None)
+            while len(_executables) > _KEPT:
+                _executables.popitem(last=False)
+        return run
 
 
 def executables() -> tuple[Any, ...]:
-    """The compiled programs so far, for inspection (`as_text()`, `memory_analysis()`)."""
+    """The compiled programs there are, for inspection (`as_text()`, `memory_analysis()`)."""
     return tuple(_executables.values())
+
+
+def forget() -> None:
+    """Drop every compiled program and its memory."""
+    with _executables_lock:
+        _executables.clear()
 
 
 def start(

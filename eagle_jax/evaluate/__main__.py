@@ -103,7 +103,7 @@ def evaluate(config: EvalConfig, restart: bool = False, strict: bool = True) -> 
     questions = tasks.read_tasks(config.tasks, config.data, config.limit)
     params = load(config.model, draft=config.drafts, dtype=config.dtype)
     if not strict:
-        config = _with_drafts(config, params)
+        config = with_drafts(config, params)
     runner.check_methods(params, config)
     around = environment(params)
     folder = Path(config.output_dir).expanduser()
@@ -143,7 +143,7 @@ def evaluate(config: EvalConfig, restart: bool = False, strict: bool = True) -> 
     return result
 
 
-def _with_drafts(config: EvalConfig, params: Any) -> EvalConfig:
+def with_drafts(config: EvalConfig, params: Any) -> EvalConfig:
     """Without the methods whose draft there is none of."""
     kept = []
     for name, method in config.methods:

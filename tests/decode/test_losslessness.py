@@ -94,14 +94,19 @@ def test_adversaries_and_oracles_equal_vanilla(name: str, right: tuple[bool, ...
     assert out.statistics.rounds == (-(-decoding.NEW // per_round),) * 4
 
 
-@pytest.mark.parametrize("draft", ["random", "nan"])
-@pytest.mark.parametrize("method", decoding.METHODS.values(), ids=decoding.METHODS)
+@pytest.mark.parametrize("method", decoding.METHODS)
 @pytest.mark.parametrize("name", ["greedy", "top_p"])
-def test_every_method_equals_vanilla(name: str, method: Method, draft: str) -> None:
+def test_every_method_equals_vanilla(name: str, method: str) -> None:
     """Catches whatever a method's state, tree or cache could do to the text."""
-    if draft == "nan" and method.draft is None:
-        pytest.skip("reads no draft")
-    out = run(DRAFTS[draft](), method, **SETTINGS[name])
+    out = run(decoding.random_pair(), decoding.METHODS[method], **SETTINGS[name])
+    assert decoding.lists(out.tokens) == vanilla(name)
+
+
+@pytest.mark.parametrize("method", [n for n, m in decoding.METHODS.items() if m.draft is not None])
+@pytest.mark.parametrize("name", ["greedy", "top_p"])
+def test_a_broken_draft_changes_nothing(name: str, method: str) -> None:
+    """Catches scores that are not numbers and reach the text, or an index out of the tree."""
+    out = run(DRAFTS["nan"](), decoding.METHODS[method], **SETTINGS[name])
     assert decoding.lists(out.tokens) == vanilla(name)
 
 
@@ -237,10 +242,11 @@ def test_reused_noise_would_be_rejected(name: str, monkeypatch: pytest.MonkeyPat
 
 @dataclasses.dataclass(frozen=True)
 class Lenient(Exact):
-    """The draft's best token is taken in place of the target's token 0."""
+    """The draft's best token is taken in place of the one after it in the vocabulary."""
 
     def __call__(self, proposal, logits, targets, context):
-        root = jnp.where(targets[:, 0] == 0, proposal.tokens[:, 1], targets[:, 0])
+        best = proposal.tokens[:, 1]
+        root = jnp.where(targets[:, 0] == (best + 1) % 3, best, targets[:, 0])
         return super().__call__(proposal, logits, targets.at[:, 0].set(root), context)
 
 
@@ -304,7 +310,7 @@ def test_lenient_acceptance_would_be_rejected(name: str) -> None:
 
 
 @pytest.mark.usefixtures("unpadded")
-@pytest.mark.parametrize("name", ["eagle", "eagle2", "eagle3", "speculative", "recycling"])
+@pytest.mark.parametrize("name", ["eagle", "eagle plain", "eagle2", "eagle3"])
 def test_an_unprocessed_bonus_token_would_be_rejected(name: str) -> None:
     """The power again: the bug that published EAGLE code had until 2025."""
     assert p_value(draw(Broken(LAW[name], Unprocessed()))) < 1e-9

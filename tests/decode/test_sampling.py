@@ -15,6 +15,7 @@ from eagle_jax.decode.sampling import (
     position_uniform,
     process,
     sampling,
+    top_k,
 )
 
 VOCAB = 7
@@ -132,3 +133,23 @@ def test_greedy_needs_no_noise_and_switches_filters_off() -> None:
 def test_errors(arguments: tuple[float, int, float], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         sampling(*arguments)
+
+
+@pytest.mark.parametrize("vocab", [513, 640, 1000])
+def test_two_stages_equal_top_k(vocab: int) -> None:
+    """Catches ties that go to another index than the lowest, and padding among the best."""
+    rng = np.random.default_rng(vocab)
+    rows = np.concatenate(
+        [
+            rng.normal(size=(40, vocab)),
+            rng.integers(0, 3, (40, vocab)),  # ties everywhere, also between chunks
+            np.zeros((1, vocab)),
+            np.where(np.arange(vocab) == vocab - 1, 0.0, -np.inf)[None],
+            rng.integers(0, 2, (40, vocab)) - 1.0 * (np.arange(vocab) > 3)[None] * 5,
+        ]
+    )
+    logits = jnp.asarray(rows, jnp.float32)[None]
+    expected, index = jax.lax.top_k(logits, 8)
+    got, place = top_k(logits, 8)
+    assert np.array_equal(place, index)
+    assert np.array_equal(got, expected)

@@ -14,7 +14,7 @@ import pytest
 
 from eagle_jax.decode import Eagle, Vanilla, chain, generate
 from eagle_jax.evaluate import EvalConfig, metrics, runner
-from eagle_jax.evaluate.__main__ import evaluate, main
+from eagle_jax.evaluate.__main__ import evaluate, main, with_drafts
 from eagle_jax.evaluate.samples import SAMPLES, WRITTEN
 from eagle_jax.params import load
 
@@ -346,7 +346,10 @@ def test_the_shipped_configuration() -> None:
 
     root = Path(__file__).parents[2]
     config = settings.load(root / "configs/eval/tiny.py", ["limit=3"], kind=EvalConfig)
-    runner.check_methods(load("tiny", draft=config.drafts), config)
+    params = load("tiny", draft=config.drafts)
+    kept = with_drafts(config, params)
+    runner.check_methods(params, kept)
+    assert len(kept.methods) > 5
     assert "vanilla" in dict(config.methods) and not config.tasks
     assert len(read_tasks(config.tasks, config.data, config.limit)["own"]) == 3
 

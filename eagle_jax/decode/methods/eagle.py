@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from eagle_jax.config import Eagle3Config
 from eagle_jax.decode.accept import Exact
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
-from eagle_jax.decode.sampling import argmax, perturb
+from eagle_jax.decode.sampling import argmax, perturb, top_k
 from eagle_jax.decode.tree import MC_SIM_7B_63, DynamicTree, Proposal, StaticTree, rerank
 from eagle_jax.models import cache as caches
 from eagle_jax.models.transformer import packed_mask
@@ -297,6 +297,6 @@ class Eagle:
             index = argmax(scores)[..., None]
             best = jnp.max(scores, axis=-1, keepdims=True)
         else:
-            best, index = jax.lax.top_k(scores, count)
+            best, index = top_k(scores, count)
         ids = models.draft.tokens()
         return best, index if ids is None else ids[index]

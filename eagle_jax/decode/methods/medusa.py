@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -12,7 +11,7 @@ from jaxtyping import Array, Float
 from eagle_jax.config import MedusaConfig
 from eagle_jax.decode.accept import Exact, Rejection
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
-from eagle_jax.decode.sampling import perturb
+from eagle_jax.decode.sampling import perturb, top_k
 from eagle_jax.decode.tree import Proposal, StaticTree, best_tree
 from eagle_jax.params import Params
 
@@ -86,7 +85,7 @@ class Medusa:
             if self.coupled and context.noise is not None:
                 level = perturb(level, context.noise[:, depth - 1], context.sampling)
             ranks = tree.ranks[np.flatnonzero(tree.depths == depth)]
-            _, best = jax.lax.top_k(level, int(ranks.max()) + 1)
+            _, best = top_k(level, int(ranks.max()) + 1)
             tokens.append(best[:, ranks])
         tokens = jnp.concatenate(tokens, axis=1)
         return Proposal(tokens, tree.shape(tokens.shape[0])), state

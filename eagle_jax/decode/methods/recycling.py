@@ -16,14 +16,13 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from eagle_jax.decode.accept import Exact
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
+from eagle_jax.decode.sampling import top_k
 from eagle_jax.decode.tree import Proposal, StaticTree, best_tree
 from eagle_jax.params import Params
 
 # A model, no measurement: the best candidate is right 0.45 of the time, each lower rank half as
 # often as the one before, at every depth. The last of 60 drafted nodes adds 0.01 tokens a round.
 _TREE = best_tree([[0.45 * 0.5**rank for rank in range(8)]] * 6, 60)
-
-_CHUNK = 64
 
 
 @jax.tree_util.register_dataclass
@@ -102,7 +101,7 @@ class Recycling:
         """Every node, accepted or not, says anew what follows its token."""
         del models
         tokens = verified.proposal.tokens
-        logits, best = top(verified.logits, self.width)
+        logits, best = top_k(verified.logits, self.width)
         return RecyclingState(
             store(state.tokens, tokens, best),
             None if state.logits is None else store(state.logits, tokens, logits),
@@ -136,24 +135,3 @@ def store(
     replaced = jnp.any(same & jnp.triu(jnp.ones((t, t), bool), 1)[None], axis=2)
     index = jnp.where(replaced, matrix.shape[1], tokens)
     return jax.vmap(lambda m, i, x: m.at[i].set(x, mode="drop"))(matrix, index, values)
-
-
-def top(logits: Float[Array, "b t v"], k: int) -> tuple[Float[Array, "b t k"], Int[Array, "b t k"]]:
-    """`lax.top_k`, in two stages where the vocabulary is large.
-
-    The k chunks with the largest maxima hold the k largest entries, and sorting a whole vocabulary
-    per node for 8 of its entries costs GPUs several times that. Among equals the lowest index wins
-    in both stages, if the chunks stay in order.
-    """
-    *lead, vocab = logits.shape
-    if vocab <= k * _CHUNK:
-        best, index = jax.lax.top_k(logits, k)
-        return best, index
-    padding = [(0, 0)] * len(lead) + [(0, -vocab % _CHUNK)]
-    chunks = jnp.pad(logits, padding, constant_values=-jnp.inf).reshape(*lead, -1, _CHUNK)
-    _, chosen = jax.lax.top_k(jnp.max(chunks, axis=-1), k)
-    chosen = jnp.sort(chosen, axis=-1)
-    held = jnp.take_along_axis(chunks, chosen[..., None], axis=-2).reshape(*lead, k * _CHUNK)
-    best, place = jax.lax.top_k(held, k)
-    chunk = jnp.take_along_axis(chosen, place // _CHUNK, axis=-1)
-    return best, chunk * _CHUNK + place % _CHUNK
