@@ -353,8 +353,8 @@ def _method(method: str | Method, params: Params) -> Method:
         raise ValueError(f"method={method!r}: give a name ({', '.join(METHODS)}) or an instance")
     if method.draft is not None and method.draft not in params.drafts:
         raise ValueError(
-            f"method {type(method).__name__}: needs a draft of kind {method.draft!r}, and params has "
-            f"{', '.join(sorted(params.drafts)) or 'none'}; load one with draft=DIR"
+            f"method {type(method).__name__}: needs a draft of kind {method.draft!r}, and params "
+            f"has {', '.join(sorted(params.drafts)) or 'none'}; load one with draft=DIR"
         )
     method.check(params)
     return method
