@@ -12,13 +12,64 @@ from eagle_jax.settings import check
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for texts longer than those of pre-training.
+
+    Attributes:
+        rope_type: "linear" divides every frequency by `factor`; "llama3" the slow ones only, with a
+            ramp between; "yarn" (arXiv 2309.00071) ramps over dimensions and sharpens attention.
+        factor: by how much the context grows.
+        original_max_position_embeddings: context of pre-training, in tokens; not for "linear".
+        low_freq_factor, high_freq_factor: "llama3": wavelengths above the original context over the
+            first are divided, those below it over the second kept.
+        beta_fast, beta_slow: "yarn": turns within the original context that bound the ramp.
+        attention_factor: "yarn": multiplies queries and keys; by default 0.1 ln(factor) + 1.
+        mscale, mscale_all_dim: "yarn": if both are given, the factor is the quotient of two such
+            terms, each with its own weight in place of 1.
+        truncate: "yarn": the ramp's bounds are whole dimensions.
+    """
+
+    rope_type: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.factor <= 0:
+            raise ValueError(f"factor={self.factor}: must be positive")
+        if self.rope_type != "linear" and not self.original_max_position_embeddings:
+            raise ValueError(
+                f"original_max_position_embeddings={self.original_max_position_embeddings}: "
+                f"rope_type={self.rope_type!r} needs the context of pre-training, in tokens"
+            )
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor}: must be less than "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
+
+
+LayerType = Literal["full_attention", "sliding_attention"]
+
+
+@dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """A decoder-only transformer; field names and meanings are Hugging Face's.
+    """A decoder-only transformer; field names and meanings are Hugging Face's where it has them.
+
+    The defaults are Llama's; `eagle_jax.checkpoint.families` says what other families set.
 
     Attributes:
         vocab_size: rows of the embedding.
         hidden_size: width `d` of the residual stream.
-        intermediate_size: width `f` of the SwiGLU block.
+        intermediate_size: width `f` of the gated feed-forward block.
         num_hidden_layers: decoder layers.
         num_attention_heads: query heads `h`.
         num_key_value_heads: key/value heads `k`; `h` is a multiple of it.
@@ -28,7 +79,28 @@ class TransformerConfig:
         max_position_embeddings: longest sequence (prompt and answer together), in tokens.
         tie_word_embeddings: the output head is the embedding matrix.
         attention_bias: biases on the q, k and v projections (Qwen2).
-        fused_mlp: gate and up projections are one matrix; in memory only, `eagle_jax.load` sets it.
+        fused_mlp: gate and up projections are one matrix, the experts of a layer one stack; in
+            memory only, `eagle_jax.load` sets it.
+        rope_scaling: of the rotary embedding, for long contexts.
+        rope_local_base_freq: base of the rotary embedding, unscaled, in sliding layers (Gemma 3);
+            by default they have that of the others.
+        sliding_window: a token sees itself and the `sliding_window - 1` positions before.
+        layer_types: of each layer, whether it has that window; empty: all have it.
+        hidden_act: of the gate.
+        qk_norm: an RMSNorm on every head of queries and keys (Qwen3, Gemma 3).
+        query_pre_attn_scalar: scores are divided by its square root; by default `head_dim`.
+        attn_logit_softcapping: scores are bent to stay within ± this: c tanh(x / c).
+        final_logit_softcapping: the same for logits.
+        post_norms: norms also after attention and after the feed-forward block (Gemma 2 and 3).
+        unit_offset_norm: RMSNorm multiplies with 1 + its scale (Gemma).
+        scale_embeddings: embeddings are multiplied with the root of `hidden_size` (Gemma).
+        num_experts: feed-forward blocks of a layer, among which a router chooses; 0: one, no
+            router.
+        num_experts_per_tok: how many each token goes through.
+        moe_intermediate_size: width of an expert; by default `intermediate_size`.
+        norm_topk_prob: the chosen experts' weights add up to 1.
+        mlp_only_layers: layers without experts all the same.
+        model_type: the family a checkpoint came from, for going back; no part of the computation.
     """
 
     vocab_size: int
@@ -44,6 +116,25 @@ class TransformerConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     fused_mlp: bool = False
+    rope_scaling: RopeScaling | None = None
+    rope_local_base_freq: float | None = None
+    sliding_window: int | None = None
+    layer_types: tuple[LayerType, ...] = ()
+    hidden_act: Literal["silu", "gelu_pytorch_tanh"] = "silu"
+    qk_norm: bool = False
+    query_pre_attn_scalar: int | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    post_norms: bool = False
+    unit_offset_norm: bool = False
+    scale_embeddings: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = True
+    mlp_only_layers: tuple[int, ...] = ()
+    # Not compared: equal computations share compiled programs, whatever file they came from.
+    model_type: str | None = dataclasses.field(default=None, compare=False)
 
     kind: ClassVar[str] = "model"  # as a draft: an independent small model
 
@@ -69,6 +160,46 @@ class TransformerConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: rotary embedding needs an even number")
+        for name in (
+            "sliding_window",
+            "query_pre_attn_scalar",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+            "moe_intermediate_size",
+            "rope_local_base_freq",
+        ):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value}: must be positive, or None")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        layers = self.num_hidden_layers
+        if len(self.layer_types) not in (0, layers):
+            raise ValueError(
+                f"layer_types: has {len(self.layer_types)} entries; give one for each of the "
+                f"num_hidden_layers={layers}, or none"
+            )
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("sliding_window=None: layer_types has sliding layers; give its width")
+        if self.num_experts < 0:
+            raise ValueError(f"num_experts={self.num_experts}: must be 0 or more")
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok}: must be 1 to "
+                f"num_experts={self.num_experts}"
+            )
+        if any(not 0 <= layer < layers for layer in self.mlp_only_layers):
+            raise ValueError(f"mlp_only_layers={self.mlp_only_layers}: must be 0 to {layers - 1}")
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a layer, in positions; None where it sees all of them."""
+        sliding = not self.layer_types or self.layer_types[layer] == "sliding_attention"
+        return self.sliding_window if sliding else None
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the feed-forward block of a layer is a router and its experts."""
+        return self.num_experts > 0 and layer not in self.mlp_only_layers
 
 
 @dataclasses.dataclass(frozen=True)

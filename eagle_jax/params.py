@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, Sharding
 
-from eagle_jax.checkpoint import hf
+from eagle_jax.checkpoint import files, hf, native
+from eagle_jax.checkpoint.stored import Stored
 from eagle_jax.config import DraftConfig, MedusaConfig, TransformerConfig
 from eagle_jax.models.layers import fuse_mlp
+from eagle_jax.sharding import replicated, weight_shardings
 from eagle_jax.text import Tokenizer
 from eagle_jax.types import ParamDict
 
@@ -57,41 +61,53 @@ def load(
     *,
     draft: str | Path | Sequence[str | Path] | None = None,
     dtype: Any = None,
+    sharding: Mesh | Sharding | None = None,
 ) -> Params:
     """Load a target, its tokenizer and its drafts.
 
+    Weights go from their files to the devices one after the other: on the host there is no more
+    at a time than the largest takes.
+
     Args:
         name_or_path: "tiny" (shipped with this package), a directory that holds `target/` and a
-            directory per draft, or a directory with `config.json` and `model.safetensors`.
+            directory per draft, or a Hugging Face directory: `config.json` and weights in
+            safetensors files or in `pytorch_model.bin`, whole or in shards.
         draft: directories of drafts, of any kind, in place of the target's own of that kind.
         dtype: of all parameters and so of the arithmetic; by default float32 on CPUs (where it is
             exact and fast) and bfloat16 elsewhere.
+        sharding: where weights go: a mesh of `eagle_jax.sharding.make_mesh`, over whose `fsdp`
+            devices each is cut along its largest axis; or one sharding for all of them. By default
+            whole to the default device.
 
     Raises:
-        ValueError: unknown name, broken or incomplete files, a draft that does not fit or cannot
-            draft the end of an answer, two drafts of one kind.
+        ValueError: unknown name, broken or incomplete files, files that differ from the
+            directory's manifest, a draft that does not fit, has another tokenizer or cannot draft
+            the end of an answer, two drafts of one kind.
     """
-    root = _find(name_or_path)
+    root = find(name_or_path)
     target_dir = root / "target" if (root / "target").is_dir() else root
     on_cpu = jax.default_backend() == "cpu"
     dtype = _dtype(dtype if dtype is not None else ("float32" if on_cpu else "bfloat16"))
 
-    target_config, target = hf.load_target(target_dir)
+    native.check(root)
+    target_config, target = hf.open_target(target_dir)
     tokenizer = Tokenizer.load(target_dir) if (target_dir / "tokenizer.json").exists() else None
     drafts: dict[str, Draft] = {}
-    for directories in (_own_drafts(root), _directories(draft)):
-        found = _load_drafts(directories, target_config, tokenizer)
-        drafts |= {kind: _prepare(*pair, dtype, on_cpu) for kind, pair in found.items()}
+    for directories in (own_drafts(root), _directories(draft)):
+        found = _open_drafts(directories, target_dir, target_config, tokenizer)
+        for kind, (config, params) in found.items():
+            config, params = _for_decoding(config, params, on_cpu)
+            drafts[kind] = Draft(_place(params, dtype, sharding), config)
     target_config, target = _for_decoding(target_config, target, on_cpu)
     return Params(
-        target=_place(target, dtype),
+        target=_place(target, dtype, sharding),
         drafts=drafts,
         target_config=target_config,
         tokenizer=tokenizer,
     )
 
 
-def _own_drafts(root: Path) -> list[Path]:
+def own_drafts(root: Path) -> list[Path]:
     """Directories beside `target/` that hold a draft."""
     if not (root / "target").is_dir():
         return []
@@ -106,24 +122,28 @@ def _directories(draft: str | Path | Sequence[str | Path] | None) -> list[Path]:
     return [Path(directory).expanduser() for directory in given]
 
 
-def _load_drafts(
-    directories: Sequence[Path], target: TransformerConfig, tokenizer: Tokenizer | None
-) -> dict[str, tuple[DraftConfig, dict[str, np.ndarray]]]:
+def _open_drafts(
+    directories: Sequence[Path],
+    target_dir: Path,
+    target: TransformerConfig,
+    tokenizer: Tokenizer | None,
+) -> dict[str, tuple[DraftConfig, Mapping[str, Stored]]]:
     """The draft of every directory, by kind; none of a kind twice."""
     drafts, sources = {}, {}
     for directory in directories:
-        config, params = hf.load_draft(directory, target)
+        config, params = hf.open_draft(directory, target)
         try:
             hf.check_fit(target, config)
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from error
+        check_tokenizers(target_dir, directory)
         if config.kind in drafts:
             raise ValueError(
                 f"{sources[config.kind]} and {directory}: both hold a draft of kind "
                 f"{config.kind!r}; give one of each kind"
             )
         if tokenizer is not None and "d2t" in params:
-            _check_vocabulary(directory, params["d2t"], tokenizer)
+            _check_vocabulary(directory, np.asarray(params["d2t"]), tokenizer)
         drafts[config.kind], sources[config.kind] = (config, params), directory
     return drafts
 
@@ -140,26 +160,52 @@ def _check_vocabulary(directory: Path, d2t: np.ndarray, tokenizer: Tokenizer) ->
             )
 
 
-def _prepare(
-    config: DraftConfig, params: dict[str, np.ndarray], dtype: jnp.dtype, on_cpu: bool
-) -> Draft:
-    if isinstance(config, TransformerConfig):
-        config, params = _for_decoding(config, params, on_cpu)
-    elif not isinstance(config, MedusaConfig):
-        config, params = dataclasses.replace(config, fused_mlp=True), fuse_mlp(params)
-    return Draft(_place(params, dtype), config)
+def check_tokenizers(target: Path, draft: Path) -> None:
+    """Checks that a draft's directory has the tokens of the target's, if it has a tokenizer.
+
+    Raises:
+        ValueError: names the first token that differs.
+    """
+    paths = [directory / "tokenizer.json" for directory in (target, draft)]
+    if not all(path.is_file() for path in paths):
+        return
+    ours, theirs = map(_tokens, paths)
+    for index in sorted(ours.keys() | theirs.keys()):
+        if ours.get(index) != theirs.get(index):
+            raise ValueError(
+                f"{paths[1]}: token {index} is {theirs.get(index)!r}, in the target's tokenizer "
+                f"{ours.get(index)!r}; give a draft that was trained for this target"
+            )
+
+
+def _tokens(path: Path) -> dict[int, str]:
+    """What each id stands for."""
+    content = files.read_json(path)
+    vocabulary = content.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, Mapping):
+        tokens = {index: token for token, index in vocabulary.items()}
+    else:  # unigram: pairs of a token and its score, in order
+        tokens = {index: entry[0] for index, entry in enumerate(vocabulary)}
+    return tokens | {entry["id"]: entry["content"] for entry in content.get("added_tokens", [])}
 
 
 def _for_decoding(
-    config: TransformerConfig, params: dict[str, np.ndarray], on_cpu: bool
-) -> tuple[TransformerConfig, dict[str, np.ndarray]]:
-    """The same model laid out for speed."""
-    if config.tie_word_embeddings and on_cpu:
+    config: DraftConfig, params: Mapping[str, Stored], on_cpu: bool
+) -> tuple[Any, Mapping[str, Stored]]:
+    """The same model laid out for speed; gate and up are joined when they are placed."""
+    if isinstance(config, MedusaConfig):
+        return config, params
+    if isinstance(config, TransformerConfig) and config.tie_word_embeddings and on_cpu:
         # A head stored [d, v] multiplies a few rows twice as fast there as the [v, d] embedding.
-        head = np.ascontiguousarray(params["embed_tokens.embedding"].T)
+        embedding = params["embed_tokens.embedding"]
+        head = Stored(
+            embedding.shape[::-1],
+            embedding.dtype,
+            lambda: np.ascontiguousarray(np.asarray(embedding).T),
+        )
         config = dataclasses.replace(config, tie_word_embeddings=False)
-        params = params | {"lm_head.kernel": head}
-    return dataclasses.replace(config, fused_mlp=True), fuse_mlp(params)
+        params = {**params, "lm_head.kernel": head}
+    return dataclasses.replace(config, fused_mlp=True), params
 
 
 def shipped() -> list[str]:
@@ -178,7 +224,12 @@ def _dtype(dtype: Any) -> jnp.dtype:
     return jnp.dtype(dtype)
 
 
-def _find(name_or_path: str | Path) -> Path:
+def find(name_or_path: str | Path) -> Path:
+    """The directory of a model, given that or the name of a shipped pair.
+
+    Raises:
+        ValueError: there is none.
+    """
     if not str(name_or_path):
         raise ValueError(f"model '': empty; give a directory or one of {', '.join(shipped())}")
     path = Path(name_or_path).expanduser()
@@ -192,9 +243,36 @@ def _find(name_or_path: str | Path) -> Path:
     return path
 
 
-def _place(params: dict[str, np.ndarray], dtype: jnp.dtype) -> ParamDict:
-    def one(x: np.ndarray) -> jax.Array:
-        table = np.issubdtype(x.dtype, np.integer)  # of token ids: no weights
-        return jax.device_put(x if table else np.asarray(x).astype(dtype))
+def _place(
+    params: Mapping[str, Stored], dtype: jnp.dtype, sharding: Mesh | Sharding | None
+) -> ParamDict:
+    """Reads, casts and places one array after the other, gate and up projections joined."""
+    placed = {}
+    for names in _read_together(params):
+        for name, array in fuse_mlp({name: np.asarray(params[name]) for name in names}).items():
+            if not np.issubdtype(array.dtype, np.integer):  # a table of token ids is no weight
+                array = array.astype(dtype, copy=False)
+            where = _sharding(array, sharding)
+            # Waited for, so that the host's copy of one is gone before the next is read.
+            placed[name] = jax.block_until_ready(jax.device_put(array, where))
+    return placed
 
-    return {name: one(x) for name, x in params.items()}
+
+def _read_together(params: Mapping[str, Stored]) -> list[list[str]]:
+    """The names of the arrays that `fuse_mlp` joins to one."""
+    groups: dict[str, list[str]] = {}
+    for name in params:
+        joined = re.sub(r"\.experts\.\d+\.", ".experts.", name)
+        joined = re.sub(r"\b(gate|up)_proj\.kernel$", "gate_up_proj.kernel", joined)
+        groups.setdefault(joined, []).append(name)
+    return list(groups.values())
+
+
+def _sharding(array: np.ndarray, sharding: Mesh | Sharding | None) -> Sharding | None:
+    if not isinstance(sharding, Mesh):
+        return sharding
+    if np.issubdtype(array.dtype, np.integer):
+        return replicated(sharding)
+    placed = weight_shardings(sharding, jax.ShapeDtypeStruct(array.shape, array.dtype))
+    assert isinstance(placed, NamedSharding)
+    return placed

@@ -14,12 +14,16 @@ from typing import Any
 import numpy as np
 
 from eagle_jax.checkpoint import families
-from eagle_jax.checkpoint.files import Arrays, arrays
+from eagle_jax.checkpoint.files import Arrays, StoredArrays, arrays
+from eagle_jax.checkpoint.stored import lazily
 from eagle_jax.config import Eagle3Config, EagleConfig, MedusaConfig, TransformerConfig
 
-# The layers whose residual streams are fused: serving stacks disagree about their numbers.
-_AUX = "eagle_aux_hidden_state_layer_ids"
-_COVERAGE = "draft_vocab_coverage"
+AUX = "eagle_aux_hidden_state_layer_ids"
+"""Key of the layers whose residual streams are fused: stacks disagree about their numbers."""
+
+COVERAGE = "draft_vocab_coverage"
+"""Key of the share of the training tokens that the draft vocabulary has."""
+
 _MEDUSA_PREFIX = "medusa_head."
 _MEDUSA_KEYS = {
     "num_heads": "medusa_num_heads",
@@ -28,7 +32,22 @@ _MEDUSA_KEYS = {
     "vocab_size": "vocab_size",
     "tie_lm_head": "tie_lm_head",
 }
-_EMBEDDING = "embed_tokens.weight"  # a copy of the target's, in some heads
+EMBEDDING = "embed_tokens.weight"
+"""A copy of the target's, in some heads."""
+
+# vLLM's names of the tables.
+_ALIASES = {"draft_id_to_target_id": "d2t"}
+
+
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` with the nested layer of speculators' files beside the other keys."""
+    nested = settings.get("transformer_layer_config")
+    if not isinstance(nested, Mapping):
+        return dict(settings)
+    nested = {key: value for key, value in nested.items() if value is not None}
+    # vLLM takes true where such a file has no word on it.
+    own = {key: value for key, value in settings.items() if key not in ("model_type",)}
+    return {"norm_before_residual": True, **nested, **own}
 
 
 def kind_of(settings: Mapping[str, Any], names: Iterable[str]) -> str:
@@ -52,11 +71,13 @@ def eagle_json(config: EagleConfig, dtype: str) -> dict[str, Any]:
 
 
 def read_eagle(
-    directory: Path, settings: Mapping[str, Any], tensors: Arrays
-) -> tuple[EagleConfig, Arrays]:
+    directory: Path, settings: Mapping[str, Any], tensors: StoredArrays
+) -> tuple[EagleConfig, StoredArrays]:
     """An EAGLE-1 draft; an embedding among its tensors is ignored."""
+    tensors = dict(tensors)
+    settings = _biases("layers.0.", settings, tensors)
     config = families.from_json(directory, EagleConfig, settings)
-    return config, arrays(directory, config, tensors, _EMBEDDING)
+    return config, arrays(directory, config, tensors, EMBEDDING)
 
 
 def eagle3_json(config: Eagle3Config, dtype: str, coverage: float | None) -> dict[str, Any]:
@@ -65,12 +86,12 @@ def eagle3_json(config: Eagle3Config, dtype: str, coverage: float | None) -> dic
         "architectures": ["LlamaForCausalLMEagle3"],
         "num_hidden_layers": 1,
         "draft_vocab_size": config.draft_vocab_size,
-        _AUX: list(config.aux_layers),
+        AUX: list(config.aux_layers),
         "fc_norm": config.fc_norm,
         "norm_output": config.norm_output,
         "qkv_bias": config.attention_bias,
     }
-    return settings if coverage is None else settings | {_COVERAGE: coverage}
+    return settings if coverage is None else settings | {COVERAGE: coverage}
 
 
 def eagle3_tables(config: Eagle3Config, offsets: Any) -> Arrays:
@@ -88,16 +109,13 @@ def eagle3_tables(config: Eagle3Config, offsets: Any) -> Arrays:
 def read_eagle3(
     directory: Path,
     settings: Mapping[str, Any],
-    tensors: Arrays,
+    tensors: StoredArrays,
     target: TransformerConfig | None,
-) -> tuple[Eagle3Config, Arrays]:
+) -> tuple[Eagle3Config, StoredArrays]:
     """An EAGLE-3 draft; `params["d2t"]` is int32, an embedding among its tensors is ignored."""
     path = directory / "config.json"
-    # The official names, or those that serving stacks give.
-    tensors = {
-        re.sub(r"^layers\.0\.", "midlayer.", name.removeprefix("model.")): array
-        for name, array in tensors.items()
-    }
+    tensors = {_official(name): array for name, array in tensors.items()}
+    settings = _biases("midlayer.", settings, tensors)
     families.check_fixed(path, settings, {"norm_before_residual": False, "norm_before_fc": False})
     if "hidden_size" in settings:
         width = {"target_hidden_size": settings["hidden_size"]}
@@ -107,9 +125,10 @@ def read_eagle3(
         "fc_norm": settings.get("fc_norm", "fc_norm.0.weight" in tensors),
     }
     config = families.from_json(directory, Eagle3Config, {**settings, **own})
-    offsets, members = tensors.pop("d2t", None), tensors.pop("t2d", None)
-    params = arrays(directory, config, tensors, _EMBEDDING)
-    params["d2t"] = _offsets(directory, config, offsets, members)
+    tables = [tensors.pop(name, None) for name in ("d2t", "t2d")]
+    params = arrays(directory, config, tensors, EMBEDDING)
+    offsets, members = (None if table is None else np.asarray(table) for table in tables)
+    params["d2t"] = lazily(_offsets(directory, config, offsets, members))
     return config, params
 
 
@@ -127,18 +146,18 @@ def medusa_json(config: MedusaConfig, dtype: str) -> dict[str, Any]:
 def read_medusa(
     directory: Path,
     settings: Mapping[str, Any],
-    tensors: Arrays,
+    tensors: StoredArrays,
     target: TransformerConfig | None,
-) -> tuple[MedusaConfig, Arrays]:
+) -> tuple[MedusaConfig, StoredArrays]:
     """Medusa heads; published ones name no sizes; these follow from the tensors."""
     tensors = {name.removeprefix(_MEDUSA_PREFIX): array for name, array in tensors.items()}
     layers = settings.get("medusa_num_layers", 1)
     block, head = tensors.get("0.0.linear.weight"), tensors.get(f"0.{layers}.weight")
     found: dict[str, Any] = {"num_layers": layers, "tie_lm_head": head is None}
     if block is not None:
-        found["hidden_size"] = len(block)
+        found["hidden_size"] = block.shape[0]
     if head is not None:
-        found["vocab_size"] = len(head)
+        found["vocab_size"] = head.shape[0]
     elif target is not None:
         found["vocab_size"] = target.vocab_size
     for name, key in _MEDUSA_KEYS.items():
@@ -150,6 +169,28 @@ def read_medusa(
     return config, arrays(directory, config, tensors)
 
 
+def _official(name: str) -> str:
+    """The name of an EAGLE-3 tensor, from that or from those that serving stacks give."""
+    name = name.removeprefix("model.")
+    return re.sub(r"^layers\.0\.", "midlayer.", _ALIASES.get(name, name))
+
+
+def _biases(prefix: str, settings: Mapping[str, Any], tensors: StoredArrays) -> dict[str, Any]:
+    """With `qkv_bias` as the tensors tell where no key does: Qwen's heads have them unannounced.
+
+    Serving stacks say `attention_bias` and put a bias on o_proj too; ours has none, and a bias of
+    zeros is dropped from `tensors`.
+    """
+    found = f"{prefix}self_attn.q_proj.bias" in tensors
+    own = {key: value for key, value in settings.items() if key != "attention_bias"}
+    if not found:
+        own = dict(settings)
+    output = tensors.get(f"{prefix}self_attn.o_proj.bias")
+    if output is not None and not np.any(np.asarray(output).astype(np.float32)):
+        del tensors[f"{prefix}self_attn.o_proj.bias"]
+    return {"qkv_bias": found, **own}
+
+
 def _medusa_block(name: str) -> bool:
     return re.fullmatch(r"(medusa_head\.)?\d+\.\d+\.linear\.(weight|bias)", name) is not None
 
@@ -159,17 +200,17 @@ def _aux_layers(
 ) -> tuple[int, ...]:
     """The fused layers, by the layer that their residual streams enter."""
     nested = settings.get("eagle_config")
-    nested = nested.get(_AUX) if isinstance(nested, dict) else None
+    nested = nested.get(AUX) if isinstance(nested, dict) else None
     # At the top the numbers are those of vLLM: the layers entered. SGLang, which reads
     # `eagle_config`, numbers the layers left.
-    ids, shift = (settings[_AUX], 0) if _AUX in settings else (nested, 1)
+    ids, shift = (settings[AUX], 0) if AUX in settings else (nested, 1)
     if ids:
         if not isinstance(ids, list) or any(type(index) is not int for index in ids):
-            raise ValueError(f"{path}: {_AUX}={ids!r}: must be a list of layer numbers")
+            raise ValueError(f"{path}: {AUX}={ids!r}: must be a list of layer numbers")
         return tuple(index + shift for index in ids)
     if target is None:
         raise ValueError(
-            f"{path}: has no {_AUX}, and the official layers depend on the target; "
+            f"{path}: has no {AUX}, and the official layers depend on the target; "
             "add the key, or load the draft together with its target"
         )
     layers = target.num_hidden_layers

@@ -1,13 +1,14 @@
-"""`config.json` <-> configurations: what each model type of Hugging Face implies."""
+"""`config.json` <-> configurations: what each model type of Hugging Face implies, as a table."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from eagle_jax.config import Eagle3Config, EagleConfig, TransformerConfig
+from eagle_jax.config import Eagle3Config, EagleConfig, RopeScaling, TransformerConfig
 from eagle_jax.settings import check
 
 T = TypeVar("T")
@@ -19,53 +20,320 @@ class Family:
 
     Attributes:
         architecture: the class in transformers.
-        attention_bias: biases on q, k and v.
+        flags: fields of `TransformerConfig` that the family has in this way, and no key for.
+        keys: further fields that it may have, by their keys in `config.json`; all other families'
+            fields must have their defaults.
         defaults: for keys that `config.json` may leave out.
         fixed: keys that must be absent, null or have this value: others change the computation.
+        extra: keys that are written besides.
+        windows: the rule for layers that slide where `layer_types` is absent: a function of the
+            keys and the number of a layer. Without one, all layers slide.
+        aliases: keys that some writers call otherwise.
+        switch: `sliding_window` counts only where `use_sliding_window` is true.
+        renames: parts of our tensors' names, and what they are called on disk.
     """
 
     architecture: str
-    attention_bias: bool
-    defaults: Mapping[str, Any]
-    fixed: Mapping[str, Any]
+    flags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    windows: Callable[[Mapping[str, Any], int], bool] | None = None
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    switch: bool = False
+    renames: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+
+def _after_max_window_layers(settings: Mapping[str, Any], layer: int) -> bool:
+    return layer >= settings.get("max_window_layers", 28)
+
+
+def _every_other(settings: Mapping[str, Any], layer: int) -> bool:
+    del settings
+    return layer % 2 == 0
+
+
+def _all_but_every_sixth(settings: Mapping[str, Any], layer: int) -> bool:
+    return (layer + 1) % settings.get("sliding_window_pattern", 6) != 0
+
+
+_SILU = {"hidden_act": "silu"}
+_WINDOW = {"sliding_window": "sliding_window"}
+_WINDOWS = _WINDOW | {"layer_types": "layer_types"}
+_GEMMA = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "post_norms": True,
+    "unit_offset_norm": True,
+    "scale_embeddings": True,
+}
+_GEMMA_KEYS = _WINDOWS | {
+    "query_pre_attn_scalar": "query_pre_attn_scalar",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+_GEMMA_DEFAULTS = {
+    "rms_norm_eps": 1e-6,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+_GEMMA_FIXED = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "use_bidirectional_attention": False,
+}
 
 FAMILIES = {
+    # Vicuna and every Llama.
     "llama": Family(
         architecture="LlamaForCausalLM",
-        attention_bias=False,
         defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
         # transformers' `attention_bias` for Llama also puts one on o_proj, which we don't have.
-        fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+        fixed=_SILU | {"attention_bias": False, "mlp_bias": False},
+    ),
+    "mistral": Family(
+        architecture="MistralForCausalLM",
+        keys=_WINDOW,
+        defaults={
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+        },
+        fixed=_SILU,
     ),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
-        attention_bias=True,
-        defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 32768},
-        fixed={"hidden_act": "silu", "use_sliding_window": False},
+        flags={"attention_bias": True},
+        keys=_WINDOWS,
+        defaults={
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+        },
+        fixed=_SILU,
+        windows=_after_max_window_layers,
+        switch=True,
+    ),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        flags={"qk_norm": True},
+        keys=_WINDOWS,
+        defaults={
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 32768,
+            "head_dim": 128,
+            "sliding_window": 4096,
+        },
+        fixed=_SILU | {"attention_bias": False},
+        windows=_after_max_window_layers,
+        switch=True,
+    ),
+    "mixtral": Family(
+        architecture="MixtralForCausalLM",
+        flags={"norm_topk_prob": True},
+        keys=_WINDOW
+        | {"num_experts": "num_local_experts", "num_experts_per_tok": "num_experts_per_tok"},
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "rope_theta": 1e6,
+        },
+        fixed=_SILU,
+        # It has an expert's matrices by number: w1(x) is gated, times w3(x), then w2.
+        renames={
+            ".mlp.": ".block_sparse_moe.",
+            ".gate_proj.": ".w1.",
+            ".down_proj.": ".w2.",
+            ".up_proj.": ".w3.",
+        },
+    ),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        flags={"qk_norm": True},
+        keys=_WINDOW
+        | {
+            "num_experts": "num_experts",
+            "num_experts_per_tok": "num_experts_per_tok",
+            "moe_intermediate_size": "moe_intermediate_size",
+            "norm_topk_prob": "norm_topk_prob",
+            "mlp_only_layers": "mlp_only_layers",
+        },
+        defaults={
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+        },
+        fixed=_SILU | {"attention_bias": False},
+        extra={"decoder_sparse_step": 1},
+        aliases={"num_experts": "num_local_experts"},  # as transformers 5 writes it
+        switch=True,
+    ),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        flags=_GEMMA,
+        keys=_GEMMA_KEYS | {"attn_logit_softcapping": "attn_logit_softcapping"},
+        defaults=_GEMMA_DEFAULTS
+        | {
+            "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        fixed=_GEMMA_FIXED,
+        extra={"hidden_activation": "gelu_pytorch_tanh"},
+        windows=_every_other,
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        flags=_GEMMA | {"qk_norm": True},
+        keys=_GEMMA_KEYS | {"rope_local_base_freq": "rope_local_base_freq"},
+        defaults=_GEMMA_DEFAULTS
+        | {
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+        },
+        # transformers has the key and reads it nowhere.
+        fixed=_GEMMA_FIXED | {"attn_logit_softcapping": None},
+        extra={"hidden_activation": "gelu_pytorch_tanh"},
+        windows=_all_but_every_sixth,
     ),
 }
 """Every `model_type` that can be read."""
+
+# Fields that every family has.
+_COMMON = {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rope_theta",
+    "rope_scaling",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "fused_mlp",
+    "model_type",
+}
+# Null says something else for these than absence.
+_NULLABLE = {
+    "sliding_window",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "head_dim",
+    "num_key_value_heads",
+}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+def family_of(config: TransformerConfig) -> str:
+    """The model type that has everything `config` asks for: its own, or else the first that fits.
+
+    Raises:
+        ValueError: none has; names what the closest lacks.
+    """
+    own = [config.model_type] if config.model_type in FAMILIES else []
+    unmet = {name: _unmet(config, FAMILIES[name]) for name in [*own, *FAMILIES]}
+    name = min(unmet, key=lambda name: len(unmet[name]))
+    if unmet[name]:
+        field = unmet[name][0]
+        raise ValueError(
+            f"{field}={getattr(config, field)!r}: no model type has this together with the other "
+            f"settings (closest: {name!r}); known: {', '.join(FAMILIES)}"
+        )
+    return name
+
+
+def _unmet(config: TransformerConfig, family: Family) -> list[str]:
+    """Fields whose values `config.json` of this family cannot say."""
+    unmet = []
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if name in _COMMON or name in family.keys:
+            continue
+        if name == "norm_topk_prob" and not config.num_experts:
+            continue  # nothing to normalise
+        if value != family.flags.get(name, field.default):
+            unmet.append(name)
+    if ("num_experts" in family.keys) != (config.num_experts > 0):
+        unmet.append("num_experts")
+    if "rope_local_base_freq" in family.keys and config.rope_local_base_freq is None:
+        unmet.append("rope_local_base_freq")
+    return unmet
 
 
 def to_json(
     config: TransformerConfig | EagleConfig | Eagle3Config, model_type: str, dtype: str
 ) -> dict[str, Any]:
-    """The keys that targets and EAGLE drafts have in common."""
+    """The keys that targets and EAGLE drafts have in common, and those of a target's family."""
+    family = FAMILIES[model_type]
     shared = {field.name for field in dataclasses.fields(TransformerConfig)}
     shared &= {field.name for field in dataclasses.fields(EagleConfig)}
-    # The model type says the first; the second is a layout in memory.
-    shared -= {"attention_bias", "fused_mlp"}
-    return {
-        "architectures": [FAMILIES[model_type].architecture],
+    # The model type says the first; the second is a layout in memory; the third is below.
+    shared -= {"attention_bias", "fused_mlp", "rope_scaling"}
+    settings = {
+        "architectures": [family.architecture],
         "model_type": model_type,
-        "hidden_act": "silu",
+        "hidden_act": family.flags.get("hidden_act", "silu"),
         **{name: getattr(config, name) for name in sorted(shared)},
-        # transformers 5 reads `rope_parameters` and `dtype`, older ones the other two.
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **_rope_json(config),
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+    if isinstance(config, TransformerConfig):
+        settings |= {key: getattr(config, name) for name, key in family.keys.items()}
+        settings |= {**family.extra, **_layers_json(config, family)}
+    return settings
+
+
+def _rope_json(config: TransformerConfig | EagleConfig | Eagle3Config) -> dict[str, Any]:
+    scaling: RopeScaling | None = getattr(config, "rope_scaling", None)
+    local: float | None = getattr(config, "rope_local_base_freq", None)
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if scaling is not None:
+        own = dataclasses.asdict(scaling)
+        read = _ROPE_KEYS[scaling.rope_type]
+        rope = {name: own[name] for name in ("rope_type", *read) if own[name] is not None}
+    # transformers 5 reads `rope_parameters` and `dtype`, older ones the others.
+    settings: dict[str, Any] = {"rope_parameters": rope | {"rope_theta": config.rope_theta}}
+    if local is not None:
+        sliding = {"rope_type": "default", "rope_theta": local}
+        settings["rope_parameters"] = {_FULL: settings["rope_parameters"], _SLIDING: sliding}
+    return settings if scaling is None else settings | {"rope_scaling": rope}
+
+
+def _layers_json(config: TransformerConfig, family: Family) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    if family.switch:
+        settings["use_sliding_window"] = config.sliding_window is not None
+    if "layer_types" in family.keys:
+        windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
+        types = [_FULL if window is None else _SLIDING for window in windows]
+        settings["layer_types"] = types
+        if family.windows is _after_max_window_layers:
+            first = types.index(_SLIDING) if _SLIDING in types else len(types)
+            settings["max_window_layers"] = first
+    if config.num_experts and "mlp_only_layers" in family.keys:
+        settings["mlp_only_layers"] = list(config.mlp_only_layers)
+    if "moe_intermediate_size" in family.keys:
+        width = config.moe_intermediate_size or config.intermediate_size
+        settings["moe_intermediate_size"] = width
+    if "query_pre_attn_scalar" in family.keys:
+        settings["query_pre_attn_scalar"] = config.query_pre_attn_scalar or config.head_dim
+    return settings
 
 
 def from_json(directory: Path, kind: type[T], settings: Mapping[str, Any]) -> T:
@@ -76,7 +344,8 @@ def from_json(directory: Path, kind: type[T], settings: Mapping[str, Any]) -> T:
     """
     path = directory / "config.json"
     family = _family(path, settings)
-    return build(directory, kind, lambda: _values(kind, settings, family))
+    keys = {**_null_keys(path), **settings}
+    return build(directory, kind, lambda: _values(kind, keys, family))
 
 
 def build(directory: Path, kind: type[T], values: Callable[[], Mapping[str, Any]]) -> T:
@@ -96,6 +365,14 @@ def check_fixed(path: Path, settings: Mapping[str, Any], fixed: Mapping[str, Any
             raise ValueError(f"{path}: {key}={settings[key]!r} is not supported; only {value!r} is")
 
 
+def _null_keys(path: Path) -> dict[str, None]:
+    """Keys that the file sets to null and for which this is no absence; `settings` lack them."""
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {key: None for key in _NULLABLE if key in found and found[key] is None}
+
+
 def _family(path: Path, settings: Mapping[str, Any]) -> Family:
     model_type = settings.get("model_type", "llama")  # the oldest heads name none
     if model_type not in FAMILIES:
@@ -108,12 +385,18 @@ def _family(path: Path, settings: Mapping[str, Any]) -> Family:
 
 
 def _values(kind: type, settings: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     values: dict[str, Any] = {
         "attention_bias": _attention_bias(kind, settings, family),
-        "rope_theta": _rope_theta(settings),
         "fused_mlp": False,  # a layout in memory, whatever a file says
+        **_rope(fields, settings, family),
     }
-    for field in dataclasses.fields(kind):
+    if kind is TransformerConfig:
+        values |= {**family.flags, **_family_values(settings, family)}
+    for field in fields.values():
+        # Other families' fields have their defaults, whatever a file says.
+        if kind is TransformerConfig and field.name not in _COMMON:
+            continue
         value = settings.get(field.name, family.defaults.get(field.name))
         if value is None:
             value = _derived(field.name, settings)
@@ -124,9 +407,57 @@ def _values(kind: type, settings: Mapping[str, Any], family: Family) -> dict[str
     return values
 
 
+def _family_values(settings: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The fields of `TransformerConfig` that this family has keys for."""
+    aliases = {key: settings[other] for key, other in family.aliases.items() if other in settings}
+    found = {**family.defaults, **aliases, **settings}
+    values = {name: found.get(key) for name, key in family.keys.items()}
+    values |= _layer_types(settings, family, values)
+    if "rope_local_base_freq" in values:
+        values["rope_local_base_freq"] = _local_base(settings, family)
+    if "mlp_only_layers" in values:
+        values["mlp_only_layers"] = _mlp_only_layers(settings)
+    return values
+
+
+def _layer_types(
+    settings: Mapping[str, Any], family: Family, values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Window and layer types, in one form where several would say the same."""
+    window, layers = values.get("sliding_window"), settings.get("num_hidden_layers")
+    if window is None or (family.switch and not settings.get("use_sliding_window", False)):
+        return {"sliding_window": None, "layer_types": ()}
+    if family.windows is None or not isinstance(layers, int):
+        return {"sliding_window": window, "layer_types": ()}
+    types = settings.get("layer_types")
+    if types is None:
+        slides = family.windows
+        types = [_SLIDING if slides(settings, layer) else _FULL for layer in range(layers)]
+    if not isinstance(types, list):
+        raise ValueError(f"layer_types={types!r}: must be a list with one entry per layer")
+    if all(entry == _FULL for entry in types):
+        return {"sliding_window": None, "layer_types": ()}
+    if all(entry == _SLIDING for entry in types):
+        types = []
+    return {"sliding_window": window, "layer_types": tuple(types)}
+
+
+def _mlp_only_layers(settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """Layers without experts: the listed ones, and those that `decoder_sparse_step` leaves out."""
+    step, layers = settings.get("decoder_sparse_step", 1), settings.get("num_hidden_layers", 0)
+    listed = settings.get("mlp_only_layers", ())
+    if not isinstance(listed, list | tuple) or any(type(layer) is not int for layer in listed):
+        raise ValueError(f"mlp_only_layers={listed!r}: must be a list of layer numbers")
+    if type(step) is not int or step < 1:
+        raise ValueError(f"decoder_sparse_step={step!r}: must be a positive number of layers")
+    return tuple(i for i in range(layers) if i in listed or (i + 1) % step)
+
+
 def _attention_bias(kind: type, settings: Mapping[str, Any], family: Family) -> bool:
     """Official heads say `qkv_bias` and have no biases without it, whatever their family."""
-    return family.attention_bias if kind is TransformerConfig else settings.get("qkv_bias", False)
+    if kind is TransformerConfig:
+        return family.flags.get("attention_bias", False)
+    return settings.get("qkv_bias", False)
 
 
 def _derived(name: str, settings: Mapping[str, Any]) -> int | None:
@@ -139,9 +470,85 @@ def _derived(name: str, settings: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _rope_theta(settings: Mapping[str, Any]) -> float:
+# What each type of scaling reads, besides the base.
+_ROPE_KEYS = {
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+}
+
+
+def _rope_parameters(settings: Mapping[str, Any], layers: str) -> Mapping[str, Any]:
+    """The rotary settings of all layers, or of those of one type where types differ."""
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_parameters={rope!r}: must be an object")
+    if _FULL in rope or _SLIDING in rope:
+        return rope.get(layers) or {}
+    # Gemma 3's older files: scaling is for the full layers.
+    return rope if layers == _FULL else {}
+
+
+def _rope(fields: Mapping[str, Any], settings: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    rope = _rope_parameters(settings, _FULL)
+    default = settings.get("rope_theta", family.defaults.get("rope_theta", 10000.0))
+    values: dict[str, Any] = {"rope_theta": float(rope.get("rope_theta", default))}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
+    known = ("default", *_ROPE_KEYS) if "rope_scaling" in fields else ("default",)
+    if rope_type not in known:
+        names = ", ".join(repr(name) for name in known)
+        raise ValueError(f"rope_type={rope_type!r} is not supported; only {names} is")
+    if "rope_scaling" in fields:
+        values["rope_scaling"] = (
+            None if rope_type == "default" else _scaling(rope_type, rope, settings)
+        )
+    if rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1)) != 1:
+        raise ValueError("partial_rotary_factor: is not supported; only 1 is")
+    return values
+
+
+def _scaling(rope_type: str, rope: Mapping[str, Any], settings: Mapping[str, Any]) -> RopeScaling:
+    found = {name: rope[name] for name in _ROPE_KEYS[rope_type] if rope.get(name) is not None}
+    longest = settings.get("max_position_embeddings")
+    if rope_type != "linear":
+        # transformers' rules for what is left out.
+        outer = settings.get("original_max_position_embeddings", longest)
+        original = found.setdefault("original_max_position_embeddings", outer)
+        if rope_type == "yarn" and "factor" not in found and longest and original:
+            found["factor"] = longest / original
+    required = ("factor", "low_freq_factor", "high_freq_factor")
+    for name in required[: 3 if rope_type == "llama3" else 1]:
+        if name not in found:
+            raise ValueError(f"rope_scaling: has no {name}, which {rope_type!r} needs; add it")
+    floats = {f.name for f in dataclasses.fields(RopeScaling) if "float" in str(f.type)}
+    # Python's numbers compare equal, but a file's 8 and our 8.0 should not be two configurations.
+    numbers = {
+        name: float(value) if name in floats and type(value) is int else value
+        for name, value in found.items()
+    }
+    return RopeScaling(rope_type=rope_type, **numbers)  # pyright: ignore[reportArgumentType]
+
+
+def _local_base(settings: Mapping[str, Any], family: Family) -> float:
+    rope = _rope_parameters(settings, _SLIDING)
+    rope_type = rope.get("rope_type", "default")
     if rope_type != "default":
-        raise ValueError(f"rope_type={rope_type!r} is not supported; only 'default' is")
-    return float(rope.get("rope_theta", settings.get("rope_theta", 10000.0)))
+        raise ValueError(
+            f"rope_type={rope_type!r} is not supported in sliding layers; only 'default' is"
+        )
+    key = "rope_local_base_freq"
+    return float(rope.get("rope_theta", settings.get(key, family.defaults[key])))

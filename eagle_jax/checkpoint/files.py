@@ -1,24 +1,31 @@
-"""The two files of a model directory, `config.json` and its tensors, read and written whole."""
+"""The files of a model directory, `config.json` and its tensors; directories written as a whole."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eagle_jax.checkpoint import safetensors
+from eagle_jax.checkpoint import safetensors, torch_bin
 from eagle_jax.checkpoint.names import Shape, disk_shapes, on_disk, shapes
+from eagle_jax.checkpoint.stored import Stored, lazily
 from eagle_jax.config import DraftConfig
 
 Arrays = dict[str, np.ndarray]
+StoredArrays = dict[str, Stored]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-# The second is what Medusa's training program writes.
-_NAMES = ("model.safetensors", "medusa_lm_head.safetensors")
+# Those of Medusa are what its training program writes.
+_SAFETENSORS = ("model.safetensors", "medusa_lm_head.safetensors")
+_TORCH = ("pytorch_model.bin", "medusa_lm_head.pt")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -38,28 +45,122 @@ def read_json(path: Path) -> dict[str, Any]:
     return {key: value for key, value in result.items() if value is not None}
 
 
-def read_tensors(directory: Path) -> Arrays:
-    """All tensors of a directory, by their names on disk; they may be in several files.
+def read_tensors(directory: Path) -> StoredArrays:
+    """The tensors of a directory, by their names on disk, in one file or in several; none is read.
+
+    Safetensors files go before torch's, where both are there.
 
     Raises:
-        ValueError: a file is missing or corrupt.
+        ValueError: a file is missing or corrupt, or a torch file has code in it.
     """
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        for name in _NAMES:
+    for names, read in ((_SAFETENSORS, safetensors.stored), (_TORCH, torch_bin.stored)):
+        index = directory / f"{names[0]}.index.json"
+        if index.is_file():
+            return _indexed(index, read)
+        for name in names:
             if (directory / name).is_file():
-                return safetensors.read(directory / name)
-        raise ValueError(
-            f"{directory}: has no model.safetensors; "
-            "export the model again with safetensors (torch .bin files are not read)"
-        )
+                return read(directory / name)
+        shards = _shards(directory, names[0])
+        if shards:
+            return _merged(directory, shards, read)
+    raise ValueError(
+        f"{directory}: has no model.safetensors; "
+        "export the model again with it (pytorch_model.bin is read too)"
+    )
+
+
+def _indexed(index: Path, read: Callable[[Path], StoredArrays]) -> StoredArrays:
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict):
         raise ValueError(f"{index}: has no weight_map; download the file again")
-    tensors: Arrays = {}
     for name in sorted(set(files.values())):
-        tensors |= safetensors.read(directory / name)
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{index}: names a shard {name!r}; download the file again")
+        if not (index.parent / name).is_file():
+            raise ValueError(f"{index.parent}: lacks {name}, which {index.name} lists; download it")
+    tensors = _merged(index.parent, sorted(set(files.values())), read)
+    absent = sorted(files.keys() - tensors.keys())
+    if absent:
+        raise ValueError(
+            f"{index.parent / files[absent[0]]}: lacks tensors {_some(absent)}, which "
+            f"{index.name} lists; download the files again"
+        )
     return tensors
+
+
+def _shards(directory: Path, name: str) -> list[str]:
+    """`model-00001-of-00002.safetensors` and so on, without an index: all of them, or none."""
+    stem, suffix = name.split(".")
+    found = [path.name for path in directory.glob(f"{stem}-*-of-*.{suffix}")]
+    counted = [re.fullmatch(rf"{stem}-\d{{5}}-of-(\d{{5}})\.{suffix}", name) for name in found]
+    counts = {match[1] for match in counted if match}
+    if not counts:
+        return []
+    count = max(counts)
+    expected = [f"{stem}-{i:05d}-of-{count}.{suffix}" for i in range(1, int(count) + 1)]
+    for shard in expected:
+        if shard not in found:
+            raise ValueError(f"{directory}: lacks {shard}, though there are others; download it")
+    return expected
+
+
+def _merged(
+    directory: Path, names: Sequence[str], read: Callable[[Path], StoredArrays]
+) -> StoredArrays:
+    tensors: StoredArrays = {}
+    for name in names:
+        found = read(directory / name)
+        twice = sorted(tensors.keys() & found.keys())
+        if twice:
+            raise ValueError(
+                f"{directory / name}: {twice[0]} is in another shard too; download the files again"
+            )
+        tensors |= found
+    return tensors
+
+
+@contextlib.contextmanager
+def staged(directory: str | Path) -> Iterator[Path]:
+    """A new directory that gets the name `directory` when the block ends without an error.
+
+    It is made beside it, since a rename is atomic within one file system only; after an error
+    nothing of it is left.
+
+    Raises:
+        ValueError: `directory` exists and is not empty.
+        OSError: it cannot be written.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory}: exists and is not empty; give another place or remove it")
+    made = _make_parents(directory.parent)
+    temporary = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.tmp"
+    done = False
+    try:
+        temporary.mkdir()
+        yield temporary
+        temporary.replace(directory)
+        done = True
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for path in [] if done else made:
+            path.rmdir()
+
+
+def _make_parents(directory: Path) -> list[Path]:
+    """Makes missing directories; returns those made, the innermost first."""
+    made: list[Path] = []
+    for path in reversed([directory, *directory.parents]):
+        if not path.exists():
+            path.mkdir()
+            made.insert(0, path)
+    return made
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file; a failure leaves the old one, or none."""
+    with safetensors.replacing(path) as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
 def write(
@@ -84,15 +185,14 @@ def write(
         ValueError: `params` don't match `config`, or an unknown dtype.
     """
     check_params(config, params, dtype)
-    tensors = dict(tables or {})
+    tensors: dict[str, Any] = dict(tables or {})
     for name, (disk, transposed) in on_disk(config).items():
-        array = np.asarray(params[name]).astype(dtype)
+        array = lazily(params[name]).astype(dtype)
         tensors[disk] = array.T if transposed else array
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     safetensors.write(directory / "model.safetensors", tensors, {"format": "pt"})
-    with safetensors.replacing(directory / "config.json") as file:
-        file.write(json.dumps(settings, indent=2).encode() + b"\n")
+    write_json(directory / "config.json", settings)
 
 
 def check_params(config: DraftConfig, params: Mapping[str, Any], dtype: str) -> None:
@@ -104,8 +204,8 @@ def check_params(config: DraftConfig, params: Mapping[str, Any], dtype: str) -> 
 
 
 def arrays(
-    directory: Path, config: DraftConfig, tensors: Mapping[str, np.ndarray], *ignored: str
-) -> Arrays:
+    directory: Path, config: DraftConfig, tensors: Mapping[str, Stored], *ignored: str
+) -> StoredArrays:
     """The weights of `config` by their Flax names, from tensors by their names on disk.
 
     Raises:
@@ -122,6 +222,11 @@ def arrays(
         name: tensors[disk].T if transposed else tensors[disk]
         for name, (disk, transposed) in on_disk(config).items()
     }
+
+
+def in_memory(params: Mapping[str, Stored | np.ndarray]) -> Arrays:
+    """All of them read."""
+    return {name: np.asarray(array) for name, array in params.items()}
 
 
 def _compare(where: str, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:

@@ -13,7 +13,16 @@ from eagle_jax.checkpoint import drafts, families, files
 from eagle_jax.checkpoint.names import shapes
 from eagle_jax.config import DraftConfig, Eagle3Config, EagleConfig, MedusaConfig, TransformerConfig
 
-__all__ = ["check_fit", "load_draft", "load_target", "save_draft", "save_target", "shapes"]
+__all__ = [
+    "check_fit",
+    "load_draft",
+    "load_target",
+    "open_draft",
+    "open_target",
+    "save_draft",
+    "save_target",
+    "shapes",
+]
 
 
 def save_target(
@@ -38,7 +47,7 @@ def save_target(
     Raises:
         ValueError: `params` don't match `config`, or an unknown dtype.
     """
-    family = "qwen2" if config.attention_bias else "llama"
+    family = families.family_of(config)
     settings = families.to_json(config, family, dtype) | {
         "num_hidden_layers": config.num_hidden_layers,
         "max_position_embeddings": config.max_position_embeddings,
@@ -52,6 +61,16 @@ def save_target(
 
 def load_target(directory: str | Path) -> tuple[TransformerConfig, files.Arrays]:
     """Reads a target; weights keep their dtype. Sharded directories can be read too.
+
+    Raises:
+        ValueError: as in `open_target`.
+    """
+    config, params = open_target(directory)
+    return config, files.in_memory(params)
+
+
+def open_target(directory: str | Path) -> tuple[TransformerConfig, files.StoredArrays]:
+    """A target's configuration and weights, each of which is read when it is asked for.
 
     Raises:
         ValueError: a file is missing or corrupt, the model type or one of its settings is not
@@ -111,17 +130,32 @@ def load_draft(
     """Reads a draft of any kind; weights keep their dtype.
 
     Args:
+        directory, target: as in `open_draft`.
+
+    Raises:
+        ValueError: as in `open_draft`.
+    """
+    config, params = open_draft(directory, target)
+    return config, files.in_memory(params)
+
+
+def open_draft(
+    directory: str | Path, target: TransformerConfig | None = None
+) -> tuple[DraftConfig, files.StoredArrays]:
+    """A draft of any kind: its configuration, and weights that are read when they are asked for.
+
+    Args:
         directory: of the draft; its files say of which kind it is.
         target: the draft's target. Official EAGLE-3 heads leave it to the target's number of
             layers L which ones they read (2, L // 2, L - 3), tied Medusa heads its vocabulary.
 
     Raises:
-        ValueError: as in `load_target`; an EAGLE-3 draft's `d2t` is missing, leaves the
+        ValueError: as in `open_target`; an EAGLE-3 draft's `d2t` is missing, leaves the
             vocabulary, repeats a token or contradicts `t2d`; or what follows from the target is
             needed and there is none.
     """
     directory = Path(directory)
-    settings = files.read_json(directory / "config.json")
+    settings = drafts.flat(files.read_json(directory / "config.json"))
     tensors = files.read_tensors(directory)
     kind = drafts.kind_of(settings, tensors)
     if kind == "eagle":
@@ -156,8 +190,8 @@ def check_fit(target_config: TransformerConfig, draft_config: DraftConfig) -> No
 
 
 def _transformer(
-    directory: Path, settings: Mapping[str, Any], tensors: files.Arrays
-) -> tuple[TransformerConfig, files.Arrays]:
+    directory: Path, settings: Mapping[str, Any], tensors: files.StoredArrays
+) -> tuple[TransformerConfig, files.StoredArrays]:
     config = families.from_json(directory, TransformerConfig, settings)
     tied = ["lm_head.weight"] if config.tie_word_embeddings else []
     return config, files.arrays(directory, config, tensors, *tied)

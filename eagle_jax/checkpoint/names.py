@@ -2,13 +2,15 @@
 
 In memory, parameters are a flat dictionary of Flax names: `layers.0.mlp.up_proj.kernel`, laid out
 `[in, out]`. On disk a kernel is called `weight` and is transposed. Names of a transformer have the
-prefix `model.`, those of EAGLE drafts have none, and Medusa counts: head, block.
+prefix `model.`, those of EAGLE drafts have none, and Medusa counts: head, block. Some families have
+their own words for parts (`families.Family.renames`).
 """
 
 from __future__ import annotations
 
 import re
 
+from eagle_jax.checkpoint.families import FAMILIES, family_of
 from eagle_jax.config import DraftConfig, Eagle3Config, EagleConfig, MedusaConfig, TransformerConfig
 
 Shape = tuple[int, ...]
@@ -25,6 +27,7 @@ LEAVES = {
 def shapes(config: DraftConfig) -> dict[str, Shape]:
     """The name and the shape of every parameter that a configuration implies.
 
+    They are those of files: experts and their projections each alone, whatever `fused_mlp` says.
     An EAGLE-3 draft's `d2t` is among them, though it is a table of ids and no weight.
     """
     if isinstance(config, EagleConfig):
@@ -38,7 +41,17 @@ def shapes(config: DraftConfig) -> dict[str, Shape]:
 
 def on_disk(config: DraftConfig) -> dict[str, tuple[str, bool]]:
     """Every weight's name on disk by its Flax name, and whether it is transposed there."""
-    return {name: _disk_name(config, name) for name in shapes(config) if name != "d2t"}
+    renames = {}
+    if isinstance(config, TransformerConfig):
+        renames = FAMILIES[family_of(config)].renames
+    result = {}
+    for name in shapes(config):
+        if name != "d2t":
+            disk, transposed = _disk_name(config, name)
+            for ours, theirs in renames.items():
+                disk = disk.replace(ours, theirs)
+            result[name] = disk, transposed
+    return result
 
 
 def disk_shapes(config: DraftConfig) -> dict[str, Shape]:
@@ -66,10 +79,35 @@ def _transformer(config: TransformerConfig) -> dict[str, Shape]:
     d, v = config.hidden_size, config.vocab_size
     result: dict[str, Shape] = {"embed_tokens.embedding": (v, d)}
     for index in range(config.num_hidden_layers):
-        result |= _layer(config, f"layers.{index}.")
+        prefix = f"layers.{index}."
+        result |= _layer(config, prefix)
+        if config.has_experts(index):
+            result |= _experts(config, f"{prefix}mlp.")
+            for name in ("gate", "up", "down"):
+                del result[f"{prefix}mlp.{name}_proj.kernel"]
+        result |= _further_norms(config, prefix)
     result["norm.scale"] = (d,)
     if not config.tie_word_embeddings:
         result["lm_head.kernel"] = (d, v)
+    return result
+
+
+def _experts(config: TransformerConfig, prefix: str) -> dict[str, Shape]:
+    d, f = config.hidden_size, config.moe_intermediate_size or config.intermediate_size
+    result: dict[str, Shape] = {f"{prefix}gate.kernel": (d, config.num_experts)}
+    for expert in range(config.num_experts):
+        for name, shape in (("gate", (d, f)), ("up", (d, f)), ("down", (f, d))):
+            result[f"{prefix}experts.{expert}.{name}_proj.kernel"] = shape
+    return result
+
+
+def _further_norms(config: TransformerConfig, prefix: str) -> dict[str, Shape]:
+    d, e = config.hidden_size, config.head_dim
+    result: dict[str, Shape] = {}
+    if config.qk_norm:
+        result |= {f"{prefix}self_attn.{name}_norm.scale": (e,) for name in "qk"}
+    if config.post_norms:
+        result |= {f"{prefix}{name}_feedforward_layernorm.scale": (d,) for name in ("pre", "post")}
     return result
 
 

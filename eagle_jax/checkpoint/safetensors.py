@@ -1,4 +1,4 @@
-"""Safetensors files as dictionaries of numpy arrays.
+"""Safetensors files as dictionaries of numpy arrays, or of tensors that are read when asked for.
 
 The library writes whatever a non-contiguous array's memory holds and truncates the old file before
 it writes the new one; `write` does neither. Reading is the library's, which validates the header.
@@ -7,16 +7,20 @@ it writes the new one; `write` does neither. Reading is the library's, which val
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ml_dtypes  # registers bfloat16 with numpy
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from eagle_jax.checkpoint.stored import Stored
 
 DTYPES = {
     "bool": "BOOL",
@@ -31,18 +35,51 @@ DTYPES = {
 }
 
 
+_BY_CODE = {code: np.dtype(name) for name, code in DTYPES.items()}
+
+
 def read(path: str | Path) -> dict[str, np.ndarray]:
     """All tensors of a safetensors file, with the dtypes they have on disk.
 
     Raises:
         ValueError: the file is missing, truncated or corrupt.
     """
+    return {name: np.asarray(tensor) for name, tensor in stored(path).items()}
+
+
+def stored(path: str | Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, of which only the header is read.
+
+    Raises:
+        ValueError: the file is missing, truncated or corrupt, or has a dtype outside `DTYPES`.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the path of a .safetensors file")
+    tensors = {}
+    with _opened(path) as file:
+        for name in file.keys():
+            entry = file.get_slice(name)
+            code = entry.get_dtype()
+            if code not in _BY_CODE:
+                known = ", ".join(_BY_CODE)
+                raise ValueError(f"{path}: {name} has dtype {code}; known: {known}")
+            load = functools.partial(_load, path, name)
+            tensors[name] = Stored(tuple(entry.get_shape()), _BY_CODE[code], load)
+    return tensors
+
+
+def _load(path: Path, name: str) -> np.ndarray:
+    # Opened anew for every tensor: pages of an open map would stay in memory.
+    with _opened(path) as file:
+        return file.get_tensor(name)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+            yield file
     except SafetensorError as error:
         raise ValueError(
             f"{path}: truncated or corrupt ({error}); download or export the file again"
@@ -53,25 +90,29 @@ def write(
     path: str | Path,
     tensors: Mapping[str, Any],
     metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> None:
     """Writes a safetensors file; a failure leaves the old file, or none.
 
     Args:
         path: the file; its folder must exist.
-        tensors: arrays of any shape, numpy's or JAX's.
+        tensors: arrays of any shape, numpy's, JAX's or `Stored`; one at a time is in memory.
         metadata: free text of the header.
+        progress: is told the bytes of every tensor, when it is written.
 
     Raises:
         ValueError: an array has a dtype outside `DTYPES`.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; its `filename` is `path`.
     """
     # Widest dtypes first keeps every tensor aligned to its own items, as the format asks.
-    arrays = {name: np.asarray(value) for name, value in tensors.items()}
-    arrays = dict(sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    items = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     with replacing(path) as file:
-        file.write(_header(arrays, metadata))
-        for array in arrays.values():
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        file.write(_header(dict(items), metadata))
+        for _, value in items:
+            array = np.ascontiguousarray(np.asarray(value))
+            file.write(array.reshape(-1).view(np.uint8).data)
+            if progress is not None:
+                progress(array.nbytes)
 
 
 @contextlib.contextmanager
@@ -89,11 +130,15 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is None:  # of a full disk, say
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _header(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None) -> bytes:
+def _header(arrays: Mapping[str, Any], metadata: Mapping[str, str] | None) -> bytes:
     """Length (8 bytes) and JSON, padded with spaces so that the data starts aligned."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -102,7 +147,7 @@ def _header(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None
             raise ValueError(
                 f"{name} has dtype {array.dtype.name}; cast it to one of {', '.join(DTYPES)}"
             )
-        start, end = end, end + array.nbytes
+        start, end = end, end + math.prod(array.shape) * array.dtype.itemsize
         entries[name] = {
             "dtype": DTYPES[array.dtype.name],
             "shape": list(array.shape),

@@ -1,4 +1,4 @@
-"""Building blocks of target and draft: linear, RMSNorm, rotary embedding, attention, SwiGLU.
+"""Building blocks of target and draft: linear, RMSNorm, rotary embedding, attention, feed-forward.
 
 Module and attribute names follow Hugging Face's Llama, so that a parameter's dotted path is its
 checkpoint name. Matrices are stored [in, out] (Flax's `kernel`): on CPUs XLA multiplies a few rows
@@ -7,6 +7,9 @@ by such a matrix at nearly the cost of one row, by its transpose at twice that.
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import jax
@@ -15,12 +18,20 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from eagle_jax.config import TransformerConfig
+from eagle_jax.config import RopeScaling, TransformerConfig
 from eagle_jax.types import Hidden, KeyValue
 
 AttentionKernel = Literal["xla", "cudnn"]
 
 _EMBEDDING_STD = 0.02
+
+# An expert's parameter: its list, its number, the rest.
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
 
 
 class Linear(nnx.Module):
@@ -45,40 +56,98 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token embedding, [v, d]."""
+    """Token embedding, [v, d]; `scale` multiplies what is looked up, not the matrix."""
 
-    def __init__(self, vocab: int, width: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, vocab: int, width: int, *, scale: float | None = None, rngs: nnx.Rngs
+    ) -> None:
         self.embedding = nnx.Param(
             _EMBEDDING_STD * jax.random.normal(rngs.params(), (vocab, width))
         )
+        self.scale = scale
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Hidden:
-        return self.embedding[...].at[tokens].get(mode="clip")
+        x = self.embedding[...].at[tokens].get(mode="clip")
+        # In the weights' dtype: Gemma was trained with a scale rounded to bfloat16.
+        return x if self.scale is None else x * jnp.asarray(self.scale, x.dtype)
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm, computed in float32 whatever the dtype of the input."""
+    """Root-mean-square norm, computed in float32 whatever the dtype of the input.
 
-    def __init__(self, width: int, eps: float, *, rngs: nnx.Rngs) -> None:
+    With `unit_offset` it multiplies with 1 + scale, also in float32, and rounds after that.
+    """
+
+    def __init__(
+        self, width: int, eps: float, *, unit_offset: bool = False, rngs: nnx.Rngs
+    ) -> None:
         del rngs
-        self.scale = nnx.Param(jnp.ones(width))
+        self.scale = nnx.Param(jnp.zeros(width) if unit_offset else jnp.ones(width))
         self.eps = eps
+        self.unit_offset = unit_offset
 
-    def __call__(self, x: Hidden) -> Hidden:
+    def __call__(self, x: Float[Array, "*lead d"]) -> Float[Array, "*lead d"]:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + jnp.float32(self.eps))
+        if self.unit_offset:
+            scale = jnp.float32(1) + self.scale[...].astype(jnp.float32)
+            return (y * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
         scale = jnp.broadcast_to(self.scale[...], x.shape)
         return y.astype(x.dtype) * scale
 
 
+def scaled_frequencies(theta: float, half: int, scaling: RopeScaling) -> tuple[np.ndarray, float]:
+    """Rotary frequencies [half] under a scaling, and what multiplies queries and keys."""
+    frequency = theta ** (-np.arange(half) / half)
+    slowed, context = frequency / scaling.factor, scaling.original_max_position_embeddings
+    if scaling.rope_type == "linear" or context is None:
+        return slowed, 1.0
+    if scaling.rope_type == "llama3":
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        turns = context * frequency / (2 * math.pi)  # within the original context
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        return kept * frequency + (1 - kept) * slowed, 1.0
+
+    def dimension(turns: float) -> float:
+        return half * math.log(context / (turns * 2 * math.pi)) / math.log(theta)
+
+    first, last = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * half - 1)
+    # The published code's guard against an empty ramp.
+    ramp = np.clip((np.arange(half) - first) / (last - first or 0.001), 0, 1)
+    return ramp * slowed + (1 - ramp) * frequency, _yarn_attention(scaling)
+
+
+def _yarn_attention(scaling: RopeScaling) -> float:
+    def term(weight: float) -> float:
+        return 1.0 if scaling.factor <= 1 else 0.1 * weight * math.log(scaling.factor) + 1.0
+
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return term(scaling.mscale) / term(scaling.mscale_all_dim)
+    return term(1.0)
+
+
 def rotary(
-    x: Float[Array, "b t h e"], positions: Int[Array, "b t"], theta: float
+    x: Float[Array, "b t h e"],
+    positions: Int[Array, "b t"],
+    theta: float,
+    scaling: RopeScaling | None = None,
 ) -> Float[Array, "b t h e"]:
     """Rotary position embedding in Hugging Face's layout (halves, not interleaved pairs)."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    half, factor = x.shape[-1] // 2, 1.0
+    if scaling is None:
+        frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    else:
+        table, factor = scaled_frequencies(theta, half, scaling)
+        frequency = jnp.asarray(table, jnp.float32)
     angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
     sin, cos = jnp.sin(angle), jnp.cos(angle)
+    if factor != 1.0:
+        sin, cos = sin * jnp.float32(factor), cos * jnp.float32(factor)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
@@ -90,6 +159,10 @@ def two_segment_attention(
     mask: Bool[Array, "b t u"],
     prefix: KeyValue | None,
     lengths: Int[Array, " b"] | None,
+    *,
+    oldest: Int[Array, "b t"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "b t h e"]:
     """Attention over a read-only prefix cache and a fresh block, joined in one softmax.
 
@@ -109,6 +182,10 @@ def two_segment_attention(
         mask: query token -> block token.
         prefix: keys and values [b, k, s, e], or none.
         lengths: used slots of the prefix, per row.
+        oldest: the first prefix slot that each query sees; by default the first of all. A slot's
+            number is its token's position, and siblings of a tree share theirs.
+        scale: of the scores; by default 1 / sqrt(e).
+        softcap: c, where scores x become c tanh(x / c).
 
     Returns:
         [b, t, h, e] in the query's dtype; scores and softmax are float32.
@@ -117,10 +194,12 @@ def two_segment_attention(
     k = block[0].shape[1]
     # [b, k, t*g, e]: the g query heads of a key head become rows of one matrix product.
     grouped = query.reshape(b, t, k, h // k, e).transpose(0, 2, 1, 3, 4).reshape(b, k, -1, e)
-    grouped = grouped * jnp.asarray(e**-0.5, query.dtype)
+    grouped = grouped * jnp.asarray(e**-0.5 if scale is None else scale, query.dtype)
 
     def score(keys: jax.Array, visible: jax.Array) -> jax.Array:
         scores = jnp.einsum("bkqe,bkse->bkqs", grouped, keys, preferred_element_type=jnp.float32)
+        if softcap is not None:
+            scores = bend(scores, softcap)
         return jnp.where(visible, scores, -jnp.inf)
 
     visible = jnp.repeat(mask, h // k, axis=1)[:, None]
@@ -130,6 +209,9 @@ def two_segment_attention(
     else:
         slots = prefix[0].shape[2]
         used = (jnp.arange(slots)[None, :] < lengths[:, None])[:, None, None, :]
+        if oldest is not None:
+            recent = jnp.arange(slots)[None, None, :] >= oldest[:, :, None]
+            used = used & jnp.repeat(recent, h // k, axis=1)[:, None]
         scores = jnp.concatenate([score(prefix[0], used), score(block[0], visible)], axis=-1)
         weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
         mixed = jnp.einsum("bkqs,bkse->bkqe", weights[..., :slots], prefix[1])
@@ -137,10 +219,20 @@ def two_segment_attention(
     return mixed.reshape(b, k, t, h // k, e).transpose(0, 2, 1, 3, 4).reshape(b, t, h, e)
 
 
-class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; reads `inputs` times the model's width."""
+def bend(x: Float[Array, "*lead o"], cap: float) -> Float[Array, "*lead o"]:
+    """cap tanh(x / cap): nearly x where it is small, never beyond ± cap."""
+    return jnp.tanh(x / jnp.asarray(cap, x.dtype)) * jnp.asarray(cap, x.dtype)
 
-    def __init__(self, config: TransformerConfig, *, inputs: int = 1, rngs: nnx.Rngs) -> None:
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions; reads `inputs` times the model's width.
+
+    `layer` is its number, where layers of a model differ in window and rotary base.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *, layer: int = 0, inputs: int = 1, rngs: nnx.Rngs
+    ) -> None:
         d, e = inputs * config.hidden_size, config.head_dim
         h, k = config.num_attention_heads, config.num_key_value_heads
         bias = config.attention_bias
@@ -148,8 +240,16 @@ class Attention(nnx.Module):
         self.k_proj = Linear(d, k * e, bias=bias, rngs=rngs)
         self.v_proj = Linear(d, k * e, bias=bias, rngs=rngs)
         self.o_proj = Linear(h * e, config.hidden_size, zero=True, rngs=rngs)
+        self.q_norm = _norm(config, e, rngs) if config.qk_norm else None
+        self.k_norm = _norm(config, e, rngs) if config.qk_norm else None
         self.head_dim = e
-        self.theta = config.rope_theta
+        self.window = config.window(layer)
+        self.theta, self.scaling = config.rope_theta, config.rope_scaling
+        if self.window is not None and config.rope_local_base_freq is not None:
+            self.theta, self.scaling = config.rope_local_base_freq, None
+        scalar = config.query_pre_attn_scalar
+        self.scale = None if scalar is None else scalar**-0.5
+        self.softcap = config.attn_logit_softcapping
 
     def __call__(
         self,
@@ -169,16 +269,36 @@ class Attention(nnx.Module):
         for training, where there is no prefix.
         """
         query, keys, values = self.project(x, positions)
+        oldest = None
+        if self.window is not None:
+            # The positions of `before` are not known here; only drafts have it, which see all.
+            assert before is None
+            oldest = positions - (self.window - 1)
+            mask = mask & (positions[:, None, :] >= oldest[:, :, None])
         if kernel == "cudnn":
+            if self.softcap is not None:
+                raise ValueError(
+                    f"attention='cudnn': attn_logit_softcapping={self.softcap} is beyond this "
+                    "kernel; use attention='xla'"
+                )
             mixed = jax.nn.dot_product_attention(
-                query, keys, values, mask=mask[:, None], implementation="cudnn"
+                query, keys, values, mask=mask[:, None], scale=self.scale, implementation="cudnn"
             )
         block = (keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3))
         if kernel == "xla":
             seen = block
             if before is not None:
                 seen = jax.tree.map(lambda a, c: jnp.concatenate([a, c], axis=2), before, block)
-            mixed = two_segment_attention(query, seen, mask, prefix, lengths)
+            mixed = two_segment_attention(
+                query,
+                seen,
+                mask,
+                prefix,
+                lengths,
+                oldest=oldest,
+                scale=self.scale,
+                softcap=self.softcap,
+            )
         return self.o_proj(mixed.reshape(*x.shape[:2], -1)), block
 
     def project(
@@ -186,19 +306,29 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "b t h e"], Float[Array, "b t k e"], Float[Array, "b t k e"]]:
         """Query, keys and values of a block, rotated to their positions."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        query = rotary(self.q_proj(x).reshape(heads), positions, self.theta)
-        keys = rotary(self.k_proj(x).reshape(heads), positions, self.theta)
+        query, keys = self.q_proj(x).reshape(heads), self.k_proj(x).reshape(heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, keys = self.q_norm(query), self.k_norm(keys)
+        query = rotary(query, positions, self.theta, self.scaling)
+        keys = rotary(keys, positions, self.theta, self.scaling)
         return query, keys, self.v_proj(x).reshape(heads)
 
 
+def _norm(config: TransformerConfig, width: int, rngs: nnx.Rngs) -> RMSNorm:
+    offset = config.unit_offset_norm
+    return RMSNorm(width, config.rms_norm_eps, unit_offset=offset, rngs=rngs)
+
+
 class MLP(nnx.Module):
-    """SwiGLU feed-forward block.
+    """Gated feed-forward block: SwiGLU, or Gemma's with GELU.
 
     Decoding has gate and up projection in one matrix (`fused_mlp`): one product instead of two.
     """
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
-        d, f = config.hidden_size, config.intermediate_size
+    def __init__(
+        self, config: TransformerConfig, *, width: int | None = None, rngs: nnx.Rngs
+    ) -> None:
+        d, f = config.hidden_size, width or config.intermediate_size
         if config.fused_mlp:
             self.gate_up_proj = Linear(d, 2 * f, rngs=rngs)
         else:
@@ -206,38 +336,166 @@ class MLP(nnx.Module):
             self.up_proj = Linear(d, f, rngs=rngs)
         self.down_proj = Linear(f, d, zero=True, rngs=rngs)
         self.fused = config.fused_mlp
+        self.activation = _ACTIVATIONS[config.hidden_act]
 
     def __call__(self, x: Hidden) -> Hidden:
         if self.fused:
             gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(jax.nn.silu(gate) * up)
+        return self.down_proj(self.activation(gate) * up)
 
 
-def fuse_mlp(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Parameters for `fused_mlp`: every `gate_proj` and `up_proj` joined to `gate_up_proj`."""
-    fused = {}
-    for name, value in params.items():
-        if name.endswith("mlp.gate_proj.kernel"):
-            up = params[name.replace("gate_proj", "up_proj")]
-            fused[name.replace("gate_proj", "gate_up_proj")] = np.concatenate([value, up], axis=1)
-        elif not name.endswith("mlp.up_proj.kernel"):
-            fused[name] = value
-    return fused
+class Stack(nnx.Module):
+    """Matrices of all experts, [x, i, o] (x: experts)."""
+
+    def __init__(
+        self, experts: int, d_in: int, d_out: int, *, zero: bool = False, rngs: nnx.Rngs
+    ) -> None:
+        std = 0.0 if zero else d_in**-0.5
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (experts, d_in, d_out)))
+
+
+class StackedExperts(nnx.Module):
+    """Experts as decoding has them (`fused_mlp`): two arrays for all of a layer."""
+
+    def __init__(self, config: TransformerConfig, width: int, *, rngs: nnx.Rngs) -> None:
+        experts, d = config.num_experts, config.hidden_size
+        self.gate_up_proj = Stack(experts, d, 2 * width, rngs=rngs)
+        self.down_proj = Stack(experts, width, d, zero=True, rngs=rngs)
+
+
+class MixtureOfExperts(nnx.Module):
+    """A router, and feed-forward blocks of which every token goes through a few (Mixtral)."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
+        width = config.moe_intermediate_size or config.intermediate_size
+        self.gate = Linear(config.hidden_size, config.num_experts, rngs=rngs)
+        if config.fused_mlp:
+            self.experts = StackedExperts(config, width, rngs=rngs)
+        else:
+            self.experts = nnx.List(
+                MLP(config, width=width, rngs=rngs) for _ in range(config.num_experts)
+            )
+        self.chosen, self.normalized = config.num_experts_per_tok, config.norm_topk_prob
+        self.activation = _ACTIVATIONS[config.hidden_act]
+
+    def __call__(self, x: Hidden) -> Hidden:
+        flat = x.reshape(-1, x.shape[-1])
+        weights, experts = self.route(flat)
+        gate_up, down = self.matrices()
+        if experts.size <= gate_up.shape[0]:
+            mixed = self._gathered(flat, weights, experts, gate_up, down)
+        else:
+            mixed = self._dense(flat, weights, experts, gate_up, down)
+        return mixed.reshape(x.shape)
+
+    def route(self, x: Float[Array, "n d"]) -> tuple[Float[Array, "n c"], Int[Array, "n c"]]:
+        """The chosen experts of each token and their weights, of a softmax over all experts."""
+        weights = jax.nn.softmax(self.gate(x).astype(jnp.float32), axis=-1)
+        weights, experts = jax.lax.top_k(weights, self.chosen)
+        if self.normalized:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return weights.astype(x.dtype), experts
+
+    def matrices(self) -> tuple[Float[Array, "x d f2"], Float[Array, "x f d"]]:
+        """Gate and up side by side, and down, of all experts."""
+        if isinstance(self.experts, StackedExperts):
+            return self.experts.gate_up_proj.kernel[...], self.experts.down_proj.kernel[...]
+        both = [(expert.gate_proj.kernel, expert.up_proj.kernel) for expert in self.experts]
+        gate_up = jnp.stack([jnp.concatenate([g[...], u[...]], axis=1) for g, u in both])
+        return gate_up, jnp.stack([expert.down_proj.kernel[...] for expert in self.experts])
+
+    def _gathered(
+        self,
+        x: jax.Array,
+        weights: jax.Array,
+        experts: jax.Array,
+        gate_up: jax.Array,
+        down: jax.Array,
+    ) -> jax.Array:
+        """A few tokens: only the matrices of their experts are read."""
+        hidden = self._gated(jnp.einsum("nd,ncdf->ncf", x, gate_up[experts]))
+        return jnp.einsum("ncf,ncfd,nc->nd", hidden, down[experts], weights)
+
+    def _dense(
+        self,
+        x: jax.Array,
+        weights: jax.Array,
+        experts: jax.Array,
+        gate_up: jax.Array,
+        down: jax.Array,
+    ) -> jax.Array:
+        """Many tokens, which together need nearly every expert: each goes through all of them.
+
+        Arithmetic is spent to read every matrix once, in place.
+        """
+        chosen = experts[:, :, None] == jnp.arange(gate_up.shape[0])[None, None, :]
+        share = jnp.sum(jnp.where(chosen, weights[:, :, None], 0), axis=1)  # [n, x]
+        hidden = self._gated(jnp.einsum("nd,xdf->xnf", x, gate_up))
+        return jnp.einsum("xnf,xfd->nd", hidden * share.T[:, :, None], down)
+
+    def _gated(self, gate_up: jax.Array) -> jax.Array:
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+        return self.activation(gate) * up
+
+
+def fused_parts(names: Iterable[str]) -> dict[str, list[tuple[str, ...]]]:
+    """What `fused_mlp` makes of parameters: the name of each array in that layout -> its parts.
+
+    The tuples are experts, by number, to be stacked (a list of one where there are no experts);
+    the names in a tuple are matrices to be joined along their last axis.
+    """
+    numbered: dict[str, dict[int, tuple[str, ...]]] = {}
+    for name in names:
+        fused, joined = name, (name,)
+        if name.endswith(".up_proj.kernel"):
+            continue  # comes with its gate
+        if name.endswith(".gate_proj.kernel"):
+            joined = (name, name.replace("gate_proj", "up_proj"))
+            fused = name.replace("gate_proj", "gate_up_proj")
+        if expert := _EXPERT.fullmatch(fused):
+            fused = f"{expert[1]}.{expert[3]}"
+        numbered.setdefault(fused, {})[int(expert[2]) if expert else 0] = joined
+    return {name: [parts[i] for i in sorted(parts)] for name, parts in numbered.items()}
+
+
+def fuse_mlp(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Parameters for `fused_mlp`: gate and up joined to `gate_up_proj`, experts stacked."""
+
+    def join(names: tuple[str, ...]) -> np.ndarray:
+        parts = [params[name] for name in names]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+
+    return {
+        name: np.stack([join(part) for part in parts]) if ".experts." in name else join(parts[0])
+        for name, parts in fused_parts(params).items()
+    }
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm decoder layer; EAGLE-1's draft has it without the input norm."""
+    """Pre-norm decoder layer, with `post_norms` one that norms also what it adds.
+
+    EAGLE-1's draft has it without the input norm. `layer` is its number in the model.
+    """
 
     def __init__(
-        self, config: TransformerConfig, *, input_norm: bool = True, rngs: nnx.Rngs
+        self,
+        config: TransformerConfig,
+        *,
+        layer: int = 0,
+        input_norm: bool = True,
+        rngs: nnx.Rngs,
     ) -> None:
-        d, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = RMSNorm(d, eps, rngs=rngs) if input_norm else None
-        self.self_attn = Attention(config, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(d, eps, rngs=rngs)
-        self.mlp = MLP(config, rngs=rngs)
+        d = config.hidden_size
+        self.input_layernorm = _norm(config, d, rngs) if input_norm else None
+        self.self_attn = Attention(config, layer=layer, rngs=rngs)
+        # With post-norms this one comes after attention; without them, before the block.
+        self.post_attention_layernorm = _norm(config, d, rngs)
+        self.pre_feedforward_layernorm = _norm(config, d, rngs) if config.post_norms else None
+        self.post_feedforward_layernorm = _norm(config, d, rngs) if config.post_norms else None
+        experts = config.has_experts(layer)
+        self.mlp = MixtureOfExperts(config, rngs=rngs) if experts else MLP(config, rngs=rngs)
 
     def __call__(
         self,
@@ -261,5 +519,9 @@ class DecoderLayer(nnx.Module):
             before=before,
             kernel=kernel,
         )
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), block
+        before_mlp, after_mlp = self.pre_feedforward_layernorm, self.post_feedforward_layernorm
+        if before_mlp is None or after_mlp is None:
+            x = x + mixed
+            return x + self.mlp(self.post_attention_layernorm(x)), block
+        x = x + self.post_attention_layernorm(mixed)
+        return x + after_mlp(self.mlp(before_mlp(x))), block

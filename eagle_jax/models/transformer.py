@@ -15,7 +15,14 @@ from jaxtyping import Array, Bool, Int
 
 from eagle_jax.config import TransformerConfig
 from eagle_jax.models.cache import Cache
-from eagle_jax.models.layers import AttentionKernel, DecoderLayer, Embedding, Linear, RMSNorm
+from eagle_jax.models.layers import (
+    AttentionKernel,
+    DecoderLayer,
+    Embedding,
+    Linear,
+    RMSNorm,
+    bend,
+)
 from eagle_jax.types import Hidden, Logits
 
 
@@ -37,19 +44,22 @@ class Output:
 
 
 class Transformer(nnx.Module):
-    """Embedding, decoder layers, final norm, head (Llama architecture)."""
+    """Embedding, decoder layers, final norm, head."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
+        d, offset = config.hidden_size, config.unit_offset_norm
+        scale = d**0.5 if config.scale_embeddings else None
+        self.embed_tokens = Embedding(config.vocab_size, d, scale=scale, rngs=rngs)
         self.layers = nnx.List(
-            DecoderLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)
+            DecoderLayer(config, layer=i, rngs=rngs) for i in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+        self.norm = RMSNorm(d, config.rms_norm_eps, unit_offset=offset, rngs=rngs)
         self.lm_head = (
             None
             if config.tie_word_embeddings
             else Linear(config.hidden_size, config.vocab_size, rngs=rngs)
         )
+        self.softcap = config.final_logit_softcapping
 
     def __call__(
         self,
@@ -68,7 +78,8 @@ class Transformer(nnx.Module):
             tokens: the block: a prompt, a packed training sequence, or the nodes of a tree.
             positions: rotary position of each token; nodes of equal depth share one.
             mask: which block tokens each block token sees (itself included).
-            cache: read-only keys and values of earlier tokens; all their used slots are seen.
+            cache: read-only keys and values of earlier tokens, each in the slot of its position;
+                all used slots are seen, by sliding layers those within the window.
             lengths: used slots of the cache, per row.
             kernel: attention kernel; "cudnn" only without cache.
             remat: recompute each layer in the backward pass.
@@ -92,7 +103,8 @@ class Transformer(nnx.Module):
             kernel = self.embed_tokens.embedding[...].T
         else:
             kernel = self.lm_head.kernel[...]
-        return jnp.matmul(features, kernel, preferred_element_type=jnp.float32)
+        logits = jnp.matmul(features, kernel, preferred_element_type=jnp.float32)
+        return logits if self.softcap is None else bend(logits, self.softcap)
 
 
 def packed_mask(segment_ids: Int[Array, "b t"]) -> Bool[Array, "b t t"]:

@@ -240,7 +240,7 @@ def test_theta_is_the_drafts_own(tmp_path, config):
 @pytest.mark.parametrize(
     ("config", "changes", "parts"),
     [
-        (EAGLE, {"model_type": "gpt2"}, ["'gpt2'", "known: llama, qwen2"]),
+        (EAGLE, {"model_type": "gpt2"}, ["'gpt2'", "known: llama, mistral"]),
         (EAGLE, {"hidden_size": "absent"}, ["has no hidden_size; add it"]),
         (EAGLE, {"bias": False}, ["unexpected tensors fc.bias"]),
         (EAGLE, {"draft_vocab_size": 20}, ["eagle_aux_hidden_state_layer_ids"]),

@@ -108,11 +108,40 @@ def test_old_config_keys(target):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"model_type": "gpt2"}, ["'gpt2'", "known: llama, qwen2"]),
+        (
+            {"model_type": "gpt2"},
+            ["'gpt2'", "known: llama, mistral, qwen2, qwen3, mixtral, qwen3_moe, gemma2, gemma3"],
+        ),
         ({"attention_bias": True}, ["attention_bias=True", "only False"]),
         ({"hidden_act": "gelu"}, ["hidden_act='gelu'"]),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, ["'llama3'"]),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, ["'linear'"]),
+        ({"rope_parameters": {"rope_type": "llama3"}}, ["no factor", "'llama3'"]),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1}},
+            ["no high_freq_factor"],
+        ),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, ["no factor", "'linear'"]),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, ["factor='2'", "float"]),
+        ({"rope_parameters": {"rope_type": "longrope"}}, ["'longrope'", "'llama3', 'yarn'"]),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["only 1"]),
+        ({"rope_parameters": [1]}, ["rope_parameters=[1]"]),
+        ({"model_type": "qwen3"}, ["lacks", "k_norm.weight"]),
+        ({"model_type": "qwen2", "attention_bias": True}, ["lacks", "k_proj.bias"]),
+        ({"model_type": "mistral", "sliding_window": 0}, ["sliding_window=0"]),
+        (
+            {"model_type": "gemma2", "hidden_act": "absent"},
+            ["lacks", "layers.0.pre_feedforward_layernorm.weight"],
+        ),
+        (
+            {"model_type": "gemma3_text", "hidden_act": "absent", "attn_logit_softcapping": 5.0},
+            ["attn_logit_softcapping=5.0", "only None"],
+        ),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["other", "other"]},
+            ["layer_types", "'other'"],
+        ),
+        ({"model_type": "qwen3_moe", "num_experts_per_tok": 200}, ["num_experts_per_tok=200"]),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, ["decoder_sparse_step=0"]),
+        ({"model_type": "mixtral"}, ["lacks", "block_sparse_moe.experts.0.w1.weight"]),
         ({"hidden_size": "absent"}, ["has no hidden_size"]),
         ({"hidden_size": "24"}, ["hidden_size='24': must be int"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads=3"]),

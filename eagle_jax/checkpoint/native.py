@@ -1,0 +1,95 @@
+"""A model and its drafts as one directory: `target/`, a directory per draft, and a manifest.
+
+`eagle_jax.json` says what each directory is, and the size and the SHA-256 of every file, so that a
+file that was cut off, exchanged or edited is told apart from one that was meant. A directory
+without a manifest is read as well; then only the files themselves can be checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eagle_jax.checkpoint import files
+
+MANIFEST = "eagle_jax.json"
+VERSION = 1
+
+# Checksums of larger files take longer than opening the model; sizes are always compared.
+_QUICK = 64 * 2**20
+
+
+def write_manifest(root: Path, parts: Mapping[str, str]) -> None:
+    """Writes the manifest of a directory whose other files are complete.
+
+    Args:
+        root: of the model.
+        parts: what each of its directories is: "target", or the kind of a draft.
+    """
+    content = {
+        "format": "eagle_jax",
+        "version": VERSION,
+        "parts": {
+            name: {
+                "kind": kind,
+                "files": {
+                    path.name: {"size": path.stat().st_size, "sha256": _sha256(path)}
+                    for path in sorted((root / name).iterdir())
+                },
+            }
+            for name, kind in parts.items()
+        },
+    }
+    files.write_json(root / MANIFEST, content)
+
+
+def check(root: Path, *, whole: bool = False) -> dict[str, str] | None:
+    """Compares a directory with its manifest.
+
+    Args:
+        root: of the model.
+        whole: also the checksums of files over 64 MiB.
+
+    Returns:
+        What each directory is, or None where there is no manifest.
+
+    Raises:
+        ValueError: a listed file is missing or differs, or another version wrote the manifest.
+    """
+    path = root / MANIFEST
+    if not path.is_file():
+        return None
+    content = files.read_json(path)
+    if content.get("format") != "eagle_jax" or content.get("version") != VERSION:
+        raise ValueError(
+            f"{path}: has format {content.get('format')!r} and version {content.get('version')!r}, "
+            f"known is 'eagle_jax' {VERSION}; use the eagle_jax that wrote it"
+        )
+    try:
+        for name, part in content["parts"].items():
+            for file, expected in part["files"].items():
+                _check_file(root / name / file, expected, whole)
+        return {name: part["kind"] for name, part in content["parts"].items()}
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path}: is no manifest of eagle_jax; convert the model again") from None
+
+
+def _check_file(path: Path, expected: Mapping[str, Any], whole: bool) -> None:
+    remedy = f"copy it again, or delete {MANIFEST} if you changed it yourself"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, though {MANIFEST} lists it; {remedy}")
+    size = path.stat().st_size
+    if size != expected["size"]:
+        raise ValueError(
+            f"{path}: has {size} bytes, {MANIFEST} says {expected['size']}: truncated or changed; "
+            f"{remedy}"
+        )
+    if (whole or size <= _QUICK) and _sha256(path) != expected["sha256"]:
+        raise ValueError(f"{path}: differs from the file that {MANIFEST} lists; {remedy}")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,249 @@
+"""Drafts in the layouts of those who run them: the official code, SGLang, speculators and vLLM.
+
+| layout | EAGLE-1 | EAGLE-3 | Medusa |
+|---|---|---|---|
+| official | yes | yes | yes |
+| sglang | `LlamaForCausalLMEagle` | `LlamaForCausalLMEagle3` | |
+| speculators | | `Eagle3Speculator`, as vLLM reads it | |
+
+A wrong word in such a file lowers acceptance and nothing else tells. So whatever follows from a
+default elsewhere is written out, and what was written is read again and compared, bit by bit,
+before it counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eagle_jax.checkpoint import drafts, files, hf, safetensors
+from eagle_jax.checkpoint.names import on_disk
+from eagle_jax.checkpoint.stored import Stored, lazily
+from eagle_jax.config import DraftConfig, Eagle3Config, EagleConfig, MedusaConfig, TransformerConfig
+
+LAYOUTS = ("official", "sglang", "speculators")
+
+# How many tokens vLLM drafts ahead unless told otherwise.
+_SPECULATIVE_TOKENS = 5
+
+Progress = Callable[[int], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What an export says about the draft's target, as far as it is known.
+
+    Attributes:
+        config: of the target.
+        embedding: its embedding matrix [v, d], which the official EAGLE-1 loader and speculators
+            want beside the draft's own tensors.
+        name: the name or the path under which a serving stack finds it.
+        architectures: as in its `config.json`.
+    """
+
+    config: TransformerConfig
+    embedding: Stored
+    name: str = ""
+    architectures: Sequence[str] = ()
+
+
+def write(
+    directory: Path,
+    config: DraftConfig,
+    params: Mapping[str, Any],
+    layout: str,
+    dtype: str,
+    *,
+    target: Target | None = None,
+    extra: Mapping[str, Any] | None = None,
+    embedding: Stored | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes a draft, reads it again and compares.
+
+    Args:
+        directory: must exist; what fails leaves files there, so give one of `files.staged`.
+        config: of the draft.
+        params: its arrays by their Flax names, as `hf.open_draft` gives them.
+        layout: one of `LAYOUTS`.
+        dtype: of the weights on disk.
+        target: what the draft was trained for.
+        extra: further keys of `config.json`, which give way to those that the layout has.
+        embedding: a matrix [v, d] to write beside the weights, for the layouts that have one.
+        progress: is told the bytes written and compared.
+
+    Raises:
+        ValueError: `params` don't match `config`, the layout cannot say what this draft computes,
+            or what was written reads as something else.
+        OSError: the directory cannot be written.
+    """
+    files.check_params(config, params, dtype)
+    config, params = _as_layout(config, params, layout)
+    settings = {**(extra or {}), **_settings(config, layout, dtype, target)}
+    tensors = _tensors(config, params, layout, dtype)
+    if embedding is not None and layout != "sglang" and not isinstance(config, MedusaConfig):
+        tensors[drafts.EMBEDDING] = embedding.astype(dtype)
+    safetensors.write(directory / "model.safetensors", tensors, {"format": "pt"}, progress)
+    files.write_json(directory / "config.json", settings)
+    found, again = hf.open_draft(directory, target.config if target else None)
+    if found != config:
+        raise ValueError(f"{directory}: reads as {found}, not as {config}; please report this")
+    cast = {name: _cast(array, dtype) for name, array in params.items()}
+    compare(directory, again, cast, progress)
+    stored = safetensors.stored(directory / "model.safetensors")
+    written = {name: lazily(array) for name, array in tensors.items()}
+    compare(directory, stored, written)
+
+
+def compare(
+    directory: Path,
+    found: Mapping[str, Stored],
+    expected: Mapping[str, Stored],
+    progress: Progress | None = None,
+) -> None:
+    """Raises ValueError unless both have the same names, dtypes and bits; one tensor at a time."""
+    if found.keys() != expected.keys():
+        names = sorted(found.keys() ^ expected.keys())
+        raise ValueError(f"{directory}: {names[0]} got lost or was added; please report this")
+    for name, array in expected.items():
+        old, new = np.asarray(array), np.asarray(found[name])
+        if old.dtype != new.dtype or old.shape != new.shape or not _same(old, new):
+            raise ValueError(f"{directory}: {name} reads otherwise than written; try another disk")
+        if progress is not None:
+            progress(new.nbytes)
+
+
+def size(params: Mapping[str, Any], dtype: str | None = None) -> int:
+    """Bytes that these arrays take on disk."""
+    width = {None: None, "float32": 4}.get(dtype, 2)
+    return sum(
+        math.prod(x.shape)
+        * (width if width is not None and x.dtype.kind not in "iub" else x.dtype.itemsize)
+        for x in params.values()
+    )
+
+
+def _same(one: np.ndarray, two: np.ndarray) -> bool:
+    one, two = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (one, two))
+    return np.array_equal(one, two)
+
+
+def _cast(array: Any, dtype: str) -> Stored:
+    array = lazily(array)
+    return array if array.dtype.kind in "iub" else array.astype(dtype)
+
+
+def _as_layout(
+    config: DraftConfig, params: Mapping[str, Any], layout: str
+) -> tuple[DraftConfig, Mapping[str, Any]]:
+    """The same draft as the layout can say it.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r}: must be one of {', '.join(LAYOUTS)}")
+    if isinstance(config, TransformerConfig):
+        raise ValueError("draft: is a model of its own; write it in format 'hf'")
+    known = {"official": ("eagle", "eagle3", "medusa"), "sglang": ("eagle", "eagle3")}
+    kinds = known.get(layout, ("eagle3",))
+    if config.kind not in kinds:
+        raise ValueError(
+            f"draft: kind {config.kind!r} has no layout in {layout}, which knows "
+            f"{', '.join(kinds)}; use 'official'"
+        )
+    if layout == "sglang" and isinstance(config, EagleConfig) and not config.bias:
+        # SGLang always makes one, and leaves it random where the file has none.
+        bias = np.zeros(config.hidden_size, lazily(params["fc.kernel"]).dtype)
+        return dataclasses.replace(config, bias=True), {**params, "fc.bias": bias}
+    return config, params
+
+
+def _settings(
+    config: DraftConfig, layout: str, dtype: str, target: Target | None
+) -> dict[str, Any]:
+    """`config.json`."""
+    if isinstance(config, MedusaConfig):
+        return drafts.medusa_json(config, dtype)
+    if isinstance(config, EagleConfig):
+        settings = drafts.eagle_json(config, dtype)
+    else:
+        assert isinstance(config, Eagle3Config)
+        settings = drafts.eagle3_json(config, dtype, None)
+        # What is not said is taken as true by vLLM.
+        settings |= {"norm_before_residual": False, "target_hidden_size": config.hidden_size}
+    if target is not None:
+        # Without it, serving stacks would cut positions at transformers' default of 2048.
+        settings["max_position_embeddings"] = target.config.max_position_embeddings
+    if layout == "official":
+        return settings
+    if config.attention_bias:
+        settings["attention_bias"] = True
+    if layout == "sglang":
+        return _sglang(config, settings)
+    return _speculators(config, settings, target)
+
+
+def _sglang(config: EagleConfig | Eagle3Config, settings: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(config, EagleConfig):
+        # There `bias` means one on the projections of attention; `fc` has one always.
+        del settings["bias"]
+        return settings | {"architectures": ["LlamaForCausalLMEagle"]}
+    # It counts the layers left, others those entered.
+    left = [layer - 1 for layer in settings.pop(drafts.AUX)]
+    nested = {"use_aux_hidden_state": True, drafts.AUX: left}
+    return settings | {"architectures": ["LlamaForCausalLMEagle3"], "eagle_config": nested}
+
+
+def _speculators(
+    config: EagleConfig | Eagle3Config, settings: dict[str, Any], target: Target | None
+) -> dict[str, Any]:
+    assert isinstance(config, Eagle3Config)
+    own = ("draft_vocab_size", drafts.AUX, "fc_norm", "norm_output", "norm_before_residual")
+    own += ("target_hidden_size", "dtype", "torch_dtype")
+    layer = {key: value for key, value in settings.items() if key not in own}
+    del layer["qkv_bias"]
+    method = {"proposal_type": "greedy", "speculative_tokens": _SPECULATIVE_TOKENS}
+    return {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        **{key: settings[key] for key in own},
+        "norm_before_fc": False,
+        "tie_word_embeddings": False,
+        "transformer_layer_config": layer | {"attention_bias": config.attention_bias},
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [method],
+            "verifier": {
+                "name_or_path": target.name if target else "",
+                "architectures": list(target.architectures) if target else [],
+            },
+        },
+    }
+
+
+def _tensors(
+    config: DraftConfig, params: Mapping[str, Any], layout: str, dtype: str
+) -> dict[str, Any]:
+    """By their names on disk, tables included."""
+    tensors: dict[str, Any] = {}
+    for name, (disk, transposed) in on_disk(config).items():
+        array = lazily(params[name]).astype(dtype)
+        tensors[disk] = array.T if transposed else array
+    if isinstance(config, Eagle3Config):
+        tensors |= drafts.eagle3_tables(config, np.asarray(params["d2t"]))
+    if layout != "official" and isinstance(config, EagleConfig | Eagle3Config):
+        prefix = "midlayer." if isinstance(config, Eagle3Config) else "layers.0."
+        if config.attention_bias:
+            # Their attention has a bias on every projection, or on none.
+            zeros = np.zeros(config.hidden_size, dtype)
+            tensors[f"{prefix}self_attn.o_proj.bias"] = zeros
+    if layout == "speculators":
+        tensors = {name.replace("midlayer.", "layers.0."): x for name, x in tensors.items()}
+    return tensors

@@ -1,0 +1,168 @@
+"""Tensors of torch's `pytorch_model.bin`, read without torch and without running anything in it.
+
+Such a file is a zip archive: a pickle that describes the tensors, and one entry with the bytes of
+each storage. A pickle may call any function by its name; this reader knows the few names by which
+tensors are rebuilt and refuses all others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import math
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from eagle_jax.checkpoint.stored import Stored
+
+_AGAIN = "save it with safetensors, or with torch.save of its state_dict()"
+
+_STORAGES = {
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "FloatStorage": np.dtype(np.float32),
+    "DoubleStorage": np.dtype(np.float64),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    """A named run of numbers within the archive."""
+
+    entry: str
+    dtype: np.dtype
+    length: int  # in items
+
+
+def stored(path: str | Path) -> dict[str, Stored]:
+    """The tensors of a file that `torch.save(model.state_dict(), path)` wrote; reads none of them.
+
+    Raises:
+        ValueError: the file is missing, truncated or corrupt, is of torch's format before 1.6, has
+            anything but tensors in it, or a pickle that calls for other code.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+        if start != b"PK\x03\x04":
+            raise ValueError(_no_archive(path, start))
+        with zipfile.ZipFile(path) as archive:
+            found = _Unpickler(path, archive).load()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; give the path of a pytorch_model.bin") from None
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path}: truncated or corrupt ({error}); download it again") from error
+    except ValueError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        text = str(error).splitlines()[:1] or [type(error).__name__]
+        raise ValueError(f"{path}: no readable state_dict ({text[0]}); {_AGAIN}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds a {type(found).__name__}, no state_dict; {_AGAIN}")
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, Stored):
+            kind = type(value).__name__
+            raise ValueError(f"{path}: {name} is a {kind}, no tensor; {_AGAIN}")
+    return dict(found)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows how to rebuild tensors, and nothing else."""
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
+        self.path, self.sizes = path, {info.filename: info.file_size for info in archive.infolist()}
+        pickles = [
+            name for name in self.sizes if name.count("/") == 1 and name.endswith("data.pkl")
+        ]
+        if len(pickles) != 1:
+            raise ValueError(f"{path}: no file of torch.save; {_AGAIN}")
+        self.root = pickles[0].removesuffix("data.pkl")
+        order = f"{self.root}byteorder"
+        if order in self.sizes and archive.read(order) != b"little":
+            raise ValueError(f"{path}: numbers are not little-endian; {_AGAIN}")
+        super().__init__(io.BytesIO(archive.read(pickles[0])))
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        # New objects at each call, so that a pickle has nothing of ours to change.
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return functools.partial(_tensor, self.path)
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda data, requires_grad, hooks: data
+        if module == "torch" and name in _STORAGES:
+            return name
+        raise ValueError(
+            f"{self.path}: pickle with code in it ({module}.{name}): refused; {_AGAIN}"
+        )
+
+    def persistent_load(self, pid: Any, /) -> _Storage:
+        kind, storage, key, _, length = pid
+        entry = f"{self.root}data/{key}"
+        dtype = _STORAGES[storage]
+        if kind != "storage" or self.sizes.get(entry, -1) < length * dtype.itemsize:
+            raise ValueError(
+                f"{self.path}: truncated or corrupt (storage {key} lacks bytes); download it again"
+            )
+        return _Storage(entry, dtype, length)
+
+
+def _tensor(
+    path: Path,
+    storage: _Storage,
+    offset: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    *unused: Any,
+) -> Stored:
+    """Torch's `_rebuild_tensor_v2`; offset and strides count items."""
+    del unused  # requires_grad, hooks
+    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    inside = min(offset, *shape, *strides, 0) >= 0 and offset + last < storage.length
+    if not inside and math.prod(shape):
+        raise ValueError(f"{path}: truncated or corrupt (a tensor leaves its storage)")
+    load = functools.partial(_load, path, storage, offset, last + 1, shape, strides)
+    return Stored(tuple(shape), storage.dtype, load)
+
+
+def _load(
+    path: Path,
+    storage: _Storage,
+    offset: int,
+    length: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+) -> np.ndarray:
+    width = storage.dtype.itemsize
+    if math.prod(shape) == 0:
+        return np.zeros(shape, storage.dtype)
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(storage.entry) as entry:
+            entry.seek(offset * width)
+            numbers = np.frombuffer(entry.read(length * width), storage.dtype)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path}: truncated or corrupt ({error}); download it again") from error
+    if len(numbers) != length:
+        raise ValueError(f"{path}: truncated or corrupt ({storage.entry}); download it again")
+    steps = [stride * width for stride in strides]
+    view = np.lib.stride_tricks.as_strided(numbers, shape, steps, writeable=False)
+    return view if view.flags.c_contiguous else np.ascontiguousarray(view)
+
+
+def _no_archive(path: Path, start: bytes) -> str:
+    if start[:1] == b"\x80":  # a bare pickle
+        return f"{path}: torch's format before 1.6 is not read; {_AGAIN}"
+    return f"{path}: truncated or corrupt (no zip archive); download it again"

@@ -1,0 +1,354 @@
+"""`python -m eagle_jax.convert`: round trips lose no bit, and what fails leaves nothing behind."""
+
+import errno
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from model_directories import assert_same, edit, message, retensor
+
+import eagle_jax
+from eagle_jax import convert
+from eagle_jax.checkpoint import files, hf, native, safetensors
+from eagle_jax.config import Eagle3Config
+
+KINDS = ("eagle", "eagle3", "medusa", "model")
+
+
+@pytest.fixture
+def model(tiny_model, tmp_path) -> Path:
+    """A copy to damage, without the manifest of a native directory."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def tensors(directory: Path) -> dict[str, np.ndarray]:
+    return files.in_memory(files.read_tensors(directory))
+
+
+def settings(directory: Path) -> dict:
+    return json.loads((directory / "config.json").read_text())
+
+
+def inside(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_target_to_native_and_back(model, tmp_path):
+    """Catches a key, a tokenizer file or a bit of a weight that is lost on the way."""
+    edit(model / "target", transformers_version="5.1", pad_token_id=7)
+    convert.convert(model / "target", tmp_path / "native", "native")
+    assert inside(tmp_path / "native") == ["eagle_jax.json", "target"]
+    convert.convert(tmp_path / "native", tmp_path / "back", "hf")
+    assert settings(tmp_path / "back") == settings(model / "target")
+    assert inside(tmp_path / "back") == inside(model / "target")
+    assert_same(tensors(tmp_path / "back"), tensors(model / "target"))
+
+
+def test_targets_in_torch_files_and_shards(model, tmp_path):
+    """Catches a source that is read in part, and shards of torch that are not read at all."""
+    source = model / "target"
+    expected = tensors(source)
+    parts = [dict(list(expected.items())[i::2]) for i in (0, 1)]
+    names = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    (source / "model.safetensors").unlink()
+    for name, part in zip(names, parts, strict=True):
+        torch.save({key: torch.tensor(x) for key, x in part.items()}, source / name)
+    convert.convert(source, tmp_path / "one", "hf")
+    assert_same(tensors(tmp_path / "one"), expected)
+    where = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    convert.convert(source, tmp_path / "two", "hf", dtype="bfloat16")
+    assert {str(x.dtype) for x in tensors(tmp_path / "two").values()} == {"bfloat16"}
+    assert settings(tmp_path / "two")["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3", "medusa"])
+@pytest.mark.parametrize("layout", ["official", "sglang", "speculators"])
+def test_drafts_go_round(model, tmp_path, kind, layout):
+    """Catches a bit lost between official, native, and a serving stack's layout."""
+    if kind == "medusa" and layout != "official" or (kind, layout) == ("eagle", "speculators"):
+        text = message(convert.convert, model, tmp_path / "there", layout, kind=kind)
+        assert f"draft: kind {kind!r} has no layout in {layout}" in text
+        return
+    config, params = hf.load_draft(model / kind)
+    convert.convert(model, tmp_path / "there", layout, kind=kind)
+    convert.convert(tmp_path / "there", tmp_path / "native", "native", target=model / "target")
+    convert.convert(tmp_path / "native", tmp_path / "back", "official")
+    found, again = hf.load_draft(tmp_path / "back")
+    assert found == config
+    assert_same(again, params)
+    beside = tensors(tmp_path / "back").get("embed_tokens.weight")
+    if kind == "eagle":  # the official loader refuses heads without
+        embedding = tensors(model / "target")["model.embed_tokens.weight"]
+        np.testing.assert_array_equal(beside, embedding)
+    else:
+        assert beside is None
+
+
+def test_native_is_what_load_opens(model, tmp_path):
+    """Catches a directory that load() cannot read, or whose models are others."""
+    given = [model / kind for kind in KINDS]
+    summary = convert.convert(model / "target", tmp_path / "native", "native", draft=given)
+    assert summary["kinds"] == ["target", *KINDS]
+    found, expected = eagle_jax.load(tmp_path / "native"), eagle_jax.load(model)
+    assert sorted(found.drafts) == sorted(expected.drafts)
+    for kind, draft in expected.drafts.items():
+        assert found.drafts[kind].config == draft.config
+        for name, array in draft.params.items():
+            np.testing.assert_array_equal(found.drafts[kind].params[name], array)
+
+
+def test_the_command(model, tmp_path):
+    """Catches output that is no JSON line, errors with a traceback, and help that says nothing."""
+
+    def command(*arguments):
+        program = [sys.executable, "-m", "eagle_jax.convert", *map(str, arguments)]
+        return subprocess.run(program, capture_output=True, text=True)
+
+    done = command(
+        "--from", model, "--kind", "eagle3", "--to", tmp_path / "x", "--format", "sglang"
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["format"] == "sglang" and summary["kinds"] == ["eagle3"]
+    assert "eagle3 -> sglang: 100%" in done.stderr
+    done = command("--from", model, "--to", tmp_path / "x", "--format", "hf")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {tmp_path / 'x'}: exists and is not empty")
+    done = command("--help")
+    for word in ("--inspect", "speculators", "vLLM", "examples:", "native"):
+        assert word in done.stdout
+
+
+def said(capsys, *arguments) -> tuple[str, dict]:
+    convert.main([str(x) for x in arguments])
+    out = capsys.readouterr().out
+    return out, json.loads(out.splitlines()[-1])
+
+
+def test_inspect(model, tmp_path, capsys):
+    """Catches a description without what a user must know before loading."""
+    out, found = said(capsys, "--inspect", model)
+    assert list(found) == ["target", *KINDS, "manifest"]
+    eagle3 = hf.load_draft(model / "eagle3")[0]
+    assert isinstance(eagle3, Eagle3Config)
+    size = f"{eagle3.draft_vocab_size} of {eagle3.vocab_size} tokens (66.5%)"
+    assert found["eagle3"]["draft vocabulary"] == size and size in out
+    assert found["eagle3"]["coverage of the training text"] == "not recorded"
+    count = sum(x.size for x in hf.load_target(model / "target")[1].values())
+    assert found["target"]["parameters"] == count and found["target"]["family"] == "llama"
+    assert found["target"]["dtypes"] == {"float32": found["target"]["tensors"]}
+    retensor(model / "eagle3", lambda x: [x.pop("d2t"), x.pop("t2d")])
+    edit(model / "eagle3", target_hidden_size=64, eagle_aux_hidden_state_layer_ids="absent")
+    _, found = said(capsys, "--inspect", model / "eagle3")
+    lacks = " ".join(found["."]["lacks"])
+    assert "d2t" in lacks and "eagle_aux_hidden_state_layer_ids (follows" in lacks
+    assert "target_hidden_size=64 is not supported" in found["."]["cannot be loaded"]
+
+
+def test_arguments(model, tmp_path):
+    """Catches a call that does something else than was asked for."""
+    to = tmp_path / "to"
+    assert "from: give --from" in message(convert.main, ["--to", str(to)])
+    assert "inspect: goes without" in message(convert.main, ["--inspect", "tiny", "--to", "x"])
+    assert "format='x': must be one of hf, official" in message(convert.convert, model, to, "x")
+    text = message(convert.convert, model, to, "official")
+    assert "several drafts (eagle, eagle3, medusa, model); choose one with --kind" in text
+    text = message(convert.convert, model, to, "official", kind="hydra")
+    assert "kind='hydra': the source has 0 such drafts" in text
+    text = message(convert.convert, model / "eagle", to, "hf")
+    assert "is a draft of kind 'eagle', format 'hf' is for targets" in text
+    text = message(convert.convert, model / "eagle", to, "native")
+    assert "give its target with --target" in text
+    assert "dtype='int8'" in message(convert.convert, model, to, "hf", dtype="int8")
+    assert not to.exists()
+
+
+def damaged(name):
+    def change(model: Path) -> str:
+        (model / "target" / name).write_bytes((model / "target" / name).read_bytes()[:-9])
+        return "truncated or corrupt"
+
+    return change
+
+
+def shard_lost(model: Path) -> str:
+    target = model / "target"
+    (target / "model.safetensors").rename(target / "model-00002-of-00003.safetensors")
+    shutil.copy(target / "model-00002-of-00003.safetensors", target / "other.safetensors")
+    return "lacks model-00001-of-00003.safetensors, though there are others; download it"
+
+
+def indexed_shard_lost(model: Path) -> str:
+    target = model / "target"
+    index = {"weight_map": {"a": "model-00007-of-00009.safetensors"}}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    return "lacks model-00007-of-00009.safetensors, which model.safetensors.index.json lists"
+
+
+def tensor_of_index_lost(model: Path) -> str:
+    target = model / "target"
+    names = dict.fromkeys([*tensors(target), "model.more.weight"], "model.safetensors")
+    (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    return "lacks tensors model.more.weight, which model.safetensors.index.json lists"
+
+
+def path_out_of_the_directory(model: Path) -> str:
+    index = {"weight_map": {"a": "../eagle/model.safetensors"}}
+    (model / "target" / "model.safetensors.index.json").write_text(json.dumps(index))
+    return "names a shard '../eagle/model.safetensors'"
+
+
+def unknown_architecture(model: Path) -> str:
+    edit(model / "target", model_type="mamba")
+    return "model_type='mamba' is not supported; known: llama, "
+
+
+def wrong_shape(model: Path) -> str:
+    retensor(model / "target", lambda x: x.update({"model.norm.weight": np.zeros(31, np.float32)}))
+    return "model.norm.weight has shape (31,), the configuration implies (32,)"
+
+
+def code(model: Path) -> str:
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(model / "mark"),)
+
+    (model / "target" / "model.safetensors").unlink()
+    torch.save({"x": Evil()}, model / "target" / "pytorch_model.bin")
+    return "pickle with code in it (posix.mkdir): refused"
+
+
+def no_d2t(model: Path) -> str:
+    retensor(model / "eagle3", lambda x: x.pop("d2t"))
+    return "has no d2t, though draft_vocab_size="
+
+
+def other_target(model: Path) -> str:
+    edit(model / "medusa", vocab_size=261)
+    retensor(
+        model / "medusa",
+        lambda x: x.update({n: np.zeros((261, 32), np.float32) for n in x if "linear" not in n}),
+    )
+    return "vocab_size: the target has 260, the draft 261; give a draft that was trained for this"
+
+
+def other_tokenizer(model: Path) -> str:
+    content = json.loads((model / "target" / "tokenizer.json").read_text())
+    content["added_tokens"][0]["content"] = "<other>"
+    (model / "eagle" / "tokenizer.json").write_text(json.dumps(content))
+    return "is '<other>', in the target's tokenizer "
+
+
+BAD = [
+    damaged("model.safetensors"),
+    shard_lost,
+    indexed_shard_lost,
+    tensor_of_index_lost,
+    path_out_of_the_directory,
+    unknown_architecture,
+    wrong_shape,
+    code,
+    no_d2t,
+    other_target,
+    other_tokenizer,
+]
+
+
+@pytest.mark.parametrize("damage", BAD)
+def test_bad_input(model, tmp_path, damage):
+    """Catches a traceback, a conversion that goes on without a part, and files left behind."""
+    expected = damage(model)
+    before = inside(tmp_path)
+    assert expected in message(convert.convert, model, tmp_path / "new", "native")
+    assert expected in message(eagle_jax.load, model)
+    assert inside(tmp_path) == before
+    assert not (model / "mark").exists()
+
+
+class FullDisk:
+    """A file on a disk that is full after some bytes."""
+
+    def __init__(self, file, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data) -> int:
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+
+@pytest.mark.parametrize("layout", convert.FORMATS)
+@pytest.mark.parametrize("room", [0, 30_000])
+def test_a_full_disk(model, tmp_path, monkeypatch, capsys, layout, room):
+    """Catches a directory that looks complete and is not, or a message without the file's name."""
+
+    def full(path, mode):
+        return FullDisk(open(path, mode), room)
+
+    monkeypatch.setattr(safetensors, "open", full, raising=False)
+    with pytest.raises(OSError, match="No space left on device") as info:
+        convert.convert(model, tmp_path / "a" / "new", layout, kind="eagle3")
+    assert str(info.value.filename).endswith(("model.safetensors", "config.json"))
+    assert inside(tmp_path) == ["model"]
+
+
+def test_no_permission(model, tmp_path, monkeypatch):
+    """Catches a traceback, and an unfinished directory that stays."""
+    place = tmp_path / "locked"
+    place.mkdir()
+    if os.geteuid() == 0:  # root may write everywhere
+        make = Path.mkdir
+
+        def refuse(self, *arguments, **options):
+            if self.parent == place:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+            return make(self, *arguments, **options)
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+    else:
+        place.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.raises(PermissionError) as info:
+        convert.convert(model, place / "new", "hf")
+    assert str(info.value.filename).startswith(str(place))
+    assert inside(place) == []
+    with pytest.raises(OSError, match="Not a directory|File exists"):
+        convert.convert(model, model / "target" / "config.json" / "new", "hf")
+
+
+def test_a_crash_in_the_middle(model, tmp_path, monkeypatch):
+    """Catches a manifest that is written first: half a model would count as a whole one."""
+
+    def crash(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(native, "write_manifest", crash)
+    with pytest.raises(KeyboardInterrupt):
+        convert.convert(model, tmp_path / "new", "native")
+    assert inside(tmp_path) == ["model"]
+
+
+def test_a_foreign_embedding_is_not_exported(model, tmp_path):
+    """Catches an embedding of random numbers beside a head: serving stacks would use it."""
+    wrong = np.random.default_rng(0).normal(size=(260, 32)).astype(np.float32)
+    retensor(model / "eagle", lambda x: x.update({"embed_tokens.weight": wrong}))
+    text = message(convert.convert, model, tmp_path / "new", "official", kind="eagle")
+    assert "its embed_tokens.weight is not the target's; give the target that" in text
+    assert not (tmp_path / "new").exists()
