@@ -478,7 +478,9 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: how many of the newest stay.
         export_dtype: dtype of the exported safetensors.
-        fsdp: devices that share one copy of weights and optimizer state; all share the batch.
+        fsdp: devices that share one copy of weights and optimizer state, each with rows of its own.
+        tensor: devices that work on the same rows, each with a part of every matrix.
+        expert: devices that hold different experts of a target that has some.
         peak_flops: of one device, for MFU; 0 looks the device up.
         attention: "xla", or cuDNN's fused kernel: bfloat16 on a GPU, where it takes half the time
             and never holds scores of all pairs of tokens.
@@ -497,6 +499,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     fsdp: int = 1
+    tensor: int = 1
+    expert: int = 1
     peak_flops: float = 0.0
     attention: Literal["xla", "cudnn"] = "xla"
     remat: bool = False

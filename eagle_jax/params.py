@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh, Sharding
 
 from eagle_jax.checkpoint import files, hf, native
 from eagle_jax.checkpoint.stored import Stored
@@ -75,9 +75,9 @@ def load(
         draft: directories of drafts, of any kind, in place of the target's own of that kind.
         dtype: of all parameters and so of the arithmetic; by default float32 on CPUs (where it is
             exact and fast) and bfloat16 elsewhere.
-        sharding: where weights go: a mesh of `eagle_jax.sharding.make_mesh`, over whose `fsdp`
-            devices each is cut along its largest axis; or one sharding for all of them. By default
-            whole to the default device.
+        sharding: where weights go: a mesh of `eagle_jax.sharding.make_mesh`, whose tensor and
+            expert groups hold a part each and whose other groups share a batch's rows; or one
+            sharding for all weights. By default whole to the default device.
 
     Raises:
         ValueError: unknown name, broken or incomplete files, files that differ from the
@@ -252,7 +252,7 @@ def _place(
         for name, array in fuse_mlp({name: np.asarray(params[name]) for name in names}).items():
             if not np.issubdtype(array.dtype, np.integer):  # a table of token ids is no weight
                 array = array.astype(dtype, copy=False)
-            where = _sharding(array, sharding)
+            where = _sharding(name, array, sharding)
             # Waited for, so that the host's copy of one is gone before the next is read.
             placed[name] = jax.block_until_ready(jax.device_put(array, where))
     return placed
@@ -268,11 +268,10 @@ def _read_together(params: Mapping[str, Stored]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _sharding(array: np.ndarray, sharding: Mesh | Sharding | None) -> Sharding | None:
+def _sharding(name: str, array: np.ndarray, sharding: Mesh | Sharding | None) -> Sharding | None:
     if not isinstance(sharding, Mesh):
         return sharding
     if np.issubdtype(array.dtype, np.integer):
         return replicated(sharding)
-    placed = weight_shardings(sharding, jax.ShapeDtypeStruct(array.shape, array.dtype))
-    assert isinstance(placed, NamedSharding)
-    return placed
+    leaf = {name: jax.ShapeDtypeStruct(array.shape, array.dtype)}
+    return weight_shardings(sharding, leaf, stored=False)[name]

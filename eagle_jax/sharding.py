@@ -1,35 +1,88 @@
-"""Device mesh, and the one table that says which logical axis lies on which mesh axes.
+"""Device mesh, and the tables that say what is cut along which of its axes.
 
-Every device holds a share of the batch. The devices of one `fsdp` group share weights and
-optimizer state as well; `data` groups hold copies of them.
+`data` groups hold copies of the weights and each a share of the batch. The devices of one `fsdp`
+group have a share of the batch each too, and one copy of weights and optimizer state between them:
+what a pass needs is gathered for it. The devices of one `tensor` group work on the same rows, each
+with its own heads, feed-forward columns and vocabulary entries; two sums over the group per layer
+join their results. `expert` groups hold different experts of a layer; without experts to hold they
+do the same work.
+
+No other module names a mesh axis: arrays are described by logical axes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-DATA, FSDP = "data", "fsdp"
+from eagle_jax.config import Eagle3Config, EagleConfig, TransformerConfig
 
-# Logical axis -> mesh axes. "shard" is the one axis of a weight that is cut.
-RULES: dict[str, tuple[str, ...]] = {"batch": (DATA, FSDP), "shard": (FSDP,)}
+T = TypeVar("T")
+
+DATA, FSDP, EXPERT, TENSOR = "data", "fsdp", "expert", "tensor"
+AXES = (DATA, FSDP, EXPERT, TENSOR)  # the last varies fastest: neighbours speak most
+
+# Logical axis -> mesh axes. "shard" is a weight's axis of which each device stores a part, and
+# which is whole again when the weight is used.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": (DATA, FSDP),
+    "heads": (TENSOR,),
+    "mlp": (TENSOR,),
+    "vocab": (TENSOR,),
+    "experts": (EXPERT, TENSOR),
+    "shard": (FSDP,),
+}
+
+# Names of weights, the first that matches counts -> logical axes. All others are the same on every
+# device of a tensor group.
+WEIGHTS: dict[str, tuple[str | None, ...]] = {
+    "*experts.gate_up_proj.kernel": ("experts", None, None, None),
+    "*experts.down_proj.kernel": ("experts", None, None),
+    "*[qkv]_proj.kernel": (None, "heads"),
+    "*[qkv]_proj.bias": ("heads",),
+    "*o_proj.kernel": ("heads", None),
+    "*gate_up_proj.kernel": (None, None, "mlp"),
+    "*gate_proj.kernel": (None, "mlp"),
+    "*up_proj.kernel": (None, "mlp"),
+    "*down_proj.kernel": ("mlp", None),
+    "*embed_tokens.embedding": ("vocab", None),
+    "*lm_head.kernel": (None, "vocab"),
+}
 
 
-def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp) mesh over `devices` (all of them by default).
+def make_mesh(
+    fsdp: int = 1,
+    *,
+    tensor: int = 1,
+    expert: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A (data, fsdp, expert, tensor) mesh over `devices` (all of them by default).
 
     Raises:
-        ValueError: `fsdp` does not divide the number of devices.
+        ValueError: the axes do not divide the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    if fsdp < 1 or len(devices) % fsdp:
-        raise ValueError(f"fsdp={fsdp}: must divide the number of devices, {len(devices)}")
-    shape = (len(devices) // fsdp, fsdp)
-    return jax.make_mesh(shape, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    sizes = {FSDP: fsdp, EXPERT: expert, TENSOR: tensor}
+    for name, size in sizes.items():
+        if size < 1 or len(devices) % size:
+            raise ValueError(f"{name}={size}: must divide the number of devices, {len(devices)}")
+    group = fsdp * expert * tensor
+    if len(devices) % group:
+        sizes_said = ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+        raise ValueError(
+            f"{sizes_said}: {group} devices together, which do not divide {len(devices)}; "
+            "make one of them smaller"
+        )
+    shape = (len(devices) // group, fsdp, expert, tensor)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def spec(*logical: str | None) -> P:
@@ -56,27 +109,186 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis over all devices."""
+def ways(mesh: Mesh | AbstractMesh, logical: str) -> int:
+    """Parts that a logical axis is cut into."""
+    return int(np.prod([mesh.shape[axis] for axis in RULES[logical]]))
+
+
+def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
+    """The leading axis over data and fsdp groups; `rows` that they do not divide, whole."""
+    if rows is not None and rows % ways(mesh, "batch"):
+        return replicated(mesh)
     return NamedSharding(mesh, spec("batch"))
 
 
 def check_batch(mesh: Mesh, batch_size: int) -> None:
-    """Raise ValueError unless every device gets the same number of rows."""
-    if batch_size % mesh.size:
-        raise ValueError(f"batch_size={batch_size}: must be a multiple of {mesh.size} devices")
+    """Raise ValueError unless every group of devices gets the same number of rows."""
+    if batch_size % ways(mesh, "batch"):
+        raise ValueError(
+            f"batch_size={batch_size}: must be a multiple of {ways(mesh, 'batch')}, the groups of "
+            "devices with rows of their own"
+        )
 
 
-def _weight(mesh: Mesh, leaf: Any) -> NamedSharding:
-    """`leaf` cut over fsdp along its largest axis that divides, the first of equals."""
-    ways = mesh.shape[FSDP]
-    divisible = [axis for axis, size in enumerate(leaf.shape) if size % ways == 0 and size > 0]
-    if ways == 1 or not divisible:
-        return replicated(mesh)
-    cut = max(divisible, key=lambda axis: (leaf.shape[axis], -axis))
-    return NamedSharding(mesh, spec(*["shard" if a == cut else None for a in range(leaf.ndim)]))
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of the batch this process reads, and of how many: those of a tensor group that
+    spans processes read the same.
+
+    Raises:
+        ValueError: the processes' parts are not equal slices of the batch.
+    """
+    groups = ways(mesh, "batch")
+    places = batch_sharding(mesh).addressable_devices_indices_map((groups,))
+    own = sorted({range(groups)[index[0]].start for index in places.values() if index})
+    count = groups // max(1, len(own))
+    if own != list(range(own[0], own[0] + len(own))) or groups % len(own) or own[0] % len(own):
+        raise ValueError(
+            f"mesh {dict(mesh.shape)}: this process would read rows of groups {own}, which is no "
+            "equal slice of the batch; make fsdp x expert x tensor a multiple or a divisor of the "
+            "devices of a process"
+        )
+    return own[0] // len(own), count
 
 
-def weight_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Shardings of a pytree of weights or optimizer state (arrays or their shapes)."""
-    return jax.tree.map(lambda leaf: _weight(mesh, leaf), tree)
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that a tree's first array lies on, if it lies on one of `make_mesh`."""
+    for leaf in jax.tree.leaves(tree):
+        place = getattr(leaf, "sharding", None)
+        if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh):
+            return place.mesh if set(place.mesh.axis_names) == set(AXES) else None
+        return None
+    return None
+
+
+def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """The context in which `constrain` knows the mesh; for code that is being traced."""
+    if mesh is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def constrain(x: T, *logical: str | None) -> T:
+    """`x` cut along these logical axes, where a mesh is in use.
+
+    Axes past those named are whole, and so is one that the mesh does not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+
+    def one(array: jax.Array) -> jax.Array:
+        fitting = [
+            name if name is not None and size % ways(mesh, name) == 0 else None
+            for name, size in zip(logical, array.shape, strict=False)  # names of leading axes
+        ]
+        return jax.lax.with_sharding_constraint(array, spec(*fitting))
+
+    return jax.tree.map(one, x)
+
+
+def ways_of(logical: str, size: int) -> int:
+    """Parts that the mesh in use, if any, cuts an axis of this size into."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else ways(mesh, logical)
+    return 1 if size % parts else parts
+
+
+def locally(
+    function: Callable[[jax.Array], Any],
+    x: jax.Array,
+    axes: tuple[str | None, ...],
+    results: tuple[tuple[str | None, ...], ...],
+) -> Any:
+    """`function` of each device's part of `x`, and the parts of its results put together.
+
+    Args:
+        function: of one array; results have the logical axes `results`.
+        x: cut along the logical axes `axes`, except where the mesh in use does not divide it.
+    """
+    whole = {name for name, n in zip(axes, x.shape, strict=True) if name and ways_of(name, n) == 1}
+    fitted = [[None if name in whole else name for name in names] for names in (axes, *results)]
+    places = [spec(*names) for names in fitted]
+    return jax.shard_map(function, in_specs=places[0], out_specs=tuple(places[1:]))(x)
+
+
+def check_tensor(
+    mesh: Mesh, configs: Iterable[TransformerConfig | EagleConfig | Eagle3Config]
+) -> None:
+    """Checks that models can be cut over the tensor and expert groups.
+
+    Raises:
+        ValueError: names the size that does not divide.
+    """
+    for config in configs:
+        needed = {
+            "num_attention_heads": "heads",
+            "num_key_value_heads": "heads",
+            "intermediate_size": "mlp",
+            "vocab_size": "vocab",
+        }
+        needed |= {"draft_vocab_size": "vocab"} if isinstance(config, Eagle3Config) else {}
+        if isinstance(config, TransformerConfig) and config.num_experts:
+            needed |= {"num_experts": "experts"}
+        for field, logical in needed.items():
+            size, parts = getattr(config, field), ways(mesh, logical)
+            if size % parts:
+                axes = " x ".join(RULES[logical])
+                raise ValueError(
+                    f"{field}={size}: cannot be cut into {parts} equal parts ({axes} of the mesh); "
+                    "make the mesh's axis a divisor of it"
+                )
+
+
+def _logical(name: str, rank: int) -> tuple[str | None, ...]:
+    for pattern, axes in WEIGHTS.items():
+        if fnmatch.fnmatchcase(name, pattern) and len(axes) == rank:
+            return axes
+    return (None,) * rank
+
+
+def _weight(mesh: Mesh, name: str, leaf: Any, *, stored: bool) -> NamedSharding:
+    """By its name over tensor and expert groups; where it is stored, over fsdp too: the largest
+    axis left that divides, the first of equals."""
+    axes = list(_logical(name, len(leaf.shape)))
+    for i, (logical, size) in enumerate(zip(axes, leaf.shape, strict=True)):
+        if logical is not None and size % ways(mesh, logical):
+            raise ValueError(
+                f"{name}: axis {i} of {tuple(leaf.shape)} cannot be cut into "
+                f"{ways(mesh, logical)} equal parts ({' x '.join(RULES[logical])} of the mesh); "
+                "make the mesh's axis a divisor of it"
+            )
+    parts = ways(mesh, "shard")
+    free = [i for i, n in enumerate(leaf.shape) if axes[i] is None and n % parts == 0 and n > 0]
+    if stored and parts > 1 and free:
+        axes[max(free, key=lambda i: (leaf.shape[i], -i))] = "shard"
+    return NamedSharding(mesh, _trim(mesh, axes))
+
+
+def _trim(mesh: Mesh, axes: Sequence[str | None]) -> P:
+    """The partition, without what this mesh does not cut."""
+    kept = [name if name is not None and ways(mesh, name) > 1 else None for name in axes]
+    return spec(*kept) if any(kept) else P()
+
+
+def weight_shardings(mesh: Mesh, tree: Any, *, stored: bool = True) -> Any:
+    """Shardings of a pytree of weights or optimizer state (arrays or their shapes).
+
+    Args:
+        mesh: of `make_mesh`.
+        tree: dictionaries by parameter name, at any depth.
+        stored: as kept between uses; else as a pass uses them, whole within an fsdp group.
+
+    Raises:
+        ValueError: a weight cannot be cut as the tables say; names it.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        return _weight(mesh, str(keys[-1]) if keys else "", leaf, stored=stored)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def put(mesh: Mesh | None, tree: Any) -> Any:
+    """Host arrays that every process has alike, whole on every device."""
+    return jax.device_put(tree, None if mesh is None else replicated(mesh))

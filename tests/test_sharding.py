@@ -2,35 +2,64 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from eagle_jax import sharding
+from eagle_jax import sharding, testing
+
+
+def shape(*sizes: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def specs(tree, **keywords):
+    return jax.tree.map(lambda s: s.spec, tree, **keywords)
 
 
 def test_mesh_splits_devices():
-    assert dict(sharding.make_mesh(4).shape) == {"data": 2, "fsdp": 4}
-    assert dict(sharding.make_mesh(1, jax.devices()[:3]).shape) == {"data": 3, "fsdp": 1}
+    assert dict(sharding.make_mesh(4).shape) == {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}
+    mesh = sharding.make_mesh(2, tensor=4)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "expert": 1, "tensor": 4}
+    # Neighbours form a tensor group.
+    assert mesh.devices[0, 0, 0].tolist() == jax.devices()[:4]
+    three = sharding.make_mesh(devices=jax.devices()[:3])
+    assert dict(three.shape) == {"data": 3, "fsdp": 1, "expert": 1, "tensor": 1}
 
 
-@pytest.mark.parametrize("fsdp", [0, 3, 16])
-def test_fsdp_must_divide(fsdp):
-    with pytest.raises(ValueError, match=f"fsdp={fsdp}: must divide the number of devices, 8"):
-        sharding.make_mesh(fsdp)
+@pytest.mark.parametrize("axis", ["fsdp", "tensor", "expert"])
+@pytest.mark.parametrize("size", [0, 3, 16])
+def test_every_axis_must_divide(axis, size):
+    with pytest.raises(ValueError, match=f"{axis}={size}: must divide the number of devices, 8"):
+        sharding.make_mesh(**{axis: size})
+
+
+def test_axes_together_must_divide():
+    with pytest.raises(ValueError, match="fsdp=4, tensor=4: 16 devices together, which do not"):
+        sharding.make_mesh(4, tensor=4)
 
 
 def test_batch_must_divide():
     mesh = sharding.make_mesh(2)
     sharding.check_batch(mesh, 16)
-    with pytest.raises(ValueError, match="batch_size=12: must be a multiple of 8 devices"):
+    with pytest.raises(ValueError, match="batch_size=12: must be a multiple of 8"):
         sharding.check_batch(mesh, 12)
+    # Devices of a tensor group have the same rows.
+    sharding.check_batch(sharding.make_mesh(2, tensor=2), 12)
+    assert sharding.batch_sharding(mesh, 16).spec == P(("data", "fsdp"))
+    assert sharding.batch_sharding(mesh, 3).is_fully_replicated
 
 
-def test_weights_are_cut_along_their_largest_divisible_axis():
-    shapes = {"wide": (8, 20), "odd": (8, 21), "square": (8, 8), "scale": (12,), "none": (3, 5)}
-    tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    tree["scalar"] = jax.ShapeDtypeStruct((), jnp.int32)
-    found = jax.tree.map(lambda s: s.spec, sharding.weight_shardings(sharding.make_mesh(4), tree))
+def test_stored_weights_are_cut_along_their_largest_divisible_axis():
+    tree = {
+        "wide": shape(8, 20),
+        "odd": shape(8, 21),
+        "square": shape(8, 8),
+        "scale": shape(12),
+        "none": shape(3, 5),
+        "scalar": shape(),
+    }
+    found = specs(sharding.weight_shardings(sharding.make_mesh(4), tree))
     cut = ("fsdp",)
     assert found == {
         "wide": P(None, cut),
@@ -40,13 +69,92 @@ def test_weights_are_cut_along_their_largest_divisible_axis():
         "none": P(),
         "scalar": P(),
     }
-    whole = sharding.weight_shardings(sharding.make_mesh(1), tree)
-    assert all(place.is_fully_replicated for place in jax.tree.leaves(whole))
+    for mesh, stored in ((sharding.make_mesh(), True), (sharding.make_mesh(4), False)):
+        places = sharding.weight_shardings(mesh, tree, stored=stored)
+        assert all(place.is_fully_replicated for place in jax.tree.leaves(places))
+
+
+def test_weights_are_cut_by_name_over_tensor_groups():
+    """Catches a matrix whose other axis is cut: results would have to be exchanged."""
+    tree = {
+        "layers.0.self_attn.q_proj.kernel": shape(32, 64),
+        "layers.0.self_attn.v_proj.bias": shape(64),
+        "layers.0.self_attn.o_proj.kernel": shape(64, 32),
+        "layers.0.mlp.gate_up_proj.kernel": shape(32, 2, 48),
+        "layers.0.mlp.up_proj.kernel": shape(32, 48),
+        "layers.0.mlp.down_proj.kernel": shape(48, 32),
+        "layers.1.mlp.experts.gate_up_proj.kernel": shape(8, 32, 2, 48),
+        "layers.1.mlp.experts.down_proj.kernel": shape(8, 48, 32),
+        "layers.1.mlp.gate.kernel": shape(32, 8),
+        "embed_tokens.embedding": shape(60, 32),
+        "lm_head.kernel": shape(32, 60),
+        "norm.scale": shape(32),
+    }
+    mesh = sharding.make_mesh(2, tensor=2, expert=2)
+    used = specs(sharding.weight_shardings(mesh, tree, stored=False))
+    t, x = ("tensor",), ("expert", "tensor")
+    layers = {name.split(".", 2)[2]: cut for name, cut in used.items() if "layers" in name}
+    assert layers == {
+        "self_attn.q_proj.kernel": P(None, t),
+        "self_attn.v_proj.bias": P(t),
+        "self_attn.o_proj.kernel": P(t, None),
+        "mlp.gate_up_proj.kernel": P(None, None, t),
+        "mlp.up_proj.kernel": P(None, t),
+        "mlp.down_proj.kernel": P(t, None),
+        "mlp.experts.gate_up_proj.kernel": P(x, None, None, None),
+        "mlp.experts.down_proj.kernel": P(x, None, None),
+        "mlp.gate.kernel": P(),
+    }
+    assert used["embed_tokens.embedding"] == P(t, None)
+    assert used["lm_head.kernel"] == P(None, t)
+    assert used["norm.scale"] == P()
+    # Stored, the same axes, and the largest of the others over fsdp; optimizer state lies alike.
+    stored = sharding.weight_shardings(mesh, {"adam": {"mu": tree}})["adam"]["mu"]
+    assert stored["layers.0.self_attn.q_proj.kernel"].spec == P(("fsdp",), t)
+    assert stored["layers.1.mlp.experts.down_proj.kernel"].spec == P(x, ("fsdp",), None)
+    assert stored["norm.scale"].spec == P(("fsdp",))
+
+
+def test_what_cannot_be_cut_is_named():
+    mesh = sharding.make_mesh(tensor=8)
+    with pytest.raises(ValueError, match=r"lm_head.kernel: axis 1 of \(32, 61\) cannot be cut in"):
+        sharding.weight_shardings(mesh, {"lm_head.kernel": shape(32, 61)})
+    with pytest.raises(ValueError, match="num_attention_heads=4: cannot be cut into 8 equal parts"):
+        sharding.check_tensor(mesh, [testing.tiny_target()])
+    target = testing.tiny_target(
+        vocab_size=64,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        num_experts=12,
+        num_experts_per_tok=2,
+    )
+    with pytest.raises(ValueError, match=r"num_experts=12: .* \(expert x tensor of the mesh\)"):
+        sharding.check_tensor(mesh, [target])
 
 
 def test_rules_are_checked():
     assert sharding.spec("batch", None) == P(("data", "fsdp"), None)
     with pytest.raises(ValueError, match="unknown"):
         sharding.spec("bach")
-    with pytest.raises(ValueError, match="one mesh axis"):
-        sharding.spec("batch", "shard")
+    for pair in (("batch", "shard"), ("heads", "vocab"), ("experts", "mlp")):
+        with pytest.raises(ValueError, match="one mesh axis"):
+            sharding.spec(*pair)
+
+
+def test_constrain_cuts_what_divides():
+    mesh = sharding.make_mesh(2, tensor=2)
+
+    @jax.jit
+    def place(x):
+        with sharding.using(mesh):
+            return sharding.constrain(x, "batch", None, "heads")
+
+    x = jax.device_put(jnp.arange(4 * 3 * 6.0).reshape(4, 3, 6), sharding.replicated(mesh))
+    assert place(x).sharding.spec == P(("data", "fsdp"), None, ("tensor",))
+    np.testing.assert_array_equal(place(x), x)
+    assert place(x[:3, :, :5]).sharding.is_fully_replicated
+    assert sharding.constrain(x, "batch") is x  # no mesh in use
+
+
+def test_every_process_reads_its_share():
+    assert sharding.batch_share(sharding.make_mesh(2, tensor=4)) == (0, 1)

@@ -30,6 +30,8 @@ _FREE = {
     "keep_checkpoints",
     "export_dtype",
     "fsdp",
+    "tensor",
+    "expert",
     "peak_flops",
     "attention",
     "remat",

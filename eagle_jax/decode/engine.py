@@ -23,8 +23,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, UInt32
 
+from eagle_jax import sharding
 from eagle_jax.config import DraftConfig, TransformerConfig
 from eagle_jax.decode.method import Context, Method, Models, Prompt, Verified
 from eagle_jax.decode.sampling import Sampling, argmax, perturb, position_noise
@@ -122,7 +124,7 @@ def prefill(
         len(output.block), b, keys.shape[1], program.slots, keys.shape[3], keys.dtype
     )
     prompt = Prompt(tokens, length, output)
-    return State(
+    state = State(
         tokens=jnp.pad(tokens, ((0, 0), (0, program.slots - t))),
         length=length,
         limit=limit,
@@ -133,6 +135,7 @@ def prefill(
         rounds=jnp.zeros(b, jnp.int32),
         accepted=jnp.zeros((b, program.method.depth + 1), jnp.int32),
     )
+    return _readable(state)
 
 
 def decode(
@@ -153,7 +156,20 @@ def decode(
         count, state = carry
         return count + 1, _round(program, models, state, settings)
 
-    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+    return _readable(jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1])
+
+
+def one_round(program: Program, params: Params, state: State, settings: Sampling) -> State:
+    """A single round, whether or not rows are done: what one turn of `decode` costs."""
+    return _round(program, program.models(params), state, settings)
+
+
+def _readable(state: State) -> State:
+    """What the host reads, whole on every device: no process has another's rows."""
+    read = ("tokens", "length", "limit", "done", "rounds", "accepted")
+    return dataclasses.replace(
+        state, **{name: sharding.constrain(getattr(state, name)) for name in read}
+    )
 
 
 def _round(program: Program, models: Models, state: State, settings: Sampling) -> State:
@@ -268,7 +284,7 @@ def _compiled(
             start = time.perf_counter()
             donate = (1,) if function is decode else ()
             # A function of its own, so that jit's caches let go of the program with it.
-            bound = functools.partial(function, program)
+            bound = _on(sharding.mesh_of(args[0].target), functools.partial(function, program))
             # TPUs and GPUs multiply float32 in fewer bits unless told otherwise.
             exact = next(iter(args[0].target.values())).dtype == jnp.float32
             with jax.default_matmul_precision("highest" if exact else "default"):
@@ -282,6 +298,14 @@ def _compiled(
             while len(_executables) > _KEPT:
                 _executables.popitem(last=False)
         return run
+
+
+def _on(mesh: Mesh | None, function: Callable[..., State]) -> Callable[..., State]:
+    def traced(*args: Any) -> State:
+        with sharding.using(mesh):
+            return function(*args)
+
+    return traced
 
 
 def executables() -> tuple[Any, ...]:
@@ -309,7 +333,7 @@ def start(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     arrays = (tokens, length, np.array(limits, np.int32), np.array(seeds, np.uint32))
-    args = (params, *jax.device_put(arrays))
+    args = (params, *sharding.put(sharding.mesh_of(params.target), arrays))
     run = _compiled(prefill, program, args, clock)
     begin = time.perf_counter()
     state = jax.block_until_ready(run(*args))
@@ -326,7 +350,8 @@ def advance(
     max_rounds: int = 2**31 - 1,
 ) -> State:
     """Run up to `max_rounds` rounds on the device; `state` is consumed."""
-    args = (params, state, settings, jax.device_put(np.int32(max_rounds)))
+    mesh = sharding.mesh_of(params.target)
+    args = (params, state, *sharding.put(mesh, (settings, np.int32(max_rounds))))
     run = _compiled(decode, program, args, clock)
     begin = time.perf_counter()
     state = jax.block_until_ready(run(*args))

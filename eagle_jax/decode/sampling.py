@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from eagle_jax import sharding
+
 _TINY = 1e-30
 _CHUNK = 64  # of the vocabulary, for `top_k`
 
@@ -181,8 +183,25 @@ def top_k(
 
     The k chunks with the largest maxima hold the k largest entries, and sorting a whole vocabulary
     for a few of its entries costs GPUs several times that. Among equals the lowest index wins in
-    both stages, since the chunks stay in order.
+    all stages, since the chunks stay in order. `*lead` begins with the batch.
     """
+    vocab = scores.shape[-1]
+    parts = sharding.ways_of("vocab", vocab)
+    if parts == 1 or vocab <= k * max(_CHUNK, parts):
+        return _top_k(scores, k)
+    # Each device finds the best of its own entries; only these are sent.
+    axes = ("batch", *[None] * (scores.ndim - 2), "vocab")
+    best, index = sharding.locally(lambda x: _top_k(x, k), scores, axes, (axes, axes))
+    first = jnp.repeat(jnp.arange(0, vocab, vocab // parts, dtype=index.dtype), k)
+    index = index + jnp.broadcast_to(first, index.shape)
+    best, index = sharding.constrain((best, index), "batch")
+    best, place = jax.lax.top_k(best, k)
+    return best, jnp.take_along_axis(index, place, axis=-1)
+
+
+def _top_k(
+    scores: Float[Array, "*lead v"], k: int
+) -> tuple[Float[Array, "*lead k"], Int[Array, "*lead k"]]:
     *lead, vocab = scores.shape
     if vocab <= k * _CHUNK:
         best, index = jax.lax.top_k(scores, k)

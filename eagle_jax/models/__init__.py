@@ -3,7 +3,7 @@
 from eagle_jax.models.cache import Cache
 from eagle_jax.models.eagle import EagleDraft
 from eagle_jax.models.eagle3 import Eagle3Draft
-from eagle_jax.models.functional import bind, cast, init_params
+from eagle_jax.models.functional import bind, cast, init_params, param_shapes
 from eagle_jax.models.medusa import MedusaHeads
 from eagle_jax.models.transformer import Output, Transformer
 
@@ -26,4 +26,5 @@ __all__ = [
     "bind",
     "cast",
     "init_params",
+    "param_shapes",
 ]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from eagle_jax.sharding import constrain
 from eagle_jax.types import KeyValue
 
 # Per layer (keys, values), each [b, k, s, e].
@@ -21,7 +22,10 @@ def empty(
 ) -> Cache:
     """A zeroed cache. Zeros, not uninitialised memory: NaN times a masked 0 would still be NaN."""
     shape = (batch, heads, slots, head_dim)
-    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers))
+    return tuple(
+        constrain((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), "batch", "heads")
+        for _ in range(layers)
+    )
 
 
 def write(cache: Cache, block: Cache, start: Int[Array, " b"]) -> Cache:
@@ -34,7 +38,8 @@ def write(cache: Cache, block: Cache, start: Int[Array, " b"]) -> Cache:
     def one_row(old: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis=1)
 
-    return jax.tree.map(lambda old, new: jax.vmap(one_row)(old, new, start), cache, block)
+    written = jax.tree.map(lambda old, new: jax.vmap(one_row)(old, new, start), cache, block)
+    return constrain(written, "batch", "heads")
 
 
 def gather(block: Cache, index: Int[Array, "b n"]) -> Cache:

@@ -41,6 +41,12 @@ def bind(cls: Callable[..., Module], config: Hashable, params: ParamDict) -> Mod
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
+def param_shapes(cls: Callable[..., nnx.Module], config: Hashable) -> dict[str, Any]:
+    """Shape and dtype of every parameter and table of `cls(config)`."""
+    state = nnx.state(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0))))
+    return {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
 def init_params(cls: Callable[..., nnx.Module], config: Hashable, seed: int) -> ParamDict:
     """Random float32 parameters of `cls(config)`, the same for the same seed on every platform."""
     module = cls(config, rngs=nnx.Rngs(seed))

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from eagle_jax.config import RopeScaling, TransformerConfig
+from eagle_jax.sharding import constrain, ways_of
 from eagle_jax.types import Hidden, KeyValue
 
 AttentionKernel = Literal["xla", "cudnn"]
@@ -311,7 +312,10 @@ class Attention(nnx.Module):
             query, keys = self.q_norm(query), self.k_norm(keys)
         query = rotary(query, positions, self.theta, self.scaling)
         keys = rotary(keys, positions, self.theta, self.scaling)
-        return query, keys, self.v_proj(x).reshape(heads)
+        query, keys, values = constrain(
+            (query, keys, self.v_proj(x).reshape(heads)), "batch", None, "heads"
+        )
+        return query, keys, values
 
 
 def _norm(config: TransformerConfig, width: int, rngs: nnx.Rngs) -> RMSNorm:
@@ -322,7 +326,7 @@ def _norm(config: TransformerConfig, width: int, rngs: nnx.Rngs) -> RMSNorm:
 class MLP(nnx.Module):
     """Gated feed-forward block: SwiGLU, or Gemma's with GELU.
 
-    Decoding has gate and up projection in one matrix (`fused_mlp`): one product instead of two.
+    Decoding has gate and up projection in one array (`fused_mlp`): one product instead of two.
     """
 
     def __init__(
@@ -330,7 +334,7 @@ class MLP(nnx.Module):
     ) -> None:
         d, f = config.hidden_size, width or config.intermediate_size
         if config.fused_mlp:
-            self.gate_up_proj = Linear(d, 2 * f, rngs=rngs)
+            self.gate_up_proj = Stack((d, 2, f), fan_in=d, rngs=rngs)
         else:
             self.gate_proj = Linear(d, f, rngs=rngs)
             self.up_proj = Linear(d, f, rngs=rngs)
@@ -340,29 +344,30 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Hidden) -> Hidden:
         if self.fused:
-            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+            both = jnp.einsum("btd,dgf->btgf", x, self.gate_up_proj.kernel[...])
+            gate, up = both[:, :, 0], both[:, :, 1]
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
         return self.down_proj(self.activation(gate) * up)
 
 
 class Stack(nnx.Module):
-    """Matrices of all experts, [x, i, o] (x: experts)."""
+    """Matrices of the same input side by side in one array."""
 
     def __init__(
-        self, experts: int, d_in: int, d_out: int, *, zero: bool = False, rngs: nnx.Rngs
+        self, shape: tuple[int, ...], *, zero: bool = False, fan_in: int, rngs: nnx.Rngs
     ) -> None:
-        std = 0.0 if zero else d_in**-0.5
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (experts, d_in, d_out)))
+        std = 0.0 if zero else fan_in**-0.5
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
 
 
 class StackedExperts(nnx.Module):
-    """Experts as decoding has them (`fused_mlp`): two arrays for all of a layer."""
+    """Experts as decoding has them (`fused_mlp`): two arrays for all of a layer (x: experts)."""
 
     def __init__(self, config: TransformerConfig, width: int, *, rngs: nnx.Rngs) -> None:
         experts, d = config.num_experts, config.hidden_size
-        self.gate_up_proj = Stack(experts, d, 2 * width, rngs=rngs)
-        self.down_proj = Stack(experts, width, d, zero=True, rngs=rngs)
+        self.gate_up_proj = Stack((experts, d, 2, width), fan_in=d, rngs=rngs)
+        self.down_proj = Stack((experts, width, d), zero=True, fan_in=width, rngs=rngs)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -384,7 +389,8 @@ class MixtureOfExperts(nnx.Module):
         flat = x.reshape(-1, x.shape[-1])
         weights, experts = self.route(flat)
         gate_up, down = self.matrices()
-        if experts.size <= gate_up.shape[0]:
+        # Devices that hold different experts would have to exchange the matrices.
+        if experts.size <= gate_up.shape[0] and ways_of("experts", gate_up.shape[0]) == 1:
             mixed = self._gathered(flat, weights, experts, gate_up, down)
         else:
             mixed = self._dense(flat, weights, experts, gate_up, down)
@@ -398,12 +404,12 @@ class MixtureOfExperts(nnx.Module):
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         return weights.astype(x.dtype), experts
 
-    def matrices(self) -> tuple[Float[Array, "x d f2"], Float[Array, "x f d"]]:
+    def matrices(self) -> tuple[Float[Array, "x d 2 f"], Float[Array, "x f d"]]:
         """Gate and up side by side, and down, of all experts."""
         if isinstance(self.experts, StackedExperts):
             return self.experts.gate_up_proj.kernel[...], self.experts.down_proj.kernel[...]
         both = [(expert.gate_proj.kernel, expert.up_proj.kernel) for expert in self.experts]
-        gate_up = jnp.stack([jnp.concatenate([g[...], u[...]], axis=1) for g, u in both])
+        gate_up = jnp.stack([jnp.stack([g[...], u[...]], axis=1) for g, u in both])
         return gate_up, jnp.stack([expert.down_proj.kernel[...] for expert in self.experts])
 
     def _gathered(
@@ -415,7 +421,7 @@ class MixtureOfExperts(nnx.Module):
         down: jax.Array,
     ) -> jax.Array:
         """A few tokens: only the matrices of their experts are read."""
-        hidden = self._gated(jnp.einsum("nd,ncdf->ncf", x, gate_up[experts]))
+        hidden = self._gated(jnp.einsum("nd,ncdgf->ncgf", x, gate_up[experts]))
         return jnp.einsum("ncf,ncfd,nc->nd", hidden, down[experts], weights)
 
     def _dense(
@@ -432,19 +438,18 @@ class MixtureOfExperts(nnx.Module):
         """
         chosen = experts[:, :, None] == jnp.arange(gate_up.shape[0])[None, None, :]
         share = jnp.sum(jnp.where(chosen, weights[:, :, None], 0), axis=1)  # [n, x]
-        hidden = self._gated(jnp.einsum("nd,xdf->xnf", x, gate_up))
+        hidden = self._gated(jnp.einsum("nd,xdgf->xngf", x, gate_up))
         return jnp.einsum("xnf,xfd->nd", hidden * share.T[:, :, None], down)
 
     def _gated(self, gate_up: jax.Array) -> jax.Array:
-        gate, up = jnp.split(gate_up, 2, axis=-1)
-        return self.activation(gate) * up
+        return self.activation(gate_up[..., 0, :]) * gate_up[..., 1, :]
 
 
 def fused_parts(names: Iterable[str]) -> dict[str, list[tuple[str, ...]]]:
     """What `fused_mlp` makes of parameters: the name of each array in that layout -> its parts.
 
     The tuples are experts, by number, to be stacked (a list of one where there are no experts);
-    the names in a tuple are matrices to be joined along their last axis.
+    the names in a tuple are matrices to be put side by side, [d, 2, f].
     """
     numbered: dict[str, dict[int, tuple[str, ...]]] = {}
     for name in names:
@@ -465,7 +470,7 @@ def fuse_mlp(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     def join(names: tuple[str, ...]) -> np.ndarray:
         parts = [params[name] for name in names]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        return parts[0] if len(parts) == 1 else np.stack(parts, axis=1)
 
     return {
         name: np.stack([join(part) for part in parts]) if ".experts." in name else join(parts[0])
@@ -522,6 +527,8 @@ class DecoderLayer(nnx.Module):
         before_mlp, after_mlp = self.pre_feedforward_layernorm, self.post_feedforward_layernorm
         if before_mlp is None or after_mlp is None:
             x = x + mixed
-            return x + self.mlp(self.post_attention_layernorm(x)), block
-        x = x + self.post_attention_layernorm(mixed)
-        return x + after_mlp(self.mlp(before_mlp(x))), block
+            x = x + self.mlp(self.post_attention_layernorm(x))
+        else:
+            x = x + self.post_attention_layernorm(mixed)
+            x = x + after_mlp(self.mlp(before_mlp(x)))
+        return constrain(x, "batch"), block

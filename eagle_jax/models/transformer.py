@@ -23,6 +23,7 @@ from eagle_jax.models.layers import (
     RMSNorm,
     bend,
 )
+from eagle_jax.sharding import constrain
 from eagle_jax.types import Hidden, Logits
 
 
@@ -84,7 +85,7 @@ class Transformer(nnx.Module):
             kernel: attention kernel; "cudnn" only without cache.
             remat: recompute each layer in the backward pass.
         """
-        x = self.embed_tokens(tokens)
+        x = constrain(self.embed_tokens(tokens), "batch")
         residuals, block = [x], []
         for i, layer in enumerate(self.layers):
             prefix = None if cache is None else cache[i]
@@ -104,6 +105,7 @@ class Transformer(nnx.Module):
         else:
             kernel = self.lm_head.kernel[...]
         logits = jnp.matmul(features, kernel, preferred_element_type=jnp.float32)
+        logits = constrain(logits, "batch", None, "vocab")
         return logits if self.softcap is None else bend(logits, self.softcap)
 
 

@@ -110,7 +110,7 @@ class Trainer:
     config: TrainConfig
     objective: Objective
     mesh: Mesh
-    frozen: ParamDict
+    frozen: Mapping[str, Any]
     abstract: TrainState
     step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     evaluate: Callable[..., dict[str, jax.Array]]
@@ -150,23 +150,36 @@ def build(config: TrainConfig, objective: Objective, devices: Any = None) -> Tra
     Raises:
         ValueError: batch, devices and fsdp do not divide, or the attention kernel cannot run.
     """
-    mesh = sharding.make_mesh(config.fsdp, devices)
+    mesh = sharding.make_mesh(
+        config.fsdp, tensor=config.tensor, expert=config.expert, devices=devices
+    )
     sharding.check_batch(mesh, config.data.batch_size)
     _check_attention(config, mesh)
     dtype = jnp.dtype(config.compute_dtype)
-    shapes = jax.eval_shape(functools.partial(_init, config, objective))
-    places = sharding.weight_shardings(mesh, shapes)
     frozen = {name: np.asarray(x).astype(dtype) for name, x in objective.frozen().items()}
     frozen = jax.device_put(frozen, sharding.weight_shardings(mesh, frozen))
+    return assemble(config, objective, mesh, frozen)
+
+
+def assemble(
+    config: TrainConfig, objective: Objective, mesh: Mesh, frozen: Mapping[str, Any]
+) -> Trainer:
+    """The jitted functions, given the frozen weights on the mesh, or shapes with shardings."""
+    dtype = jnp.dtype(config.compute_dtype)
+    shapes = jax.eval_shape(functools.partial(_init, config, objective))
+    places = sharding.weight_shardings(mesh, shapes)
     frozen_places = jax.tree.map(lambda x: x.sharding, frozen)
     whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
 
     def gather(params: ParamDict) -> ParamDict:
-        # Whole on every device, in the compute dtype: the batch is what is sharded in a forward.
-        return jax.lax.with_sharding_constraint(cast(params, dtype), whole)
+        # Whole within an fsdp group, in the compute dtype: there a forward cuts the batch.
+        params = cast(params, dtype)
+        used = sharding.weight_shardings(mesh, params, stored=False)
+        return jax.lax.with_sharding_constraint(params, used)
 
     def loss(params: ParamDict, frozen: ParamDict, batch: Batch, key: jax.Array | None):
-        return objective.loss(gather(params), gather(frozen), batch, key)
+        with sharding.using(mesh):
+            return objective.loss(gather(params), gather(frozen), batch, key)
 
     transform, rate = optimizer(config.optim), schedule(config.optim)
 

@@ -16,7 +16,7 @@ distribution | mask[i+2+j] |
 """
 
 from eagle_jax.train.objectives.base import Batch, Objective, Sums, means
-from eagle_jax.train.objectives.build import build
+from eagle_jax.train.objectives.build import assemble, build
 from eagle_jax.train.objectives.distillation import DistillationObjective
 from eagle_jax.train.objectives.features import FeatureRegressionObjective
 from eagle_jax.train.objectives.medusa import MedusaObjective
@@ -32,6 +32,7 @@ __all__ = [
     "Objective",
     "Sums",
     "TrainingTimeTestObjective",
+    "assemble",
     "build",
     "means",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,7 +53,27 @@ def build(config: configs.TrainConfig) -> Objective:
     if isinstance(settings, configs.NextToken):
         _check_length("objective.model", settings.model, config)
         return NextTokenObjective(settings.model, config.attention, config.remat)
-    target_config, target = hf.load_target(target_directory(settings.target))
+    return assemble(config, *hf.load_target(target_directory(settings.target)), _vocabulary)
+
+
+def assemble(
+    config: configs.TrainConfig,
+    target_config: configs.TransformerConfig,
+    target: Mapping[str, Any],
+    vocabulary: Callable[..., tuple[np.ndarray, float | None]],
+) -> Objective:
+    """The objective of a draft, given its target.
+
+    Args:
+        config: the run's.
+        target_config, target: the frozen target; arrays, or their shapes.
+        vocabulary: (draft, data) -> `d2t` and coverage of an EAGLE-3 draft.
+
+    Raises:
+        ValueError: the draft does not fit the target.
+    """
+    settings = config.objective
+    assert not isinstance(settings, configs.NextToken)
     if isinstance(settings, configs.FeatureRegression):
         hf.check_fit(target_config, settings.draft)
         _check_length("objective.target", target_config, config)
@@ -73,7 +95,7 @@ def build(config: configs.TrainConfig) -> Objective:
         return MedusaObjective(settings, target_config, target, config.attention)
     _check_ahead("objective.steps", settings.steps, config)
     _check_layers(settings.draft.aux_layers, target_config.num_hidden_layers)
-    d2t, coverage = _vocabulary(settings.draft, config.data)
+    d2t, coverage = vocabulary(settings.draft, config.data)
     return TrainingTimeTestObjective(
         settings, target_config, target, d2t, coverage, config.attention
     )

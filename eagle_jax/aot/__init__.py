@@ -1,0 +1,315 @@
+"""Does it fit, and what would it cost? Training and decoding compiled for accelerators not at hand.
+
+libtpu compiles for a TPU topology on any x86 machine (`pip install 'eagle-jax[tpu]'`); nothing
+runs, no weights exist.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from eagle_jax import settings
+from eagle_jax.config import DraftConfig, TrainConfig, TransformerConfig
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class AotConfig:
+    """What is compiled, and for which machine.
+
+    Attributes:
+        topology: of the slice, as libtpu names it: "v5e:2x4", "v5p:2x2x2", "v6e:2x4", ...
+        target: architecture of the target.
+        draft: of the draft, if the method has one.
+        method: how it decodes (`eagle_jax.decode`).
+        tensor, expert: mesh of decoding; other devices hold copies and rows of their own.
+        batch_size: rows decoded together.
+        prompt: tokens of the prompt, a power of two.
+        new_tokens: longest answer.
+        train: a training run whose step is compiled too; of its data only `sequence_length` and
+            `batch_size` are read.
+    """
+
+    topology: str
+    target: TransformerConfig
+    draft: DraftConfig | None = None
+    method: Any = None
+    tensor: int = 1
+    expert: int = 1
+    batch_size: int = 1
+    prompt: int = 1024
+    new_tokens: int = 1024
+    train: TrainConfig | None = None
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+        for name in ("tensor", "expert", "batch_size", "prompt", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.method is None and self.train is None:
+            raise ValueError("method=None: give a method, or a training run in `train`")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device by its data sheet: memory in GiB, GB/s from it, bfloat16 TFLOP/s."""
+
+    memory: float
+    bandwidth: float
+    tflops: float
+
+
+CHIPS = {
+    "TPU v4": Chip(32, 1228, 275),
+    "TPU v5 lite": Chip(16, 819, 197),
+    "TPU v5": Chip(95, 2765, 459),
+    "TPU v6 lite": Chip(32, 1640, 918),
+}
+
+# How programs speak to the host.
+_HOST = re.compile(
+    r"\b(infeed|outfeed|send|recv)\(|custom_call_target=\"[^\"]*callback|MoveToHost|MoveToDevice"
+)
+_COLLECTIVE = re.compile(
+    r"= (?P<result>.+?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|"
+    r"collective-permute)(?:-start)?\("
+)
+_ARRAY = re.compile(r"\b([a-z]+[0-9]+|pred)\[([0-9,]*)\]")
+
+
+def devices(topology: str) -> list[Any]:
+    """The devices of a TPU topology, of which there need be none.
+
+    Raises:
+        ValueError: libtpu is not installed, or does not know the topology.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            f"topology={topology!r}: libtpu is not installed; pip install 'eagle-jax[tpu]'"
+        )
+    # There is no TPU to describe or to lock: libtpu need not look for it, nor be alone.
+    for name, value in {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(topology, platform="tpu").devices)
+    except Exception as error:  # libtpu has its own
+        said = str(error).strip().splitlines()[0]
+        raise ValueError(f"topology={topology!r}: {said}; e.g. v5e:2x4, v5p:2x2x2") from error
+
+
+def compile_all(config: AotConfig) -> Iterator[dict[str, Any]]:
+    """Compiles each program and reports it.
+
+    Yields:
+        Rows as `describe` makes them.
+
+    Raises:
+        ValueError: a size that the mesh does not divide; or the compiler refuses a program, as it
+            does one that does not fit the chip's memory.
+    """
+    where = devices(config.topology)
+    if config.method is not None:
+        yield from _decoding(config, where)
+    if config.train is not None:
+        yield from _training(config, config.train, where)
+
+
+def _decoding(config: AotConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
+    import jax
+    import jax.numpy as jnp
+
+    from eagle_jax import sharding
+    from eagle_jax.decode import Vanilla, engine
+    from eagle_jax.decode.sampling import sampling
+    from eagle_jax.models import DRAFTS, Transformer
+    from eagle_jax.params import Draft, Params
+
+    mesh = sharding.make_mesh(tensor=config.tensor, expert=config.expert, devices=where)
+    target, draft = (
+        None
+        if model is None or model.kind == "medusa"
+        else dataclasses.replace(model, fused_mlp=True)
+        for model in (config.target, config.draft)
+    )
+    assert target is not None
+    sharding.check_tensor(mesh, [model for model in (target, draft) if model is not None])
+    draft = draft or config.draft
+    drafts = (
+        {}
+        if draft is None
+        else {draft.kind: Draft(_weights(mesh, DRAFTS[draft.kind], draft), draft)}
+    )
+    params = Params(_weights(mesh, Transformer, target), drafts, target)
+    b = config.batch_size
+    whole = sharding.replicated(mesh)
+
+    def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    drawn = jax.tree.map(lambda x: array(x.shape, x.dtype), sampling(temperature=1.0))
+    for name, method in (("vanilla", Vanilla()), (type(config.method).__name__, config.method)):
+        slots = engine.capacity(config.prompt, config.new_tokens, method.depth)
+        used = None if method.draft is None else draft
+        program = engine.Program(method, target, used, slots, eos=(0,))
+        own = params.only(method.draft)
+
+        def on_mesh(function: Callable[..., Any], program: Any = program) -> Callable[..., Any]:
+            def traced(*args: Any) -> Any:
+                with sharding.using(mesh):
+                    return function(program, *args)
+
+            return traced
+
+        rows = (array((b, config.prompt)), *[array((b,))] * 2, array((b,), jnp.uint32))
+        lowered = jax.jit(on_mesh(engine.prefill)).lower(own, *rows)
+        compiled, seconds = _compile(lowered)
+        yield describe(f"{name}: prefill", compiled, seconds, where[0].device_kind)
+        state = jax.tree.map(
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+            lowered.out_info,
+            compiled.output_shardings,
+        )
+        once = jax.jit(on_mesh(engine.one_round), donate_argnums=1).lower(own, state, drawn)
+        compiled, seconds = _compile(once)
+        yield describe(f"{name}: one round", compiled, seconds, where[0].device_kind)
+        loop = jax.jit(on_mesh(engine.decode), donate_argnums=1)
+        compiled, seconds = _compile(loop.lower(own, state, drawn, array(())))
+        # What a loop costs depends on how often it runs; the compiler counts its body once.
+        row = describe(f"{name}: loop", compiled, seconds, where[0].device_kind)
+        yield row | dict.fromkeys(("gflop", "gbytes", "milliseconds", "floor"))
+
+
+def _weights(mesh: Any, cls: Any, config: Any) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+
+    from eagle_jax import sharding
+    from eagle_jax.models import param_shapes
+
+    shapes = param_shapes(cls, config)
+    places = sharding.weight_shardings(mesh, shapes, stored=False)
+
+    def one(name: str, x: Any) -> jax.ShapeDtypeStruct:
+        dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.integer) else jnp.bfloat16
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=places[name])
+
+    return {name: one(name, x) for name, x in shapes.items()}
+
+
+def _training(config: AotConfig, run: TrainConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from eagle_jax import sharding
+    from eagle_jax.models import Transformer, param_shapes
+    from eagle_jax.train import loop, objectives
+
+    mesh = sharding.make_mesh(run.fsdp, tensor=run.tensor, expert=run.expert, devices=where)
+    sharding.check_batch(mesh, run.data.batch_size)
+    shapes = param_shapes(Transformer, config.target)
+    places = sharding.weight_shardings(mesh, shapes)
+    frozen = {
+        name: jax.ShapeDtypeStruct(x.shape, jnp.dtype(run.compute_dtype), sharding=places[name])
+        for name, x in shapes.items()
+    }
+
+    def vocabulary(draft: Any, data: Any) -> tuple[np.ndarray, None]:
+        del data  # which tokens they are changes no program
+        return np.zeros(draft.draft_vocab_size, np.int32), None
+
+    objective = objectives.assemble(run, config.target, frozen, vocabulary)
+    trainer = loop.assemble(run, objective, mesh, frozen)
+    shape, rows = (run.data.batch_size, run.data.sequence_length), sharding.batch_sharding(mesh)
+    dtypes = dict.fromkeys(("tokens", "positions", "segment_ids"), jnp.int32)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+        for name, dtype in {**dtypes, "loss_mask": jnp.float32}.items()
+    }
+    compiled, seconds = _compile(trainer.step.lower(trainer.abstract, frozen, batch))
+    name = f"{type(run.objective).__name__}: training step"
+    row = describe(name, compiled, seconds, where[0].device_kind)
+    # Of the whole step on all chips, as training counts it.
+    flops = objective.flops_per_token(shape[1]) * math.prod(shape)
+    yield row | {"gflop_counted": flops / mesh.size / 1e9}
+
+
+def _compile(lowered: Any) -> tuple[Any, float]:
+    import jax
+
+    began = time.perf_counter()
+    try:
+        return lowered.compile(), time.perf_counter() - began
+    except jax.errors.JaxRuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(f"the compiler refused: {' '.join(lines[:2])[:300]}") from error
+
+
+def describe(name: str, compiled: Any, seconds: float, kind: str) -> dict[str, Any]:
+    """One program's figures, per chip.
+
+    Returns:
+        program; arguments, temporaries, code, total in GiB, and total as a share of the chip's
+        memory; gflop and gbytes (moved, as the compiler counts), its estimate in milliseconds, and
+        a floor in milliseconds: arguments read once, or the arithmetic, at the data sheet's rate
+        (None where there is none); collectives by kind as (number, MiB of results); host: what
+        crosses to the host; compile: seconds.
+    """
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    text = compiled.as_text()
+    arguments = memory.argument_size_in_bytes
+    # Outputs that take the place of an argument need no memory of their own.
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = arguments + new + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    estimate = cost.get("optimal_seconds", -1.0)
+    gflop, chip = cost.get("flops", 0.0) / 1e9, CHIPS.get(kind)
+    floor = None
+    if chip is not None:
+        floor = max(gflop / chip.tflops, arguments / 1e6 / chip.bandwidth)
+    return {
+        "program": name,
+        "arguments": arguments / GIB,
+        "temporaries": (memory.temp_size_in_bytes + new) / GIB,
+        "code": memory.generated_code_size_in_bytes / GIB,
+        "total": total / GIB,
+        "share": None if chip is None else total / GIB / chip.memory,
+        "gflop": gflop,
+        "gbytes": cost.get("bytes accessed", 0.0) / 1e9,
+        "milliseconds": 1e3 * estimate if estimate > 0 else None,
+        "floor": floor,
+        "collectives": collectives(text),
+        "host": sorted(set(match.group(0).strip("(") for match in _HOST.finditer(text))),
+        "compile": seconds,
+    }
+
+
+def collectives(text: str) -> dict[str, tuple[int, float]]:
+    """Kind -> how many there are in a compiled program, and MiB of their results."""
+    found: dict[str, list[float]] = collections.defaultdict(list)
+    for match in _COLLECTIVE.finditer(text):
+        found[match["kind"]].append(_bytes(match["result"]) / 2**20)
+    return {kind: (len(sizes), sum(sizes)) for kind, sizes in sorted(found.items())}
+
+
+def _bytes(shapes: str) -> int:
+    total = 0
+    for dtype, sizes in _ARRAY.findall(shapes):
+        bits = int(re.sub(r"[a-z]+", "", dtype) or 8)
+        total += math.prod(int(n) for n in sizes.split(",") if n) * bits // 8
+    return total

@@ -1,0 +1,77 @@
+"""Command line: `python -m eagle_jax.aot --config configs/aot/llama_8b.py`.
+
+Compiles training and decoding for a TPU slice that is not at hand, on the CPU, and reports per
+chip: GiB of weights and state, of temporaries, of all, and the share of its memory; GFLOP and GB
+moved as the compiler counts them, its estimate of the time, and a floor by the chip's data sheet
+(weights and cache read once, or arithmetic); collectives, and whether anything
+crosses to the host. The table goes to stderr; stdout gets one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import Any
+
+from eagle_jax import cli, settings
+from eagle_jax.aot import AotConfig, compile_all
+
+# Field of a row: its title, width and format.
+_COLUMNS = {
+    "program": ("program", 34, "<34"),
+    "arguments": ("weights", 7, ">7.2f"),
+    "temporaries": ("temp.", 7, ">7.2f"),
+    "total": ("GiB", 7, ">7.2f"),
+    "share": ("memory", 6, ">6.0%"),
+    "gflop": ("GFLOP", 9, ">9.1f"),
+    "gbytes": ("GB moved", 8, ">8.2f"),
+    "milliseconds": ("ms est.", 8, ">8.2f"),
+    "floor": ("floor ms", 8, ">8.3f"),
+}
+
+
+def _title() -> str:
+    titles = [f"{title:{form[0]}{width}}" for title, width, form in _COLUMNS.values()]
+    return " ".join([*titles, " collectives; host; compile time"])
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A row of the table on the console."""
+    cells = [
+        "-".rjust(width) if row[name] is None else f"{row[name]:{form}}"
+        for name, (_, width, form) in _COLUMNS.items()
+    ]
+    sent = ", ".join(f"{n} {kind} {size:.1f} MiB" for kind, (n, size) in row["collectives"].items())
+    host = ", ".join(row["host"]) or "no"
+    return f"{' '.join(cells)}  {sent or '-'}; host: {host}; compiled in {row['compile']:.0f} s"
+
+
+def main() -> None:
+    """Parse, compile, print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eagle_jax.aot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="PATH", help="an AotConfig file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="override"
+    )
+    arguments = parser.parse_args()
+    # Constants that are made while tracing live on the CPU; a TPU, if there is one, is left alone.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    config = settings.load(arguments.config, arguments.overrides, kind=AotConfig)
+    print(_title(), file=sys.stderr)
+    rows = []
+    for row in compile_all(config):
+        print(_line(row), file=sys.stderr, flush=True)
+        rows.append(row)
+    import jax
+
+    print(json.dumps({"topology": config.topology, "jax": jax.__version__, "rows": rows}))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,201 @@
+"""Decoding over several devices: the same text, and nothing large sent between them."""
+
+import dataclasses
+import functools
+import importlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from eagle_jax import aot, sharding
+from eagle_jax.config import TransformerConfig
+from eagle_jax.decode import (
+    DynamicTree,
+    Eagle,
+    Lookahead,
+    Medusa,
+    PromptLookup,
+    Recycling,
+    Speculative,
+    Vanilla,
+    chain,
+    engine,
+    generate,
+    static_tree,
+)
+from eagle_jax.models import param_shapes
+from eagle_jax.models.transformer import Transformer
+from eagle_jax.params import Draft, Params
+from eagle_jax.testing import (
+    random_draft,
+    random_params,
+    tiny_draft,
+    tiny_eagle3,
+    tiny_medusa,
+    tiny_model,
+    tiny_target,
+)
+
+drawing = importlib.import_module("eagle_jax.decode.sampling")  # a function has that name too
+
+VOCAB = 64
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6}
+PROMPTS = [[7], [3, 9], [1, 2, 3, 4, 5], [i * i % VOCAB for i in range(17)]]
+TREE = static_tree([[0], [1], [0, 0], [0, 1]])
+METHODS = {
+    "vanilla": Vanilla(),
+    "eagle": Eagle(chain(3)),
+    "eagle2": Eagle(DynamicTree(depth=3, k=4, drafted=10)),
+    "eagle3": Eagle(DynamicTree(depth=3, k=4, drafted=10), head="eagle3"),
+    "medusa": Medusa(TREE),
+    "speculative": Speculative(3),
+    "lookahead": Lookahead(ngram=3, window=4, guesses=2),
+    "prompt lookup": PromptLookup(length=4),
+    "recycling": Recycling(TREE, width=3),
+}
+
+
+@functools.cache
+def pair(experts: int = 0) -> Params:
+    """One target, and a draft of every kind whose sizes eight devices can share."""
+    more = {"num_experts": experts, "num_experts_per_tok": 2} if experts else {}
+    target = tiny_target(VOCAB, intermediate_size=64, fused_mlp=True, **HEADS, **more)
+    size = {**HEADS, "intermediate_size": 64, "fused_mlp": True}
+    drafts = (
+        tiny_draft(target, **size),
+        tiny_eagle3(target, draft_vocab_size=32, **size),
+        tiny_medusa(target),
+        tiny_model(target, **(size | {"num_experts": 0, "num_experts_per_tok": 0})),
+    )
+    return Params(
+        random_params(Transformer, target, seed=1),
+        {config.kind: random_draft(config, seed=2) for config in drafts},
+        target,
+    )
+
+
+def placed(params: Params, mesh: jax.sharding.Mesh) -> Params:
+    def put(weights):
+        return jax.device_put(weights, sharding.weight_shardings(mesh, weights, stored=False))
+
+    drafts = {kind: Draft(put(d.params), d.config) for kind, d in params.drafts.items()}
+    return dataclasses.replace(params, target=put(params.target), drafts=drafts)
+
+
+def mesh(tensor: int, devices: int = 8, expert: int = 1) -> jax.sharding.Mesh:
+    return sharding.make_mesh(tensor=tensor, expert=expert, devices=jax.devices()[:devices])
+
+
+def texts(params: Params, method: str, temperature: float, prompts=PROMPTS) -> list[list[int]]:
+    options = {"method": METHODS[method], "max_new_tokens": 20, "temperature": temperature}
+    return [row.tolist() for row in generate(params, prompts, seed=3, **options).tokens]
+
+
+@functools.cache
+def alone(method: str, temperature: float, experts: int = 0) -> list[list[int]]:
+    return texts(pair(experts), method, temperature)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "devices"), [(2, 2), (4, 4), (1, 8), (2, 8)], ids="tp2 tp4 dp8 dp4-tp2".split()
+)
+@pytest.mark.parametrize("method", ["vanilla", "eagle"])
+def test_devices_change_no_text(method, tensor, devices):
+    """Catches a sum that is missing or made twice, and rows that get each other's noise."""
+    prompts = PROMPTS * 2  # eight rows
+    params = placed(pair(), mesh(tensor, devices))
+    assert texts(params, method, 0.0, prompts)[:4] == alone(method, 0.0)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_that_no_group_divides(rows):
+    """Catches a batch that is padded with another row's text, or refused."""
+    params = placed(pair(), mesh(tensor=4))
+    assert texts(params, "eagle", 1.0, PROMPTS[:rows]) == alone("eagle", 1.0)[:rows]
+
+
+@pytest.mark.parametrize("method", ["vanilla", "eagle"])
+def test_experts_on_different_devices(method):
+    """Catches a token whose expert is elsewhere and is left out."""
+    params = placed(pair(experts=8), mesh(tensor=2, expert=2))
+    up = params.target["layers.0.mlp.experts.gate_up_proj.kernel"]
+    assert up.addressable_shards[0].data.shape[0] == 2
+    assert texts(params, method, 1.0) == alone(method, 1.0, experts=8)
+
+
+def compiled(method: str, params: Params) -> str:
+    """The program of the loop."""
+    engine.forget()
+    texts(params, method, 1.0)
+    return engine.executables()[-1].as_text()
+
+
+LAYERS = 2
+# Of a pass: two sums per layer, one of the embedding's parts.
+PASS = 2 * LAYERS + 1
+
+
+def sums_of(text: str, *shape: int) -> int:
+    sizes = ",".join(map(str, shape))
+    return len(re.findall(rf"= f32\[{sizes}\]\S* all-reduce(?:-start)?\(", text))
+
+
+def test_a_pass_sends_two_sums_a_layer():
+    """Catches a weight or cache that is gathered, and activations that travel more than needed."""
+    params = placed(pair(), mesh(tensor=4, devices=4))
+    width = params.target_config.hidden_size
+    text = compiled("vanilla", params)
+    assert sums_of(text, 4, 1, width) == PASS
+    # The drawn token: the largest score, and the first place that has it.
+    assert aot.collectives(text)["all-reduce"][0] == PASS + 2
+    assert set(aot.collectives(text)) == {"all-reduce"}
+
+    text = compiled("eagle", params)
+    assert sums_of(text, 4, 4, width) == PASS + 3  # and the draft's catch-up with this round
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_on_a_mesh(method):
+    """The same text; and nothing sent has the shape of a matrix or a cache, whole or in parts."""
+    params = placed(pair(), mesh(tensor=4))
+    text = compiled(method, params)
+    assert texts(params, method, 1.0) == alone(method, 1.0)
+    config = params.target_config
+    large = {shape.shape for shape in param_shapes(Transformer, config).values()}
+    for draft in params.drafts.values():
+        large |= {x.shape for x in draft.params.values()}
+    large = {shape for shape in large if len(shape) > 1}
+    slots = engine.capacity(128, 20, METHODS[method].depth)
+    large |= {(b, k, slots, config.head_dim) for b in (2, 4) for k in (1, 4)}
+    sent = re.findall(
+        r"= \(?\w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|all-reduce|collective-permute)", text
+    )
+    assert sent
+    found = {tuple(int(n) for n in sizes.split(",") if n) for sizes in sent}
+    assert not found & large
+
+
+@pytest.mark.parametrize("chunk", [2, 8])
+def test_top_k_of_parts(monkeypatch, chunk):
+    """Catches an index that misses its device's offset, and ties that the wrong device wins."""
+    monkeypatch.setattr(drawing, "_CHUNK", chunk)
+    scores = np.random.default_rng(0).integers(0, 9, (4, 3, VOCAB)).astype(np.float32)
+    scores[0, 0] = -np.inf
+    wanted = jax.lax.top_k(scores, 3)
+    for devices in (mesh(4), mesh(8), mesh(1)):
+
+        @jax.jit
+        def best(x, devices=devices):
+            with sharding.using(devices):
+                return drawing.top_k(sharding.constrain(x, "batch", None, "vocab"), 3)
+
+        for got, expected in zip(best(sharding.put(devices, scores)), wanted, strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_a_target_that_cannot_be_cut():
+    config: TransformerConfig = pair().target_config
+    with pytest.raises(ValueError, match="num_key_value_heads=4: cannot be cut into 8"):
+        sharding.check_tensor(mesh(8), [config])
