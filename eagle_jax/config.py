@@ -485,6 +485,8 @@ class TrainConfig:
         attention: "xla", or cuDNN's fused kernel: bfloat16 on a GPU, where it takes half the time
             and never holds scores of all pairs of tokens.
         remat: recompute activations in the backward pass, which saves memory for time.
+        stop_on_spike: stop at a loss above this many times the median of the last 100 steps, once
+            there are 20 (0: never). A loss or gradient that is not finite always stops a run.
     """
 
     output_dir: str
@@ -504,3 +506,4 @@ class TrainConfig:
     peak_flops: float = 0.0
     attention: Literal["xla", "cudnn"] = "xla"
     remat: bool = False
+    stop_on_spike: float = 0.0

@@ -1,18 +1,32 @@
 """Checkpoints of a training run: weights, optimizer state, step, data position, configuration.
 
 Written asynchronously by orbax, each complete or absent. Starting the same configuration again
-goes on from the newest; a configuration whose numbers would differ is refused.
+goes on from the newest that can be read; a configuration whose numbers would differ is refused.
+
+Every checkpoint holds a fingerprint of its weights: orbax notices files that are missing or cut
+short, but a byte that changed on the disk would be trained on.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
+import errno
+import functools
 import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from eagle_jax.config import TrainConfig
@@ -35,7 +49,9 @@ _FREE = {
     "peak_flops",
     "attention",
     "remat",
+    "stop_on_spike",
 }
+_UNREADABLE = ".unreadable"  # ends the name of a checkpoint that was set aside
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -78,50 +94,228 @@ def _unpack(packed: Any) -> Any:
     return base64.b64decode(packed["bytes"]) if "bytes" in packed else packed["json"]
 
 
+class _Unreadable(Exception):
+    """A checkpoint is damaged; the message says how."""
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Whatever orbax raises about damaged files, as `_Unreadable`."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):  # says nothing about the files
+        raise
+    except Exception as error:
+        raise _Unreadable(_reason(error)) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The end of the innermost message; what comes before talks about handlers and drivers."""
+    inner = error.__cause__ or error.__context__
+    if inner:
+        return _reason(inner)
+    text = str(error) if " " in str(error) else repr(error)
+    return ": ".join(text.splitlines()[0].split(" [")[0].split(": ")[-2:])
+
+
+@jax.jit
+def _fingerprint(state: Any) -> jax.Array:
+    """Sum of all 32-bit words modulo 2**32: one changed word changes it, no sharding does."""
+
+    def total(x: jax.Array) -> jax.Array:
+        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+        return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).sum(dtype=jnp.uint32)
+
+    leaves = jax.tree.leaves(state)  # odd factors: leaves that changed places count as changed
+    terms = [total(x) * jnp.uint32(2 * i + 1) for i, x in enumerate(leaves)]
+    return functools.reduce(jnp.add, terms)
+
+
+def _everywhere(ok: bool) -> bool:
+    """Whether `ok` in every process; all have to ask."""
+    if jax.process_count() == 1:
+        return ok
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
+
+
 class Checkpoints:
     """The newest checkpoints of one run."""
 
     def __init__(self, directory: Path, config: TrainConfig) -> None:
-        """Opens or creates `directory`.
-
-        Raises:
-            ValueError: it holds checkpoints of a run that computed something else.
-        """
+        """Opens or creates `directory`."""
         policies = ocp.training.preservation_policies
         self._config = config
+        self._directory = directory
+        self._pending: Any = None  # the save in progress
+        _silence_orbax()
         self._checkpointer = ocp.training.Checkpointer(
             str(directory.resolve()),
             preservation_policy=policies.LatestN(config.keep_checkpoints),  # pyright: ignore
             cleanup_tmp_directories=True,  # what a killed run had half written
         )
-        if self.latest:
-            check_same(self._metadata()["config"], config, directory.parent)
-
-    @property
-    def latest(self) -> int:
-        """Step of the newest complete checkpoint, 0 if there is none."""
-        latest = self._checkpointer.latest
-        return 0 if latest is None else latest.step
-
-    def _metadata(self) -> dict[str, Any]:
-        metadata = self._checkpointer.metadata(self.latest).custom_metadata
-        assert isinstance(metadata, dict)
-        return metadata
 
     def save(self, step: int, state: Any, data_state: Any) -> None:
-        """Begin to write; returns once `state` is copied and may be donated."""
-        metadata = {"config": flatten(self._config), "data": _pack(data_state)}
-        self._checkpointer.save_async(step, state, force=True, custom_metadata=metadata)
+        """Begin to write; returns once `state` is copied and may be donated.
 
-    def restore(self, abstract: Any) -> tuple[Any, Any]:
-        """State of the newest checkpoint, and the data iterator's.
+        Waits for the save before, if that is still in progress, and raises what it raised.
+        """
+        self.wait()
+        metadata = {
+            "config": flatten(self._config),
+            "data": _pack(data_state),
+            "fingerprint": int(_fingerprint(state)),
+        }
+        self._pending = self._checkpointer.save_async(
+            step, state, force=True, custom_metadata=metadata
+        )
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait for the save in progress, at most `seconds`.
+
+        Raises:
+            Exception: the save failed; the checkpoints before it are as they were.
+        """
+        if self._pending is None:
+            return
+        try:
+            self._pending.result(timeout=seconds)
+        except TimeoutError:
+            if seconds is None:
+                raise
+            return
+        self._pending = None
+
+    def restore(self, abstract: Any) -> tuple[int, Any, Any] | None:
+        """Step, state and data iterator's state of the newest checkpoint that can be read.
+
+        Newer ones that cannot are set aside, with a line on stderr, so that training may write
+        those steps again.
 
         Args:
             abstract: shapes, dtypes and shardings wanted, which need not be those saved.
+
+        Returns:
+            The three, or None if there are no checkpoints.
+
+        Raises:
+            ValueError: there are checkpoints, of which none can be read, or they are of a run that
+                computed something else.
         """
-        state = self._checkpointer.load(self.latest, abstract)
-        return jax.block_until_ready(state), _unpack(self._metadata()["data"])
+        broken: dict[int, str] = {}
+        for step in sorted((x.step for x in self._checkpointer.checkpoints), reverse=True):
+            found, reason = None, "another process could not read it"
+            try:
+                found = self._read(step, abstract)
+            except _Unreadable as error:
+                reason = str(error)
+            if not _everywhere(found is not None):
+                broken[step] = reason
+                continue
+            self._set_aside(broken, step)
+            return step, *found  # pyright: ignore
+        if not broken:
+            return None
+        # Nothing is moved: the reason may be one for all, such as a disk that is not mounted.
+        newest, reason = next(iter(broken.items()))
+        raise ValueError(
+            f"{self._directory}: no checkpoint of steps {sorted(broken)} can be read (step "
+            f"{newest}: {reason}); put back a copy, or begin anew with --restart"
+        )
 
     def close(self) -> None:
         """Wait for what is being written."""
+        self.wait()
         self._checkpointer.close()
+
+    def _read(self, step: int, abstract: Any) -> tuple[Any, Any]:
+        with _reading():
+            metadata: Any = self._checkpointer.metadata(step).custom_metadata or {}
+            if not {"config", "data"} <= set(metadata):
+                raise ValueError("its metadata are missing or cut short")
+            data_state = _unpack(metadata["data"])
+        check_same(metadata["config"], self._config, self._directory.parent)
+        with _reading():
+            state = jax.block_until_ready(self._checkpointer.load(step, abstract))
+            if metadata.get("fingerprint") not in (None, int(_fingerprint(state))):
+                raise ValueError("its weights are not those that were saved")
+        return state, data_state
+
+    def _set_aside(self, broken: dict[int, str], good: int) -> None:
+        for step, reason in broken.items():
+            path = self._directory / str(step)
+            aside = path.with_name(path.name + _UNREADABLE)
+            if jax.process_index() == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                print(
+                    f"warning: {path}: cannot be read ({reason}); renamed to {aside.name}, "
+                    f"going on from step {good}",
+                    file=sys.stderr,
+                )
+        if broken:
+            _everywhere(True)  # nobody looks before all are renamed
+            self._checkpointer.reload()
+
+
+@functools.cache
+def _silence_orbax() -> None:
+    """Damaged files and full disks are told in one line: orbax would log several tracebacks.
+
+    Everything it logs is raised as well. EAGLE_JAX_DEBUG=1 leaves it as it is.
+    """
+    if os.environ.get("EAGLE_JAX_DEBUG") == "1":
+        return
+
+    def from_elsewhere(record: logging.LogRecord) -> bool:
+        text = record.pathname + record.getMessage()
+        return "orbax" not in text and "tensorstore" not in text
+
+    for name in ("root", "absl", "asyncio"):
+        logging.getLogger(name).addFilter(from_elsewhere)
+    before = sys.unraisablehook
+
+    def unraisable(what: Any) -> None:
+        # Reads that are still under way when one fails come back to a loop that is gone.
+        if str(what.exc_value) != "Event loop is closed":
+            before(what)
+
+    sys.unraisablehook = unraisable
+
+
+@contextlib.contextmanager
+def telling_full_disk(directory: Path, config: TrainConfig, size: int) -> Iterator[None]:
+    """A disk without space, met by anything that writes a run, as one line.
+
+    Args:
+        directory: of the checkpoints.
+        config: the run's.
+        size: of a checkpoint, in bytes.
+
+    Raises:
+        ValueError: names the directory, the last checkpoint and what to do.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_full_disk(error):
+            raise
+        steps = [int(x.name) for x in directory.glob("*") if x.name.isdecimal()]
+        last = f"step {max(steps)} is saved" if steps else "no checkpoint is saved"
+        keep = f"keep_checkpoints={config.keep_checkpoints}"
+        raise ValueError(
+            f"output_dir={config.output_dir!r}: disk full; {last}. A checkpoint takes "
+            f"{size / 1e6:.1f} MB: free that much, lower {keep} (one more is written before the "
+            "oldest goes) or move the directory, and start the same command again"
+        ) from error
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    if error is None:
+        return False
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno in codes:
+        return True
+    # Tensorstore raises a ValueError with the system's text.
+    if any(os.strerror(code) in str(error) for code in codes):
+        return True
+    return _is_full_disk(error.__cause__ or error.__context__)

@@ -73,21 +73,8 @@ def train_iterator(config: DataConfig, *, shard_index: int = 0, shard_count: int
     import grain
     from absl import flags
 
-    rows_per_step = _share(config, shard_index, shard_count)
     source = _open(prepare(config.train, config, field="train"))
-    # Shards of one length, so that all of them begin an epoch at the same step. What this leaves
-    # out, fewer rows than shards, differs from epoch to epoch.
-    usable = len(source) - len(source) % shard_count
-    if not usable:
-        raise ValueError(f"train={config.train}: fewer packed rows than {shard_count} processes")
-    dataset = (
-        grain.MapDataset.source(source)
-        .shuffle(seed=config.seed)
-        .slice(slice(shard_index, usable, shard_count))
-        .repeat()
-        .batch(rows_per_step, drop_remainder=True)
-        .map(_columns)
-    )
+    dataset = _batches(source, config, shard_index, shard_count).map(_columns)
     # Elements are whole batches: a few are enough, grain's default would hold 500.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     batches = dataset.to_iter_dataset(options)
@@ -100,6 +87,69 @@ def train_iterator(config: DataConfig, *, shard_index: int = 0, shard_count: int
         )
         batches = batches.mp_prefetch(processes)
     return iter(batches)
+
+
+def _batches(source: Any, config: DataConfig, shard_index: int, shard_count: int) -> Any:
+    """Elements of `source` in the order of training: batch `n` is that of step `n + 1`."""
+    import grain
+
+    rows_per_step = _share(config, shard_index, shard_count)
+    # Shards of one length, so that all of them begin an epoch at the same step. What this leaves
+    # out, fewer rows than shards, differs from epoch to epoch.
+    usable = len(source) - len(source) % shard_count
+    if not usable:
+        raise ValueError(f"train={config.train}: fewer packed rows than {shard_count} processes")
+    return (
+        grain.MapDataset.source(source)
+        .shuffle(seed=config.seed)
+        .slice(slice(shard_index, usable, shard_count))
+        .repeat()
+        .batch(rows_per_step, drop_remainder=True)
+    )
+
+
+def step_rows(config: DataConfig, step: int, shard_count: int = 1) -> list[int]:
+    """Numbers of the prepared rows that step `step` (from 1) is trained on.
+
+    Args:
+        config: as for `train_iterator`.
+        step: of the run.
+        shard_count: number of processes that share a batch; the rows are those of all of them.
+
+    Raises:
+        ValueError: `step` is below 1, or a field of the configuration or of the text is wrong.
+    """
+    if step < 1:
+        raise ValueError(f"step={step}: must be at least 1")
+    numbers = range(len(_open(prepare(config.train, config, field="train"))))
+    shards = (_batches(numbers, config, i, shard_count) for i in range(shard_count))
+    return [int(row) for shard in shards for row in shard[step - 1]]
+
+
+def texts(config: DataConfig, rows: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """Prepared rows, to be read by people: a dictionary for each conversation in them.
+
+    Args:
+        config: as for `train_iterator`.
+        rows: numbers, as `step_rows` gives them.
+
+    Yields:
+        `row`, `segment` (from 1, in the row), `tokens` (how many), `trained` (how many of them
+        count in the loss) and `text`, special tokens included.
+    """
+    source = _open(prepare(config.train, config, field="train"))
+    tokenizer = Tokenizer.load(config.tokenizer)
+    for number in rows:
+        row = source[number]
+        for segment in range(1, int(row["segment_ids"].max()) + 1):
+            where = row["segment_ids"] == segment
+            yield {
+                "row": number,
+                "segment": segment,
+                "tokens": int(where.sum()),
+                "trained": int(row["mask"][where].sum()),
+                "text": tokenizer.decode(row["tokens"][where].tolist(), skip_special=False),
+            }
 
 
 def validation_batches(

@@ -13,9 +13,9 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import math
 import queue
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -32,8 +32,9 @@ from jax.sharding import Mesh
 from eagle_jax import sharding
 from eagle_jax.config import OptimConfig, TrainConfig
 from eagle_jax.models import cast
-from eagle_jax.train import data, metrics, objectives
+from eagle_jax.train import data, guard, metrics, objectives
 from eagle_jax.train.objectives import Batch, Objective
+from eagle_jax.train.preemption import Preemption
 from eagle_jax.types import ParamDict
 
 _CHECKPOINTS, _EXPORT = "checkpoints", "export"
@@ -278,8 +279,8 @@ def read_ahead(
 class _Late:
     """Metrics of launched steps, fetched `_LAG` steps behind so that the device never idles."""
 
-    def __init__(self, report: metrics.Report) -> None:
-        self._report = report
+    def __init__(self, report: metrics.Report, watch: guard.Guard) -> None:
+        self._report, self._guard = report, watch
         self._waiting: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
 
     def push(self, step: int, values: dict[str, jax.Array]) -> None:
@@ -298,12 +299,7 @@ class _Late:
         values = {name: float(value) for name, value in sorted(arrays.items())}
         self._report.step(step, values)
         self._report.watch.start(step)  # after the first step, which compiles
-        for name in ("loss", "gradient_norm"):
-            if not math.isfinite(values[name]):
-                raise ValueError(
-                    f"{name}={values[name]} at step {step}: training diverged; start again with "
-                    "--restart and a lower optim.learning_rate, or set optim.clip_norm"
-                )
+        self._guard.check(step, values)
 
 
 def run(config: TrainConfig, *, restart: bool = False, dry_run: bool = False) -> dict[str, Any]:
@@ -319,7 +315,8 @@ def run(config: TrainConfig, *, restart: bool = False, dry_run: bool = False) ->
 
     Raises:
         ValueError: a field is wrong, the configuration is not that of the run in `output_dir`,
-            or training diverged.
+            none of its checkpoints can be read, training diverged, or the disk is full.
+        SystemExit: stopped by SIGTERM (status 143) or Ctrl-C (130), with the step in flight saved.
     """
     _check_config(config)
     began = time.perf_counter()
@@ -332,29 +329,36 @@ def run(config: TrainConfig, *, restart: bool = False, dry_run: bool = False) ->
     if config.eval_every and config.data.validation:
         held_out = data.validation_batches(config.data, config.eval_batches, **share)
         validation = [trainer.put(batch) for batch in held_out]
-    from eagle_jax.checkpoint.train_state import Checkpoints
+    from eagle_jax.checkpoint.train_state import Checkpoints, telling_full_disk
 
     output = Path(config.output_dir).expanduser()
+    saved = output / _CHECKPOINTS
     output.mkdir(parents=True, exist_ok=True)
     if restart:
         _clear(output)
-    with contextlib.closing(Checkpoints(output / _CHECKPOINTS, config)) as checkpoints:
-        start = checkpoints.latest
-        if start:
-            state, data_state = checkpoints.restore(trainer.abstract)
-            iterator.set_state(data_state)
-        else:
-            state = trainer.init()
-        if start >= config.optim.steps:
-            _say(f"{output}: finished at step {start}; exporting again")
-        elif start:
-            _say(f"{output}: resuming after step {start}")
-        report = _report(trainer, output, start)
-        with contextlib.closing(report):
-            state = _train(trainer, state, start, iterator, validation, checkpoints, report)
-    metrics.plot(output / metrics.TRACE, output / metrics.CURVE)
-    exported = _export(trainer, state.params, output)
-    return _result(trainer, max(start, config.optim.steps), report, exported, began)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trainer.abstract))
+    with telling_full_disk(saved, config, size):
+        with Preemption() as preemption, contextlib.closing(Checkpoints(saved, config)) as points:
+            found = points.restore(trainer.abstract)
+            start, state, data_state = found or (0, trainer.init(), None)
+            if found:
+                iterator.set_state(data_state)
+            if start >= config.optim.steps:
+                _say(f"{output}: finished at step {start}; exporting again")
+            elif start:
+                _say(f"{output}: resuming after step {start}")
+            report = _report(trainer, output, start)
+            with contextlib.closing(report):
+                state, step = _train(
+                    trainer, state, start, iterator, validation, points, report, preemption
+                )
+        if preemption.signal:  # by now everything is on the disk
+            name = signal.Signals(preemption.signal).name
+            _say(f"{output}: {name}: step {step} is saved; the same command goes on from there")
+            raise SystemExit(128 + preemption.signal)
+        metrics.plot(output / metrics.TRACE, output / metrics.CURVE)
+        exported = _export(trainer, state.params, output)
+    return _result(trainer, step, report, exported, began)
 
 
 def _train(
@@ -365,16 +369,22 @@ def _train(
     validation: list[Batch],
     checkpoints: Any,
     report: metrics.Report,
-) -> TrainState:
-    """Steps `start + 1 .. optim.steps`, with validations and checkpoints when due."""
-    config, last = trainer.config, trainer.config.optim.steps
-    late = _Late(report)
+    preemption: Preemption,
+) -> tuple[TrainState, int]:
+    """Steps `start + 1 .. optim.steps`, with validations and checkpoints when due.
+
+    Returns the state and its step, which is an earlier one if the run is to stop.
+    """
+    config, last, step = trainer.config, trainer.config.optim.steps, start
+    late = _Late(report, guard.Guard(config, report.directory, report.losses))
     with read_ahead(iterator, trainer.put, max(0, last - start)) as batches:
         for step, (batch, data_state) in enumerate(batches, start=start + 1):
             state, values = trainer.step(state, trainer.frozen, batch)
             late.push(step, values)
             validate = validation and (step % config.eval_every == 0 or step == last)
-            save = step % config.checkpoint_every == 0 or step == last
+            stop = preemption.reached(step)
+            save = stop or step % config.checkpoint_every == 0 or step == last
+            checkpoints.wait(0)  # a save that failed, as on a full disk, ends the run now
             if not (validate or save):
                 continue
             late.drain()
@@ -384,9 +394,11 @@ def _train(
             if save:
                 report.sync()
                 checkpoints.save(step, state, data_state)
+            if stop:
+                break
             report.watch.start(step)
-    report.watch.stop(last)
-    return state
+    report.watch.stop(step)
+    return state, step
 
 
 def _validate(trainer: Trainer, state: TrainState, batches: list[Batch]) -> dict[str, float]:
@@ -407,6 +419,10 @@ def _check_config(config: TrainConfig) -> None:
     ):
         if value < least:
             raise ValueError(f"{name}={value}: must be at least {least}")
+    if config.stop_on_spike and not config.stop_on_spike > 1:
+        raise ValueError(
+            f"stop_on_spike={config.stop_on_spike}: must be above 1, or 0 for no check"
+        )
     if not config.optim.learning_rate > 0:
         raise ValueError(f"optim.learning_rate={config.optim.learning_rate}: must be above 0")
 
@@ -415,7 +431,7 @@ def _clear(output: Path) -> None:
     """Delete what a run writes, and nothing else that may lie there."""
     for name in (_CHECKPOINTS, metrics.EVENTS, _EXPORT):
         shutil.rmtree(output / name, ignore_errors=True)
-    for name in (metrics.TRACE, metrics.CURVE):
+    for name in (metrics.TRACE, metrics.CURVE, guard.BATCH):
         (output / name).unlink(missing_ok=True)
 
 

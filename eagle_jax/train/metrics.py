@@ -131,6 +131,7 @@ class Report:
         import tensorboardX
         from tqdm import tqdm
 
+        self.directory = directory
         self.watch = Stopwatch()
         self._step_tokens, self._step_flops = step_tokens, step_flops
         self._trace = Trace(directory / TRACE, start)
@@ -141,11 +142,13 @@ class Report:
         )
         self.last: dict[str, Any] = {}
         self.last_validation: dict[str, Any] = {}
+        self.losses: list[float] = []  # of the steps before `start`
         for line in read_trace(directory / TRACE):  # of the run that is resumed
             if "validation" in line:
                 self.last_validation = line["validation"]
             else:
                 self.last = line
+                self.losses.append(line["loss"])
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Record one finished step."""
