@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from eagle_jax.config import Eagle3Config, EagleConfig, TransformerConfig
+from eagle_jax.config import DraftConfig, Eagle3Config, TransformerConfig
 
 T = TypeVar("T")
 
@@ -211,9 +211,7 @@ def locally(
     return jax.shard_map(function, in_specs=places[0], out_specs=tuple(places[1:]))(x)
 
 
-def check_tensor(
-    mesh: Mesh, configs: Iterable[TransformerConfig | EagleConfig | Eagle3Config]
-) -> None:
+def check_tensor(mesh: Mesh, configs: Iterable[DraftConfig]) -> None:
     """Checks that models can be cut over the tensor and expert groups.
 
     Raises:
@@ -230,7 +228,7 @@ def check_tensor(
         if isinstance(config, TransformerConfig) and config.num_experts:
             needed |= {"num_experts": "experts"}
         for field, logical in needed.items():
-            size, parts = getattr(config, field), ways(mesh, logical)
+            size, parts = getattr(config, field, 0), ways(mesh, logical)
             if size % parts:
                 axes = " x ".join(RULES[logical])
                 raise ValueError(

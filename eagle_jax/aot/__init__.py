@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from eagle_jax import settings
-from eagle_jax.config import DraftConfig, TrainConfig, TransformerConfig
+from eagle_jax.config import DraftConfig, MedusaConfig, TrainConfig, TransformerConfig
 
 GIB = 2**30
 
@@ -141,15 +141,10 @@ def _decoding(config: AotConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
     from eagle_jax.params import Draft, Params
 
     mesh = sharding.make_mesh(tensor=config.tensor, expert=config.expert, devices=where)
-    target, draft = (
-        None
-        if model is None or model.kind == "medusa"
-        else dataclasses.replace(model, fused_mlp=True)
-        for model in (config.target, config.draft)
-    )
-    assert target is not None
-    sharding.check_tensor(mesh, [model for model in (target, draft) if model is not None])
-    draft = draft or config.draft
+    target, draft = dataclasses.replace(config.target, fused_mlp=True), config.draft
+    if draft is not None and not isinstance(draft, MedusaConfig):
+        draft = dataclasses.replace(draft, fused_mlp=True)
+    sharding.check_tensor(mesh, [target] if draft is None else [target, draft])
     drafts = (
         {}
         if draft is None

@@ -93,18 +93,15 @@ def _batches(source: Any, config: DataConfig, shard_index: int, shard_count: int
     """Elements of `source` in the order of training: batch `n` is that of step `n + 1`."""
     import grain
 
-    rows_per_step = _share(config, shard_index, shard_count)
-    # Shards of one length, so that all of them begin an epoch at the same step. What this leaves
-    # out, fewer rows than shards, differs from epoch to epoch.
-    usable = len(source) - len(source) % shard_count
-    if not usable:
-        raise ValueError(f"train={config.train}: fewer packed rows than {shard_count} processes")
+    share = _share(config, shard_index, shard_count)
+    # Cut into shares only at the end: the rows of a step, and their order, are the same however
+    # many processes share them.
     return (
         grain.MapDataset.source(source)
         .shuffle(seed=config.seed)
-        .slice(slice(shard_index, usable, shard_count))
         .repeat()
-        .batch(rows_per_step, drop_remainder=True)
+        .batch(share, drop_remainder=True)
+        .slice(slice(shard_index, None, shard_count))
     )
 
 
