@@ -209,7 +209,7 @@ class EagleConfig:
     Attributes:
         hidden_size: width of the features, equal to the target's.
         intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rope_theta,
-            rms_norm_eps, attention_bias, fused_mlp: of its decoder layer, as in
+            rms_norm_eps, attention_bias, fused_mlp, rope_scaling: of its decoder layer, as in
             `TransformerConfig`.
         vocab_size: the target's; the embedding and the head are the target's own, frozen.
         bias: `fc` has a bias (the published default; Llama-3 heads have none).
@@ -226,6 +226,7 @@ class EagleConfig:
     attention_bias: bool = False
     fused_mlp: bool = False
     bias: bool = True
+    rope_scaling: RopeScaling | None = None
 
     kind: ClassVar[str] = "eagle"
 
@@ -246,15 +247,17 @@ class Eagle3Config:
     Attributes:
         vocab_size: the target's; the embedding is the target's own, frozen.
         draft_vocab_size: rows of the draft's own head; `d2t` maps them to the target's tokens.
-        hidden_size: width `d` of the draft, equal to the target's.
+        hidden_size: width `d` of the draft.
         intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rope_theta,
-            rms_norm_eps, attention_bias, fused_mlp: of its decoder layer, as in
+            rms_norm_eps, attention_bias, fused_mlp, rope_scaling: of its decoder layer, as in
             `TransformerConfig`.
         aux_layers: which residual streams are fused, by the layer they enter; the number of the
             target's layers means the one that leaves the last. The official rule for L layers is
             2, L // 2, L - 3.
         fc_norm: an RMSNorm on each of them before they are fused (EAGLE-3.1).
         norm_output: the state fed back to the next draft step is the normed one (EAGLE-3.1).
+        target_hidden_size: the target's width where it is not the draft's; such a draft has an
+            embedding of its own.
     """
 
     vocab_size: int
@@ -271,6 +274,8 @@ class Eagle3Config:
     fused_mlp: bool = False
     fc_norm: bool = False
     norm_output: bool = False
+    rope_scaling: RopeScaling | None = None
+    target_hidden_size: int | None = None
 
     kind: ClassVar[str] = "eagle3"
 
@@ -283,10 +288,21 @@ class Eagle3Config:
             )
         if not self.aux_layers or min(self.aux_layers) < 0:
             raise ValueError(f"aux_layers={self.aux_layers}: give layer numbers of 0 or more")
+        width = self.target_hidden_size
+        if width is not None and (width < 1 or width == self.hidden_size):
+            raise ValueError(
+                f"target_hidden_size={self.target_hidden_size}: must be positive and differ from "
+                f"hidden_size={self.hidden_size}, or None"
+            )
+
+    @property
+    def feature_size(self) -> int:
+        """Width of the residual streams that are fused: the target's."""
+        return self.target_hidden_size or self.hidden_size
 
     def layer(self) -> TransformerConfig:
         """The draft's single decoder layer, as a one-layer transformer configuration."""
-        own = ("draft_vocab_size", "aux_layers", "fc_norm", "norm_output")
+        own = ("draft_vocab_size", "aux_layers", "fc_norm", "norm_output", "target_hidden_size")
         shared = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)

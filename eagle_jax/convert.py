@@ -21,7 +21,7 @@ from eagle_jax.checkpoint import files, hf, inspection, native, safetensors, ser
 from eagle_jax.checkpoint.names import on_disk
 from eagle_jax.checkpoint.stored import Stored
 from eagle_jax.cli import run
-from eagle_jax.config import DraftConfig
+from eagle_jax.config import DraftConfig, Eagle3Config
 
 FORMATS = ("hf", *serving.LAYOUTS, "native")
 
@@ -112,18 +112,9 @@ class _Job:
     progress: Any
 
     def bar(self, total: int, text: str) -> Any:
-        return _Silent() if self.progress is None else self.progress(total=total, desc=text)
-
-
-class _Silent:
-    def __enter__(self) -> _Silent:
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        pass
-
-    def update(self, count: int) -> None:
-        pass
+        if self.progress is None:
+            return serving.NoBar()
+        return self.progress(total=total, desc=text)
 
 
 def _source(path: str | Path, target: str | Path | None, drafts: Sequence[str | Path]) -> Source:
@@ -231,7 +222,7 @@ def _write_target(job: _Job, source: Path, directory: Path) -> int:
     if job.dtype is not None:
         tensors = {name: tensor.astype(job.dtype) for name, tensor in tensors.items()}
         settings |= {"dtype": job.dtype, "torch_dtype": job.dtype}
-    total = sum(tensor.nbytes for tensor in tensors.values())
+    total = serving.size(tensors)
     with job.bar(2 * total, f"{source.name} -> hf") as bar:
         safetensors.write(directory / "model.safetensors", tensors, {"format": "pt"}, bar.update)
         files.write_json(directory / "config.json", settings)
@@ -239,7 +230,7 @@ def _write_target(job: _Job, source: Path, directory: Path) -> int:
         if again != config:
             raise ValueError(f"{directory}: reads as {again}, not as {config}; please report this")
         found = safetensors.stored(directory / "model.safetensors")
-        serving.compare(directory, found, tensors, bar.update)
+        serving.compare(directory, found, tensors, bar)
     _copy_others(source, directory)
     return total
 
@@ -253,7 +244,7 @@ def _write_draft(
     *,
     embedding: bool = True,
 ) -> tuple[DraftConfig, int]:
-    """A draft in a layout of `serving`; returns the bytes of its weights."""
+    """A draft in a layout of `serving`; returns the bytes of its tensors."""
     about = None if target is None else _target(target)
     config, params = hf.open_draft(source, about.config if about else None)
     if about is not None:
@@ -265,22 +256,20 @@ def _write_draft(
     kept = (*_KEPT, layouts.COVERAGE)
     dtype = job.dtype or _dtype(source, params)
     matrix = _embedding(source, about, layout, config) if embedding else None
-    total = serving.size(params, dtype)
-    beside = 0 if matrix is None else matrix.astype(dtype).nbytes
-    with job.bar(2 * total + beside, f"{source.name} -> {layout}") as bar:
-        serving.write(
-            directory,
-            config,
-            params,
-            layout,
-            dtype,
-            target=about,
-            extra={key: settings[key] for key in kept if key in settings},
-            embedding=matrix,
-            progress=bar.update,
-        )
+    serving.write(
+        directory,
+        config,
+        params,
+        layout,
+        dtype,
+        target=about,
+        extra={key: settings[key] for key in kept if key in settings},
+        embedding=matrix,
+        bar=lambda total: job.bar(total, f"{source.name} -> {layout}"),
+    )
+    written = serving.size(files.read_tensors(directory))
     _copy_others(source, directory)
-    return config, total
+    return config, written
 
 
 def _target(directory: Path) -> serving.Target:
@@ -300,6 +289,8 @@ def _embedding(
     """
     if layout == "sglang" or (layout == "official" and config.kind != "eagle"):
         return None
+    if isinstance(config, Eagle3Config) and config.target_hidden_size:
+        return None  # it has its own, among its weights
     own = files.read_tensors(source).get(layouts.EMBEDDING)
     if target is None:
         return own

@@ -55,10 +55,29 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale
 
 
-def rotate(x: Array, positions: Array, theta: float) -> Array:
+def frequencies(config) -> Array:
+    """Rotary frequencies [e/2], in radians per position."""
+    half = config.head_dim // 2
+    speeds = [config.rope_theta ** (-i / half) for i in range(half)]
+    scaling = getattr(config, "rope_scaling", None)
+    if scaling is None:
+        return np.array(speeds)
+    if scaling.rope_type == "linear":
+        return np.array([speed / scaling.factor for speed in speeds])
+    assert scaling.rope_type == "llama3"
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    scaled = []
+    for speed in speeds:
+        turns = scaling.original_max_position_embeddings * speed / (2 * math.pi)
+        kept = min(max((turns - low) / (high - low), 0.0), 1.0)
+        scaled.append(kept * speed + (1 - kept) * speed / scaling.factor)
+    return np.array(scaled)
+
+
+def rotate(x: Array, positions: Array, speeds: Array) -> Array:
     """Rotary embedding of one head [t, e]: coordinate pairs (i, i + e/2) as complex numbers."""
     half = x.shape[-1] // 2
-    turn = positions[:, None] * theta ** (-np.arange(half) / half)
+    turn = positions[:, None] * speeds
     z = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * turn)
     return np.concatenate([z.real, z.imag], axis=-1)
 
@@ -70,14 +89,14 @@ def attention(p: Mapping[str, Array], name: str, config, y: Array) -> Array:
         return y @ p[f"{name}.{which}_proj.kernel"] + p.get(f"{name}.{which}_proj.bias", 0.0)
 
     t, e = len(y), config.head_dim
-    positions = np.arange(t)
+    positions, speeds = np.arange(t), frequencies(config)
     query, key, value = (linear(which) for which in "qkv")
     future = np.triu(np.ones((t, t), bool), 1)
     mixed = []
     for head in range(config.num_attention_heads):
         group = head * config.num_key_value_heads // config.num_attention_heads
-        q = rotate(query[:, head * e : (head + 1) * e], positions, config.rope_theta)
-        k = rotate(key[:, group * e : (group + 1) * e], positions, config.rope_theta)
+        q = rotate(query[:, head * e : (head + 1) * e], positions, speeds)
+        k = rotate(key[:, group * e : (group + 1) * e], positions, speeds)
         scores = np.where(future, -np.inf, q @ k.T / np.sqrt(e))
         mixed.append(softmax(scores) @ value[:, group * e : (group + 1) * e])
     return np.concatenate(mixed, axis=-1) @ p[f"{name}.o_proj.kernel"]
@@ -128,10 +147,16 @@ def target(pair: Pair, tokens: Sequence[int]) -> tuple[Array, Array]:
     return features, head(pair, features)
 
 
+def embedded(pair: Pair, p: Mapping[str, Array], tokens: Sequence[int]) -> Array:
+    """Embeddings [t, d] that a draft reads: its own if it has some, or the target's."""
+    name = "embed_tokens.embedding"
+    return p.get(name, pair.target[name])[list(tokens)]
+
+
 def draft(pair: Pair, features: Array, tokens: Sequence[int]) -> Array:
     """EAGLE-1 over the pairs (features[i], tokens[i]) at position i; `tokens` is one step ahead."""
     p, config = pair.drafts["eagle"]
-    both = np.concatenate([pair.target["embed_tokens.embedding"][list(tokens)], features], axis=-1)
+    both = np.concatenate([embedded(pair, p, tokens), features], axis=-1)
     x = both @ p["fc.kernel"] + p.get("fc.bias", 0.0)
     return layer(p, "layers.0", config, x, input_norm=False)
 
@@ -151,8 +176,8 @@ def draft3(pair: Pair, states: Array, tokens: Sequence[int]) -> tuple[Array, Arr
     """EAGLE-3 over the pairs (states[i], tokens[i]): the states that the next step reads, and
     logits [t, v] over the target's vocabulary, -inf where the draft's lacks a token."""
     p, config = pair.drafts["eagle3"]
-    eps, embedded = config.rms_norm_eps, pair.target["embed_tokens.embedding"][list(tokens)]
-    words = rms_norm(embedded, p["midlayer.input_layernorm.scale"], eps)
+    eps = config.rms_norm_eps
+    words = rms_norm(embedded(pair, p, tokens), p["midlayer.input_layernorm.scale"], eps)
     past = rms_norm(states, p["midlayer.hidden_norm.scale"], eps)
     both = np.concatenate([words, past], axis=-1)
     x = states + attention(p, "midlayer.self_attn", config, both)

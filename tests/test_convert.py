@@ -150,7 +150,10 @@ def test_inspect(model, tmp_path, capsys):
     _, found = said(capsys, "--inspect", model / "eagle3")
     lacks = " ".join(found["."]["lacks"])
     assert "d2t" in lacks and "eagle_aux_hidden_state_layer_ids (follows" in lacks
-    assert "target_hidden_size=64 is not supported" in found["."]["cannot be loaded"]
+    assert "has no eagle_aux_hidden_state_layer_ids" in found["."]["cannot be loaded"]
+    edit(model / "eagle3", eagle_aux_hidden_state_layer_ids=[0, 1, 2])
+    _, found = said(capsys, "--inspect", model / "eagle3")
+    assert "lacks tensors embed_tokens.weight" in found["."]["cannot be loaded"]
 
 
 def test_arguments(model, tmp_path):

@@ -90,6 +90,7 @@ def eagle3_json(config: Eagle3Config, dtype: str, coverage: float | None) -> dic
         "fc_norm": config.fc_norm,
         "norm_output": config.norm_output,
         "qkv_bias": config.attention_bias,
+        "target_hidden_size": config.feature_size,
     }
     return settings if coverage is None else settings | {COVERAGE: coverage}
 
@@ -112,21 +113,24 @@ def read_eagle3(
     tensors: StoredArrays,
     target: TransformerConfig | None,
 ) -> tuple[Eagle3Config, StoredArrays]:
-    """An EAGLE-3 draft; `params["d2t"]` is int32, an embedding among its tensors is ignored."""
+    """An EAGLE-3 draft; `params["d2t"]` is int32.
+
+    An embedding as wide as the target's is a copy of that and ignored.
+    """
     path = directory / "config.json"
     tensors = {_official(name): array for name, array in tensors.items()}
     settings = _biases("midlayer.", settings, tensors)
     families.check_fixed(path, settings, {"norm_before_residual": False, "norm_before_fc": False})
-    if "hidden_size" in settings:
-        width = {"target_hidden_size": settings["hidden_size"]}
-        families.check_fixed(path, settings, width)
+    width = settings.get("target_hidden_size")
     own = {
         "aux_layers": _aux_layers(path, settings, target),
         "fc_norm": settings.get("fc_norm", "fc_norm.0.weight" in tensors),
+        "target_hidden_size": None if width == settings.get("hidden_size") else width,
     }
     config = families.from_json(directory, Eagle3Config, {**settings, **own})
     tables = [tensors.pop(name, None) for name in ("d2t", "t2d")]
-    params = arrays(directory, config, tensors, EMBEDDING)
+    copies = () if config.target_hidden_size else (EMBEDDING,)
+    params = arrays(directory, config, tensors, *copies)
     offsets, members = (None if table is None else np.asarray(table) for table in tables)
     params["d2t"] = lazily(_offsets(directory, config, offsets, members))
     return config, params

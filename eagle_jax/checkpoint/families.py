@@ -282,7 +282,7 @@ def to_json(
     family = FAMILIES[model_type]
     shared = {field.name for field in dataclasses.fields(TransformerConfig)}
     shared &= {field.name for field in dataclasses.fields(EagleConfig)}
-    # The model type says the first; the second is a layout in memory; the third is below.
+    # The model type says the first; the second is a layout in memory; the third is `_rope_json`'s.
     shared -= {"attention_bias", "fused_mlp", "rope_scaling"}
     settings = {
         "architectures": [family.architecture],
@@ -312,6 +312,8 @@ def _rope_json(config: TransformerConfig | EagleConfig | Eagle3Config) -> dict[s
     if local is not None:
         sliding = {"rope_type": "default", "rope_theta": local}
         settings["rope_parameters"] = {_FULL: settings["rope_parameters"], _SLIDING: sliding}
+    if rope["rope_type"] == "linear" and not isinstance(config, TransformerConfig):
+        rope = {"type": "linear", "factor": rope["factor"]}  # the official heads' code knows this
     return settings if scaling is None else settings | {"rope_scaling": rope}
 
 

@@ -178,6 +178,8 @@ def check_fit(target_config: TransformerConfig, draft_config: DraftConfig) -> No
     alone = isinstance(draft_config, TransformerConfig)
     for name in ("vocab_size",) if alone else ("hidden_size", "vocab_size"):
         target, draft = getattr(target_config, name), getattr(draft_config, name)
+        if name == "hidden_size" and isinstance(draft_config, Eagle3Config):
+            draft = draft_config.feature_size
         if target != draft:
             raise ValueError(f"{name}: the target has {target}, the draft {draft}; {remedy}")
     if isinstance(draft_config, Eagle3Config):

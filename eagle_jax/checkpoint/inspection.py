@@ -74,7 +74,9 @@ def _opened(
     about: dict[str, Any] = {}
     if not isinstance(config, TransformerConfig):
         about["parameters without embedding"] = sum(
-            math.prod(x.shape) for name, x in params.items() if name != "d2t"
+            math.prod(x.shape)
+            for name, x in params.items()
+            if name not in ("d2t", "embed_tokens.embedding")
         )
     theta = getattr(config, "rope_theta", None)
     if theta is not None:
@@ -102,7 +104,7 @@ def _lacks(
         lacks += [name for name in names if not (directory / name).is_file()]
     if kind in ("model", "eagle", "eagle3"):
         if "rope_theta" not in settings and "rope_parameters" not in settings:
-            lacks.append("rope_theta (taken as 10000)")
+            lacks.append("rope_theta (the default of its model_type is taken)")
         if "max_position_embeddings" not in settings:
             lacks.append("max_position_embeddings (serving stacks take 2048)")
     if kind == "eagle" and layouts.EMBEDDING not in tensors:

@@ -123,10 +123,13 @@ def _eagle(config: EagleConfig) -> dict[str, Shape]:
 
 def _eagle3(config: Eagle3Config) -> dict[str, Shape]:
     d, v, fused = config.hidden_size, config.draft_vocab_size, len(config.aux_layers)
+    wide = config.feature_size
     result: dict[str, Shape] = {}
+    if wide != d:
+        result["embed_tokens.embedding"] = (config.vocab_size, d)
     if config.fc_norm:
-        result |= {f"fc_norm.{index}.scale": (d,) for index in range(fused)}
-    result["fc.kernel"] = (fused * d, d)
+        result |= {f"fc_norm.{index}.scale": (wide,) for index in range(fused)}
+    result["fc.kernel"] = (fused * wide, d)
     # Attention reads embedding and state side by side.
     result |= _layer(config, "midlayer.", inputs=2)
     return result | {

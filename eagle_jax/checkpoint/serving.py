@@ -16,8 +16,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -31,7 +32,25 @@ LAYOUTS = ("official", "sglang", "speculators")
 # How many tokens vLLM drafts ahead unless told otherwise.
 _SPECULATIVE_TOKENS = 5
 
-Progress = Callable[[int], object]
+
+@runtime_checkable
+class Bar(Protocol):
+    """A progress bar; tqdm's are."""
+
+    def update(self, count: int, /) -> object: ...
+
+
+class NoBar:
+    """A progress bar that shows nothing."""
+
+    def __enter__(self) -> NoBar:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        pass
+
+    def update(self, count: int) -> None:
+        pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +81,7 @@ def write(
     target: Target | None = None,
     extra: Mapping[str, Any] | None = None,
     embedding: Stored | None = None,
-    progress: Progress | None = None,
+    bar: Callable[[int], AbstractContextManager[Bar]] = lambda total: NoBar(),
 ) -> None:
     """Writes a draft, reads it again and compares.
 
@@ -74,8 +93,9 @@ def write(
         dtype: of the weights on disk.
         target: what the draft was trained for.
         extra: further keys of `config.json`, which give way to those that the layout has.
-        embedding: a matrix [v, d] to write beside the weights, for the layouts that have one.
-        progress: is told the bytes written and compared.
+        embedding: the target's matrix [v, d], to write beside the weights of a draft that has
+            none, for the layouts that have one.
+        bar: makes a progress bar, given the number of bytes that are written and compared.
 
     Raises:
         ValueError: `params` don't match `config`, the layout cannot say what this draft computes,
@@ -86,25 +106,30 @@ def write(
     config, params = _as_layout(config, params, layout)
     settings = {**(extra or {}), **_settings(config, layout, dtype, target)}
     tensors = _tensors(config, params, layout, dtype)
-    if embedding is not None and layout != "sglang" and not isinstance(config, MedusaConfig):
-        tensors[drafts.EMBEDDING] = embedding.astype(dtype)
-    safetensors.write(directory / "model.safetensors", tensors, {"format": "pt"}, progress)
-    files.write_json(directory / "config.json", settings)
-    found, again = hf.open_draft(directory, target.config if target else None)
-    if found != config:
-        raise ValueError(f"{directory}: reads as {found}, not as {config}; please report this")
+    beside: dict[str, Stored] = {}
+    has_own = isinstance(config, Eagle3Config) and config.target_hidden_size is not None
+    takes_one = layout != "sglang" and not isinstance(config, MedusaConfig) and not has_own
+    if embedding is not None and takes_one:
+        beside[drafts.EMBEDDING] = embedding.astype(dtype)
+    tensors |= beside
     cast = {name: _cast(array, dtype) for name, array in params.items()}
-    compare(directory, again, cast, progress)
-    stored = safetensors.stored(directory / "model.safetensors")
-    written = {name: lazily(array) for name, array in tensors.items()}
-    compare(directory, stored, written)
+    path = directory / "model.safetensors"
+    with bar(size(tensors) + size(cast) + size(beside)) as progress:
+        safetensors.write(path, tensors, {"format": "pt"}, progress.update)
+        files.write_json(directory / "config.json", settings)
+        found, again = hf.open_draft(directory, target.config if target else None)
+        if found != config:
+            raise ValueError(f"{directory}: reads as {found}, not as {config}; please report this")
+        compare(directory, again, cast, progress)
+        stored = safetensors.stored(path)
+        compare(directory, {name: stored[name] for name in beside}, beside, progress)
 
 
 def compare(
     directory: Path,
     found: Mapping[str, Stored],
     expected: Mapping[str, Stored],
-    progress: Progress | None = None,
+    progress: Bar,
 ) -> None:
     """Raises ValueError unless both have the same names, dtypes and bits; one tensor at a time."""
     if found.keys() != expected.keys():
@@ -114,18 +139,12 @@ def compare(
         old, new = np.asarray(array), np.asarray(found[name])
         if old.dtype != new.dtype or old.shape != new.shape or not _same(old, new):
             raise ValueError(f"{directory}: {name} reads otherwise than written; try another disk")
-        if progress is not None:
-            progress(new.nbytes)
+        progress.update(new.nbytes)
 
 
-def size(params: Mapping[str, Any], dtype: str | None = None) -> int:
-    """Bytes that these arrays take on disk."""
-    width = {None: None, "float32": 4}.get(dtype, 2)
-    return sum(
-        math.prod(x.shape)
-        * (width if width is not None and x.dtype.kind not in "iub" else x.dtype.itemsize)
-        for x in params.values()
-    )
+def size(arrays: Mapping[str, Any]) -> int:
+    """Bytes that these arrays take."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays.values())
 
 
 def _same(one: np.ndarray, two: np.ndarray) -> bool:
@@ -157,6 +176,11 @@ def _as_layout(
             f"draft: kind {config.kind!r} has no layout in {layout}, which knows "
             f"{', '.join(kinds)}; use 'official'"
         )
+    if layout == "sglang" and isinstance(config, Eagle3Config) and config.target_hidden_size:
+        raise ValueError(
+            f"target_hidden_size={config.target_hidden_size}: sglang gives every draft the "
+            "target's embedding, and this one has its own; use 'official' or 'speculators'"
+        )
     if layout == "sglang" and isinstance(config, EagleConfig) and not config.bias:
         # SGLang always makes one, and leaves it random where the file has none.
         bias = np.zeros(config.hidden_size, lazily(params["fc.kernel"]).dtype)
@@ -176,7 +200,7 @@ def _settings(
         assert isinstance(config, Eagle3Config)
         settings = drafts.eagle3_json(config, dtype, None)
         # What is not said is taken as true by vLLM.
-        settings |= {"norm_before_residual": False, "target_hidden_size": config.hidden_size}
+        settings["norm_before_residual"] = False
     if target is not None:
         # Without it, serving stacks would cut positions at transformers' default of 2048.
         settings["max_position_embeddings"] = target.config.max_position_embeddings

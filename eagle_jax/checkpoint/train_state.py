@@ -67,13 +67,30 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _defaults(config: Any, prefix: str = "") -> dict[str, Any]:
+    """As `flatten`, of the fields that have a default, with that for a value."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name, field.default
+        if field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+        if dataclasses.is_dataclass(value):
+            flat[name] = type(value).__name__
+        elif value is not dataclasses.MISSING:
+            flat[name] = list(value) if isinstance(value, tuple) else value
+        if dataclasses.is_dataclass(own := getattr(config, field.name)):
+            flat |= _defaults(own, f"{name}.")
+    return flat
+
+
 def check_same(old: dict[str, Any], config: TrainConfig, directory: Path) -> None:
     """Raise ValueError naming the first field that makes `config` another computation.
 
+    A field that the checkpoint lacks did not exist then, and the run had what is now its default.
     More steps are the same computation only while the learning rate does not depend on their
     number.
     """
-    new = flatten(config)
+    new, old = flatten(config), {**_defaults(config), **old}
     free = _FREE | ({"optim.steps"} if config.optim.schedule == "constant" else set())
     for name in [*new, *(name for name in old if name not in new)]:
         if name not in free and old.get(name) != new.get(name):

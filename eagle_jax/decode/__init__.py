@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import operator
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -88,6 +89,10 @@ METHODS: Mapping[str, Callable[[], Method]] = {
     "prompt_lookup": PromptLookup,
     "recycling": Recycling,
 }
+
+# A draft that gets hardly a token accepted in so many rounds is hardly one for this target.
+_FIRST_ROUNDS = 32
+_HARDLY = 1.05
 
 Prompt = (
     str
@@ -189,6 +194,7 @@ def generate(
         raw,
     )
     session.advance()
+    session.warn()
     return session.result()
 
 
@@ -240,6 +246,7 @@ def _stream(session: _Session, rounds_per_chunk: int) -> Iterator[Generation]:
     seen = 0
     while not session.finished():
         session.advance(rounds_per_chunk)
+        session.warn()
         tokens = session.answers()[0]
         new, seen = tokens[seen:], len(tokens)
         text = None
@@ -296,11 +303,27 @@ class _Session:
             eos,
         )
         self.params = params.only(self.method.draft)
+        self.warned = False
         self.clock = engine.Clock()
         seeds = _seeds(seed, len(self.prompts))
         self.state = engine.start(
             self.program, self.params, self.prompts, limits, seeds, self.clock
         )
+
+    def warn(self) -> None:
+        """Warns of a draft that seems to be for another target; at most once per generation."""
+        if self.method.draft is None or self.warned:
+            return
+        statistics = self.statistics()
+        rounds = sum(statistics.rounds)
+        self.warned = rounds >= _FIRST_ROUNDS
+        if self.warned and statistics.tau < _HARDLY:
+            warnings.warn(
+                f"acceptance length {statistics.tau:.2f} over {rounds} rounds (1 is none): is the "
+                f"{self.method.draft!r} draft one for this target? "
+                "python -m eagle_jax.convert --inspect DRAFT tells what it is",
+                stacklevel=3,
+            )
 
     def advance(self, max_rounds: int = 2**31 - 1) -> None:
         self.state = engine.advance(

@@ -64,6 +64,10 @@ class EagleDraft(nnx.Module):
         """The draft's input at positions whose features are the target's own: these."""
         return features
 
+    def embed(self, tokens: Int[Array, "b t"], target: Transformer) -> Hidden:
+        """Embeddings of tokens: the target's."""
+        return target.embed_tokens(tokens)
+
     def logits(self, state: Hidden, target: Transformer) -> Logits:
         """Scores of predicted features through the target's head."""
         return target.logits(state)

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from eagle_jax.config import Eagle3Config
-from eagle_jax.models.layers import MLP, Attention, AttentionKernel, Linear, RMSNorm
+from eagle_jax.models.layers import MLP, Attention, AttentionKernel, Embedding, Linear, RMSNorm
 from eagle_jax.models.transformer import Output, Transformer
 from eagle_jax.types import Hidden, KeyValue
 
@@ -44,10 +44,14 @@ class Eagle3Draft(nnx.Module):
 
     def __init__(self, config: Eagle3Config, *, rngs: nnx.Rngs) -> None:
         d, eps, fused = config.hidden_size, config.rms_norm_eps, len(config.aux_layers)
+        wide = config.feature_size
+        self.embed_tokens = Embedding(config.vocab_size, d, rngs=rngs) if wide != d else None
         self.fc_norm = (
-            nnx.List(RMSNorm(d, eps, rngs=rngs) for _ in range(fused)) if config.fc_norm else None
+            nnx.List(RMSNorm(wide, eps, rngs=rngs) for _ in range(fused))
+            if config.fc_norm
+            else None
         )
-        self.fc = Linear(fused * d, d, rngs=rngs)
+        self.fc = Linear(fused * wide, d, rngs=rngs)
         self.midlayer = Eagle3Layer(config, rngs=rngs)
         self.norm = RMSNorm(d, eps, rngs=rngs)
         self.lm_head = Linear(d, config.draft_vocab_size, rngs=rngs)
@@ -58,6 +62,11 @@ class Eagle3Draft(nnx.Module):
     def features(self, output: Output) -> Float[Array, "b t a"]:
         """What is kept of a target pass: the chosen residual streams side by side."""
         return jnp.concatenate([output.residuals[i] for i in self.aux_layers], axis=-1)
+
+    def embed(self, tokens: Int[Array, "b t"], target: Transformer) -> Hidden:
+        """Embeddings of tokens: the target's, where they are as wide as the draft."""
+        own = self.embed_tokens
+        return target.embed_tokens(tokens) if own is None else own(tokens)
 
     def fuse(self, features: Float[Array, "b t a"]) -> Hidden:
         """The state at positions whose features are the target's own."""

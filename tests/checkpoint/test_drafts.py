@@ -11,7 +11,13 @@ import pytest
 from model_directories import assert_same, edit, message, random_params, retensor
 
 from eagle_jax.checkpoint import hf, safetensors
-from eagle_jax.config import Eagle3Config, EagleConfig, MedusaConfig, TransformerConfig
+from eagle_jax.config import (
+    Eagle3Config,
+    EagleConfig,
+    MedusaConfig,
+    RopeScaling,
+    TransformerConfig,
+)
 from eagle_jax.models import DRAFTS, init_params
 
 # Every size differs from every other, so that a wrong axis cannot pass.
@@ -32,6 +38,9 @@ CONFIGS = {
     "eagle3-fc_norm": dataclasses.replace(EAGLE3, fc_norm=True, norm_output=True),
     "eagle3-norm_output": dataclasses.replace(EAGLE3, norm_output=True),
     "eagle3-two-layers": dataclasses.replace(EAGLE3, aux_layers=(0, 3), fc_norm=True),
+    "eagle3-narrow": dataclasses.replace(EAGLE3, target_hidden_size=28, fc_norm=True),
+    "eagle3-yarn": dataclasses.replace(EAGLE3, rope_scaling=RopeScaling("yarn", 4.0, 96)),
+    "eagle-linear": dataclasses.replace(EAGLE, rope_scaling=RopeScaling("linear", 2.0)),
     "eagle3-whole-vocabulary": dataclasses.replace(EAGLE3, draft_vocab_size=40),
     "medusa": MEDUSA,
     "medusa-one-block": dataclasses.replace(MEDUSA, num_layers=1),
@@ -250,7 +259,14 @@ def test_theta_is_the_drafts_own(tmp_path, config):
         (EAGLE3, {"fc_norm": True}, ["lacks tensors fc_norm.0.weight"]),
         (EAGLE3, {"norm_before_residual": True}, ["norm_before_residual=True", "only False is"]),
         (EAGLE3, {"norm_before_fc": True}, ["norm_before_fc=True is not supported"]),
-        (EAGLE3, {"target_hidden_size": 48}, ["target_hidden_size=48", "only 24 is"]),
+        (EAGLE3, {"target_hidden_size": 48}, ["lacks tensors embed_tokens.weight"]),
+        (EAGLE3, {"target_hidden_size": 0}, ["target_hidden_size=0: must be positive"]),
+        (
+            CONFIGS["eagle3-narrow"],
+            {"target_hidden_size": 24},
+            ["fc_norm.0.weight has shape (28,)", "implies (24,)"],
+        ),
+        (EAGLE, {"rope_parameters": {"rope_type": "longrope"}}, ["rope_type='longrope' is not"]),
         (EAGLE3, {"eagle_aux_hidden_state_layer_ids": 3}, ["ids=3: must be a list of layer"]),
         (EAGLE3, {"eagle_aux_hidden_state_layer_ids": ["1"]}, ["ids=['1']: must be a list"]),
         (EAGLE3, {"eagle_aux_hidden_state_layer_ids": [-1, 2, 3]}, ["aux_layers=(-1, 2, 3)"]),

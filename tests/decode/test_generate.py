@@ -11,9 +11,11 @@ import reference
 import tokenizers
 from tokenizers import decoders, models
 
+from eagle_jax import decode
 from eagle_jax.decode import Eagle, chain, generate, stream
 from eagle_jax.models import cast
 from eagle_jax.params import Params
+from eagle_jax.testing import random_draft, tiny_eagle3, tiny_params
 from eagle_jax.text import Tokenizer
 
 LETTERS = "abcdefghijk"  # one per id
@@ -191,3 +193,19 @@ def test_an_unknown_option_is_an_error() -> None:
     """Catches options swallowed by **options."""
     with pytest.raises(TypeError, match="temprature"):
         generate(decoding.random_pair(), [1], **{"temprature": 1.0})  # type: ignore[arg-type]
+
+
+def test_a_draft_for_another_target_is_told(with_text: Params, recwarn, monkeypatch) -> None:
+    """Catches a draft that was never one for this target and only makes decoding slow; this one is
+    also narrower than the target, with an embedding of its own."""
+    params = tiny_params()
+    config = tiny_eagle3(params.target_config, hidden_size=16, target_hidden_size=32)
+    params = dataclasses.replace(params, drafts={"eagle3": random_draft(config, 1)})
+    monkeypatch.setattr(decode, "_FIRST_ROUNDS", 2)
+    options = {"max_new_tokens": 20, "ignore_eos": True}
+    plain = generate(params, [3, 1, 4], method="vanilla", **options)
+    assert 1.05 < run(with_text, "cab", temperature=1.0, seed=3).statistics.tau  # a trained draft
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="acceptance length 1.0.*'eagle3' draft one for this"):
+        out = generate(params, [3, 1, 4], method=Eagle(chain(1), head="eagle3"), **options)
+    assert out.tokens.tolist() == plain.tokens.tolist()

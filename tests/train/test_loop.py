@@ -365,9 +365,38 @@ def test_only_fields_that_change_numbers_bind_a_run(target):
         check_same(old, other, here)
 
 
+def test_a_field_that_is_newer_than_the_run_has_its_default(target):
+    """Catches runs that cannot go on because the configuration got a field since."""
+    config = target[0]
+    old = json.loads(json.dumps(flatten(config)))
+    for name in ("objective.model.rope_scaling", "objective.model.qk_norm", "seed"):
+        del old[name]
+    check_same(old, config, Path("here"))
+    newer = dataclasses.replace(config.objective.model, qk_norm=True)
+    newer = dataclasses.replace(
+        config, objective=dataclasses.replace(config.objective, model=newer)
+    )
+    with pytest.raises(ValueError, match="objective.model.qk_norm=True: .* has False"):
+        check_same(old, newer, Path("here"))
+    del old["objective.model.vocab_size"]
+    with pytest.raises(ValueError, match="objective.model.vocab_size=.* has None"):
+        check_same(old, config, Path("here"))
+
+
 def test_unknown_target_is_refused(folder):
     config = tiny_run.draft_run(folder, "no-such-target")
     with pytest.raises(ValueError, match="objective.target='no-such-target': no config.json"):
+        objectives.build(config)
+
+
+def test_soft_capped_logits_are_refused(target):
+    """Catches labels of a Gemma 2 that are not its distribution."""
+    config = target[0]
+    model = dataclasses.replace(config.objective.model, final_logit_softcapping=30.0)
+    config = dataclasses.replace(
+        config, objective=dataclasses.replace(config.objective, model=model)
+    )
+    with pytest.raises(ValueError, match="objective.model: has final_logit_softcapping=30.0"):
         objectives.build(config)
 
 

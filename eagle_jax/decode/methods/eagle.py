@@ -102,7 +102,7 @@ class Eagle:
         positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
         features = models.draft.features(prompt.output)
         _, block = models.draft(
-            models.target.embed_tokens(following),
+            models.draft.embed(following, models.target),
             models.draft.fuse(features),
             positions,
             packed_mask(jnp.zeros((b, t), jnp.int32)),
@@ -137,7 +137,7 @@ class Eagle:
         step = jnp.arange(n, dtype=jnp.int32)[None]
         tokens = jnp.take_along_axis(context.tokens, start[:, None] + 1 + step, 1, mode="clip")
         output, block = models.draft(
-            models.target.embed_tokens(tokens),
+            models.draft.embed(tokens, models.target),
             models.draft.fuse(state.features),
             start[:, None] + step,
             packed_mask(jnp.zeros((b, n), jnp.int32)),
@@ -254,7 +254,7 @@ class Eagle:
         b, m = tokens.shape
         position = context.length[:, None] + jnp.full((b, m), depth - 2, jnp.int32)
         feature, block = models.draft(
-            models.target.embed_tokens(tokens),
+            models.draft.embed(tokens, models.target),
             feature,
             position,
             mask,

@@ -52,6 +52,7 @@ def build(config: configs.TrainConfig) -> Objective:
     settings = config.objective
     if isinstance(settings, configs.NextToken):
         _check_length("objective.model", settings.model, config)
+        _check_head("objective.model", settings.model)
         return NextTokenObjective(settings.model, config.attention, config.remat)
     return assemble(config, *hf.load_target(target_directory(settings.target)), _vocabulary)
 
@@ -74,6 +75,7 @@ def assemble(
     """
     settings = config.objective
     assert not isinstance(settings, configs.NextToken)
+    _check_head("objective.target", target_config)
     if isinstance(settings, configs.FeatureRegression):
         hf.check_fit(target_config, settings.draft)
         _check_length("objective.target", target_config, config)
@@ -87,7 +89,10 @@ def assemble(
         return DistillationObjective(
             settings, target_config, target, config.attention, config.remat
         )
-    _check_same("hidden_size", settings.draft.hidden_size, target_config.hidden_size)
+    own = settings.draft.hidden_size
+    if isinstance(settings.draft, configs.Eagle3Config):
+        own = settings.draft.feature_size
+    _check_same("hidden_size", own, target_config.hidden_size)
     if not settings.decay > 0:
         raise ValueError(f"objective.decay={settings.decay}: must be above 0; 1 weighs all alike")
     if isinstance(settings, configs.MedusaTraining):
@@ -127,6 +132,15 @@ def _vocabulary(
 def _check_same(name: str, draft: int, target: int) -> None:
     if draft != target:
         raise ValueError(f"objective.draft.{name}={draft}: the target has {target}; set it to that")
+
+
+def _check_head(field: str, model: configs.TransformerConfig) -> None:
+    """Losses and labels are plain products of features and vocabulary matrix."""
+    if model.final_logit_softcapping is not None:
+        raise ValueError(
+            f"{field}: has final_logit_softcapping={model.final_logit_softcapping}, which training "
+            "does not compute; choose a target without it"
+        )
 
 
 def _check_layers(layers: tuple[int, ...], last: int) -> None:

@@ -198,7 +198,7 @@ class TrainingTimeTestObjective:
         draft = self._draft(params)
         layer = draft.midlayer
         target = bind(Transformer, self.target_config, frozen)
-        embeddings = target.embed_tokens(shift(batch["tokens"], j + 1))
+        embeddings = draft.embed(shift(batch["tokens"], j + 1), target)
         query, keys, values = layer.self_attn.project(
             layer.read(embeddings, state), batch["positions"] + j
         )
