@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from eagle_jax.config import DraftConfig, Eagle3Config, TransformerConfig
+from eagle_jax.config import DraftConfig, TransformerConfig
 
 T = TypeVar("T")
 
@@ -222,9 +222,7 @@ def check_tensor(mesh: Mesh, configs: Iterable[DraftConfig]) -> None:
             "num_attention_heads": "heads",
             "num_key_value_heads": "heads",
             "intermediate_size": "mlp",
-            "vocab_size": "vocab",
         }
-        needed |= {"draft_vocab_size": "vocab"} if isinstance(config, Eagle3Config) else {}
         if isinstance(config, TransformerConfig) and config.num_experts:
             needed |= {"num_experts": "experts"}
         for field, logical in needed.items():
@@ -249,7 +247,9 @@ def _weight(mesh: Mesh, name: str, leaf: Any, *, stored: bool) -> NamedSharding:
     axis left that divides, the first of equals."""
     axes = list(_logical(name, len(leaf.shape)))
     for i, (logical, size) in enumerate(zip(axes, leaf.shape, strict=True)):
-        if logical is not None and size % ways(mesh, logical):
+        if logical == "vocab" and size % ways(mesh, logical):
+            axes[i] = None  # vocabularies have odd sizes; all else is made to be cut
+        elif logical is not None and size % ways(mesh, logical):
             raise ValueError(
                 f"{name}: axis {i} of {tuple(leaf.shape)} cannot be cut into "
                 f"{ways(mesh, logical)} equal parts ({' x '.join(RULES[logical])} of the mesh); "

@@ -117,8 +117,10 @@ def test_weights_are_cut_by_name_over_tensor_groups():
 
 def test_what_cannot_be_cut_is_named():
     mesh = sharding.make_mesh(tensor=8)
-    with pytest.raises(ValueError, match=r"lm_head.kernel: axis 1 of \(32, 61\) cannot be cut in"):
-        sharding.weight_shardings(mesh, {"lm_head.kernel": shape(32, 61)})
+    with pytest.raises(ValueError, match=r"q_proj.kernel: axis 1 of \(32, 60\) cannot be cut in"):
+        sharding.weight_shardings(mesh, {"q_proj.kernel": shape(32, 60)})
+    whole = sharding.weight_shardings(mesh, {"lm_head.kernel": shape(32, 61)})
+    assert whole["lm_head.kernel"].is_fully_replicated
     with pytest.raises(ValueError, match="num_attention_heads=4: cannot be cut into 8 equal parts"):
         sharding.check_tensor(mesh, [testing.tiny_target()])
     target = testing.tiny_target(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from eagle_jax import cli, settings
+from eagle_jax import cli, distributed, settings
 from eagle_jax.config import TrainConfig
 from eagle_jax.train import run
 
@@ -34,15 +34,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="build and compile everything, train nothing"
     )
+    distributed.add_arguments(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     """Parse, train, print the result."""
     arguments = _arguments()
+    distributed.join(arguments)
     config = settings.load(arguments.config, arguments.overrides, kind=TrainConfig)
     result = run(config, restart=arguments.restart, dry_run=arguments.dry_run)
-    print(json.dumps(result), flush=True)
+    if distributed.first():
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -105,13 +105,12 @@ def _batches(source: Any, config: DataConfig, shard_index: int, shard_count: int
     )
 
 
-def step_rows(config: DataConfig, step: int, shard_count: int = 1) -> list[int]:
+def step_rows(config: DataConfig, step: int) -> list[int]:
     """Numbers of the prepared rows that step `step` (from 1) is trained on.
 
     Args:
         config: as for `train_iterator`.
         step: of the run.
-        shard_count: number of processes that share a batch; the rows are those of all of them.
 
     Raises:
         ValueError: `step` is below 1, or a field of the configuration or of the text is wrong.
@@ -119,8 +118,7 @@ def step_rows(config: DataConfig, step: int, shard_count: int = 1) -> list[int]:
     if step < 1:
         raise ValueError(f"step={step}: must be at least 1")
     numbers = range(len(_open(prepare(config.train, config, field="train"))))
-    shards = (_batches(numbers, config, i, shard_count) for i in range(shard_count))
-    return [int(row) for shard in shards for row in shard[step - 1]]
+    return [int(row) for row in _batches(numbers, config, 0, 1)[step - 1]]
 
 
 def texts(config: DataConfig, rows: Iterable[int]) -> Iterator[dict[str, Any]]:

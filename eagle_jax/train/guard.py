@@ -54,7 +54,7 @@ class Guard:
         self._losses.append(loss)
 
     def _rows(self, step: int) -> str:
-        rows = data.step_rows(self._config.data, step, jax.process_count())
+        rows = data.step_rows(self._config.data, step)
         shown = ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
         file = self._directory / BATCH
         if jax.process_index() == 0:

@@ -29,7 +29,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from eagle_jax import sharding
+from eagle_jax import distributed, sharding
 from eagle_jax.config import OptimConfig, TrainConfig
 from eagle_jax.models import cast
 from eagle_jax.train import data, guard, metrics, objectives
@@ -118,7 +118,8 @@ class Trainer:
 
     def init(self) -> TrainState:
         """The state before the first step, on the devices."""
-        state = _init(self.config, self.objective)
+        # Through the host, which every process has alike: devices may span processes.
+        state = jax.device_get(_init(self.config, self.objective))
         return jax.device_put(state, jax.tree.map(lambda x: x.sharding, self.abstract))
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
@@ -133,10 +134,10 @@ class Trainer:
                 f"data.tokenizer={self.config.data.tokenizer!r}: gave token {largest}, but the "
                 f"model has vocab_size={self.objective.vocab_size}; use the model's own tokenizer"
             )
-        place = sharding.batch_sharding(self.mesh)
+        place, rows = sharding.batch_sharding(self.mesh), self.config.data.batch_size
         return {
-            name: jax.make_array_from_process_local_data(place, rows)
-            for name, rows in batch.items()
+            name: jax.make_array_from_process_local_data(place, own, (rows, *own.shape[1:]))
+            for name, own in batch.items()
         }
 
 
@@ -320,8 +321,11 @@ def run(config: TrainConfig, *, restart: bool = False, dry_run: bool = False) ->
     """
     _check_config(config)
     began = time.perf_counter()
+    _prepare(config)
     trainer = build(config, objectives.build(config))
-    share = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
+    share = dict(
+        zip(("shard_index", "shard_count"), sharding.batch_share(trainer.mesh), strict=True)
+    )
     iterator = data.train_iterator(config.data, **share)
     if dry_run:
         return _dry_run(trainer, iterator)
@@ -333,9 +337,11 @@ def run(config: TrainConfig, *, restart: bool = False, dry_run: bool = False) ->
 
     output = Path(config.output_dir).expanduser()
     saved = output / _CHECKPOINTS
-    output.mkdir(parents=True, exist_ok=True)
-    if restart:
-        _clear(output)
+    if distributed.first():
+        output.mkdir(parents=True, exist_ok=True)
+        if restart:
+            _clear(output)
+    distributed.wait_for_all("output_dir")
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trainer.abstract))
     with telling_full_disk(saved, config, size):
         with Preemption() as preemption, contextlib.closing(Checkpoints(saved, config)) as points:
@@ -356,9 +362,19 @@ def run(config: TrainConfig, *, restart: bool = False, dry_run: bool = False) ->
             name = signal.Signals(preemption.signal).name
             _say(f"{output}: {name}: step {step} is saved; the same command goes on from there")
             raise SystemExit(128 + preemption.signal)
-        metrics.plot(output / metrics.TRACE, output / metrics.CURVE)
+        if distributed.first():
+            metrics.plot(output / metrics.TRACE, output / metrics.CURVE)
         exported = _export(trainer, state.params, output)
     return _result(trainer, step, report, exported, began)
+
+
+def _prepare(config: TrainConfig) -> None:
+    """One process prepares the text, for all that share its disk."""
+    if jax.process_count() > 1 and distributed.first():
+        data.prepare(config.data.train, config.data)
+        if config.eval_every and config.data.validation:
+            data.prepare(config.data.validation, config.data, field="validation")
+    distributed.wait_for_all("text")
 
 
 def _train(
@@ -445,13 +461,19 @@ def _report(trainer: Trainer, output: Path, start: int) -> metrics.Report:
     tokens = _step_tokens(config)
     flops = trainer.objective.flops_per_token(config.data.sequence_length) * tokens
     share = None if peak is None else flops / (peak * trainer.mesh.size)
-    return metrics.Report(output, start, config.optim.steps, tokens, share)
+    return metrics.Report(
+        output, start, config.optim.steps, tokens, share, speaks=distributed.first()
+    )
 
 
 def _export(trainer: Trainer, params: Mapping[str, Any], output: Path) -> Path:
     """Write the weights beside the old export, then put them in its place."""
     config = trainer.config
     final, fresh, old = (output / f"{_EXPORT}{end}" for end in ("", ".new", ".old"))
+    params = distributed.fetch(params)
+    if not distributed.first():
+        distributed.wait_for_all("export")
+        return final
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     tokenizer = Path(config.data.tokenizer).expanduser()
@@ -460,6 +482,7 @@ def _export(trainer: Trainer, params: Mapping[str, Any], output: Path) -> Path:
         final.rename(old)
     fresh.rename(final)
     shutil.rmtree(old, ignore_errors=True)
+    distributed.wait_for_all("export")
     return final
 
 
@@ -514,4 +537,6 @@ def _dry_run(trainer: Trainer, iterator: Any) -> dict[str, Any]:
 
 
 def _say(text: str) -> None:
+    if not distributed.first():
+        return
     print(text, file=sys.stderr, flush=True)

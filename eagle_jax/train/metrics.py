@@ -118,6 +118,7 @@ class Report:
         start, steps: where the run begins (its checkpoint's step), and its last step.
         step_tokens: tokens of one step, padding included.
         step_flops: model FLOPs of one step over the peak of all devices, or None without a peak.
+        speaks: write and show anything; of several processes the first does.
     """
 
     def __init__(
@@ -127,6 +128,8 @@ class Report:
         steps: int,
         step_tokens: int,
         step_flops: float | None,
+        *,
+        speaks: bool = True,
     ) -> None:
         import tensorboardX
         from tqdm import tqdm
@@ -134,26 +137,31 @@ class Report:
         self.directory = directory
         self.watch = Stopwatch()
         self._step_tokens, self._step_flops = step_tokens, step_flops
-        self._trace = Trace(directory / TRACE, start)
-        self._events = tensorboardX.SummaryWriter(str(directory / EVENTS), purge_step=start + 1)
-        pace = 0.5 if sys.stderr.isatty() else 15.0
-        self._bar = tqdm(
-            total=steps, initial=start, unit="step", mininterval=pace, disable=start >= steps
-        )
         self.last: dict[str, Any] = {}
         self.last_validation: dict[str, Any] = {}
         self.losses: list[float] = []  # of the steps before `start`
         for line in read_trace(directory / TRACE):  # of the run that is resumed
+            if line["step"] > start:
+                break
             if "validation" in line:
                 self.last_validation = line["validation"]
             else:
                 self.last = line
                 self.losses.append(line["loss"])
+        self._trace = Trace(directory / TRACE, start) if speaks else None
+        self._events = (
+            tensorboardX.SummaryWriter(str(directory / EVENTS), purge_step=start + 1)
+            if speaks
+            else None
+        )
+        pace = 0.5 if sys.stderr.isatty() else 15.0
+        quiet = start >= steps or not speaks
+        self._bar = tqdm(total=steps, initial=start, unit="step", mininterval=pace, disable=quiet)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Record one finished step."""
         self.last = dict(values)
-        self._trace.write({"step": step, **values})
+        self._write({"step": step, **values})
         self._write_events("train", step, {**values, **self.rates(step)})
         self._bar.update(1)
         self._bar.set_postfix(self._short(values) | self._short(self.rates(step)), refresh=False)
@@ -161,10 +169,11 @@ class Report:
     def validation(self, step: int, values: Mapping[str, float]) -> None:
         """Record one validation."""
         self.last_validation = dict(values)
-        self._trace.write({"step": step, "validation": dict(values)})
+        self._write({"step": step, "validation": dict(values)})
         self._write_events("validation", step, values)
         shown = "  ".join(f"{name} {text}" for name, text in self._short(values).items())
-        self._bar.write(f"step {step}  validation: {shown}", file=sys.stderr)
+        if self._trace is not None:
+            self._bar.write(f"step {step}  validation: {shown}", file=sys.stderr)
 
     def rates(self, step: int) -> dict[str, float]:
         """Tokens per second and, where the peak is known, MFU."""
@@ -176,14 +185,22 @@ class Report:
 
     def sync(self) -> None:
         """Have the trace on disk."""
-        self._trace.sync()
+        if self._trace is not None:
+            self._trace.sync()
 
     def close(self) -> None:
         self._bar.close()
-        self._trace.close()
-        self._events.close()
+        if self._trace is not None and self._events is not None:
+            self._trace.close()
+            self._events.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._trace is not None:
+            self._trace.write(line)
 
     def _write_events(self, group: str, step: int, values: Mapping[str, float]) -> None:
+        if self._events is None:
+            return
         for name, value in values.items():
             self._events.add_scalar(f"{group}/{name}", value, step)
 

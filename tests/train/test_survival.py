@@ -352,7 +352,7 @@ def test_step_rows_are_those_of_the_batch(shards, finished):
         data.train_iterator(config, shard_index=i, shard_count=shards) for i in range(shards)
     ]
     for step in range(1, 2 * len(source) // config.batch_size):  # two epochs
-        rows = data.step_rows(config, step, shards)
+        rows = data.step_rows(config, step)
         batch = np.concatenate([next(iterator)["tokens"] for iterator in iterators])
         np.testing.assert_array_equal(batch, [source[row]["tokens"] for row in rows])
     with pytest.raises(ValueError, match="step=0: must be at least 1"):

@@ -1,0 +1,96 @@
+"""Several processes: how they find each other, and who speaks.
+
+Every process runs the same program on the same arguments; arrays span all of their devices. Files
+and the console belong to the first process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+_FLAGS = ("coordinator", "processes", "process")
+# Any of these says that a launcher started several of us (jax.distributed knows what they mean).
+_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that all commands have in common."""
+    group = parser.add_argument_group(
+        "several processes", "start the same command in each; the first writes and prints"
+    )
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the others that SLURM, Open MPI, GKE or a TPU slice started",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, without those")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
+
+
+def join(arguments: argparse.Namespace) -> None:
+    """Meets the other processes, if the arguments say that there are any; before any JAX work.
+
+    Raises:
+        ValueError: arguments that don't fit together, or the others don't come.
+    """
+    given = {name: getattr(arguments, name) for name in _FLAGS}
+    if all(value is None for value in given.values()) and not arguments.distributed:
+        if any(int(os.environ.get(name, "1") or 1) > 1 for name in _LAUNCHERS):
+            print(
+                "warning: a launcher started several processes, and each works alone; add "
+                "--distributed to have them work together",
+                file=sys.stderr,
+            )
+        return
+    if arguments.distributed:
+        if extra := [f"--{name}" for name, value in given.items() if value is not None]:
+            raise ValueError(f"--distributed: finds {', '.join(extra)} by itself; leave them out")
+        _initialize()
+        return
+    for name, value in given.items():
+        if value is None:
+            raise ValueError(f"--{name}: missing; give --coordinator, --processes and --process")
+    count, index = given["processes"], given["process"]
+    if not 0 <= index < count:
+        raise ValueError(f"--process={index}: must be 0 to {count - 1}, below --processes={count}")
+    _initialize(given["coordinator"], count, index)
+
+
+def _initialize(*arguments: Any) -> None:
+    import jax
+
+    try:
+        jax.distributed.initialize(*arguments)
+    except (ValueError, RuntimeError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise ValueError(f"processes: could not join: {said}") from error
+
+
+def first() -> bool:
+    """Whether this process writes files and prints."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns once every process is here."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays that span processes, whole, in every one of them."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
