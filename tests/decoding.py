@@ -5,14 +5,19 @@ One vocabulary, one batch and one cache size throughout, so that few programs ar
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tokenizers
 from jaxtyping import Array, Int
+from tokenizers import decoders, models
 
 from eagle_jax.config import TransformerConfig
 from eagle_jax.decode import (
@@ -34,11 +39,13 @@ from eagle_jax.models import EagleDraft, Transformer, bind
 from eagle_jax.models.transformer import packed_mask
 from eagle_jax.params import Draft, Params
 from eagle_jax.testing import tiny_params, tiny_target
+from eagle_jax.text import Tokenizer
 
 VOCAB = 11
 # Lengths 1, 2 and more in one batch: rows differ on purpose.
 PROMPTS = [[7], [3, 9], [1, 2, 3, 4, 5], [i * i % VOCAB for i in range(17)]]
 SEEDS = [5, 6, 77, 4000000000]
+LETTERS = "abcdefghijk"  # one per id
 NEW = 20  # with its prompt bucket of 32 and any tree here: 64 slots
 
 
@@ -96,6 +103,18 @@ def trained_pair(steps: int = 600) -> Params:
         draft, state = step(draft, state, key)
     drafts = {**pair.drafts, "eagle": Draft(draft, untrained.config)}
     return dataclasses.replace(pair, drafts=drafts)
+
+
+@functools.cache
+def lettered_pair() -> Params:
+    """The trained pair with a tokenizer of eleven letters, of which k (id 10) ends an answer."""
+    words = {letter: i for i, letter in enumerate(LETTERS)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["k"])
+    text = Tokenizer(tokenizer.to_str(), {"eos_token": "k"})
+    assert text.eos_ids == (10,) and text.encode("cab") == [2, 0, 1]
+    return dataclasses.replace(trained_pair(), tokenizer=text)
 
 
 def _distillation(pair: Params, params, key: jax.Array) -> jax.Array:
@@ -222,6 +241,22 @@ class Recording:
 
     def update(self, models: Models, state: Recorded, verified: Verified) -> Recorded:
         return dataclasses.replace(state, inner=self.inner.update(models, state.inner, verified))
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Counts what XLA compiles (or fetches from the compilation cache), helpers included."""
+    seen: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
+        seen.extend([event] * (event == "/jax/core/compile/backend_compile_duration"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def lists(rows) -> list[list[int]]:

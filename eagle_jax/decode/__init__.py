@@ -274,6 +274,18 @@ class Options:
             raise ValueError(f"max_new_tokens={new!r}: must be a whole number above 0")
         return settings, _method(self.method, params)
 
+    def program(self, params: Params, method: Method, longest: int) -> engine.Program:
+        """What decodes prompts of up to `longest` tokens."""
+        context = params.target_config.max_position_embeddings
+        new = min(int(self.max_new_tokens), context)  # no row grows past the context
+        return engine.Program(
+            method,
+            params.target_config,
+            None if method.draft is None else params.drafts[method.draft].config,
+            engine.capacity(engine.bucket_prompt(longest), new, method.depth),
+            () if self.ignore_eos or params.tokenizer is None else params.tokenizer.eos_ids,
+        )
+
 
 class _Session:
     """One generation: checked arguments, the engine's state, and what to report of it."""
@@ -288,24 +300,14 @@ class _Session:
     ) -> None:
         self.params = params
         self.settings, self.method = options.check(params)
-        max_new_tokens, ignore_eos = options.max_new_tokens, options.ignore_eos
         self.prompts, self.batched = _encode(params, prompt, raw)
         context = params.target_config.max_position_embeddings
-        limits = [min(len(p) + max_new_tokens, context) for p in self.prompts]
-        eos = () if ignore_eos or params.tokenizer is None else params.tokenizer.eos_ids
-        longest = engine.bucket_prompt(max(map(len, self.prompts)))
-        self.program = engine.Program(
-            self.method,
-            params.target_config,
-            None if self.method.draft is None else params.drafts[self.method.draft].config,
-            # No row grows past the context, whatever max_new_tokens says.
-            engine.capacity(longest, min(int(max_new_tokens), context), self.method.depth),
-            eos,
-        )
+        limits = [min(len(p) + options.max_new_tokens, context) for p in self.prompts]
+        self.program = options.program(params, self.method, max(map(len, self.prompts)))
         self.params = params.only(self.method.draft)
         self.warned = False
         self.clock = engine.Clock()
-        seeds = _seeds(seed, len(self.prompts))
+        seeds = check_seeds(seed, len(self.prompts))
         self.state = engine.start(
             self.program, self.params, self.prompts, limits, seeds, self.clock
         )
@@ -383,7 +385,8 @@ def _method(method: str | Method, params: Params) -> Method:
     return method
 
 
-def _seeds(seed: int | Sequence[int], rows: int) -> list[int]:
+def check_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
+    """One checked seed per row."""
     try:
         if np.ndim(seed) == 0:
             seeds = [operator.index(seed) + row for row in range(rows)]  # type: ignore[arg-type]
@@ -405,7 +408,7 @@ def _encode(params: Params, prompt: Prompt, raw: bool) -> tuple[list[np.ndarray]
     rows = list(prompt) if batched else [prompt]
     if not rows:
         raise ValueError("prompt=[]: empty batch; give at least one prompt")
-    return [_encode_one(params, row, raw) for row in rows], batched
+    return [encode(params, row, raw) for row in rows], batched
 
 
 def _is_batch(prompt: Any) -> bool:
@@ -419,7 +422,7 @@ def _is_batch(prompt: Any) -> bool:
     return not isinstance(first, int | np.integer | Mapping) or isinstance(first, bool)
 
 
-def _encode_one(params: Params, prompt: Any, raw: bool) -> np.ndarray:
+def encode(params: Params, prompt: Any, raw: bool) -> np.ndarray:
     """Checked token ids of one prompt, [n] int32."""
     vocab, context = params.target_config.vocab_size, params.target_config.max_position_embeddings
     if not isinstance(prompt, str | Sequence | np.ndarray | jax.Array):

@@ -1,12 +1,13 @@
 """Answer a file of prompts in batches: `python -m eagle_jax.decode --input --output`.
 
 Each output line is the conversation with the model's answer in place of whatever followed the last
-user message. Lines are written as batches finish (longest prompts first, so that memory trouble
+user message. Lines are written as answers finish (longest prompts first, so that memory trouble
 shows at once); a run that was stopped goes on where it ended.
 """
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 import os
@@ -17,7 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from eagle_jax.decode import Options, engine, generate
+from eagle_jax.decode import Options, engine
+from eagle_jax.decode.batcher import Batcher, Piece
 from eagle_jax.params import Params
 from eagle_jax.text import read_prompts
 
@@ -44,7 +46,7 @@ def answer_file(
         source: conversations, JSONL, plain or gzip.
         target: receives one line per prompt: `{"index", "messages", "finish", "settings"}`;
             "finish" is "stop" (the model ended its answer) or "length".
-        batch_size: rows decoded together.
+        batch_size: rows decoded together; an answer that is finished makes room for a prompt.
         limit: answer the first so many only.
         seed: row i of the file is sampled with seed + i, so batching never changes an answer.
         max_new_tokens: longest answer; prompts that leave less room than this are skipped.
@@ -94,29 +96,21 @@ def answer_file(
         open(target, "a", encoding="utf-8") as out,
         tqdm(total=len(fitting), initial=before, unit="prompt") as bar,
     ):
-        for rows in _batches(waiting, [len(ids) for ids in encoded], batch_size):
-            padded = rows + rows[:1] * (batch_size - len(rows))  # one shape for the last batch too
-            answers = generate(
-                params,
-                [encoded[i] for i in padded],
-                seed=[(seed + i) % 2**32 for i in padded],
-                max_new_tokens=max_new_tokens,
-                **options,
-            )
-            for i, text, ids in zip(rows, answers.text, answers.tokens, strict=False):
-                stopped = bool(len(ids)) and int(ids[-1]) in params.tokenizer.eos_ids
-                message = {"role": "assistant", "content": text}
+        # One cache size per bucket of prompts: attention reads all of it.
+        for _, group in itertools.groupby(waiting, lambda i: _bucket(encoded[i])):
+            asked = {i: encoded[i] for i in group}
+            for i, ids, last in _decode(params, asked, batch_size, seed, shared):
+                text = params.tokenizer.decode(ids)
                 line = {
                     "index": i,
-                    "messages": [*prompts[i], message],
-                    "finish": "stop" if stopped else "length",
+                    "messages": [*prompts[i], {"role": "assistant", "content": text}],
+                    "finish": last.finish,
                     "settings": settings,
                 }
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
-            out.flush()
-            tokens += sum(answers.statistics.new_tokens[: len(rows)])
-            rounds += sum(answers.statistics.rounds[: len(rows)])
-            bar.update(len(rows))
+                out.flush()
+                tokens, rounds = tokens + len(ids), rounds + last.rounds
+                bar.update()
     seconds = time.perf_counter() - begin
     return {
         "prompts": len(prompts),
@@ -131,17 +125,32 @@ def answer_file(
     }
 
 
-def _batches(order: Sequence[int], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Runs of at most `size` prompts of one bucket, so that few shapes are compiled."""
-    rows: list[int] = []
-    for i in order:
-        bucket = engine.bucket_prompt(lengths[i])
-        if rows and (len(rows) == size or engine.bucket_prompt(lengths[rows[0]]) != bucket):
-            yield rows
-            rows = []
-        rows.append(i)
-    if rows:
-        yield rows
+def _bucket(ids: Sequence[int]) -> int:
+    return engine.bucket_prompt(len(ids))
+
+
+def _decode(
+    params: Params,
+    prompts: dict[int, list[int]],
+    batch_size: int,
+    seed: int,
+    options: Options,
+) -> Iterator[tuple[int, list[int], Piece]]:
+    """Index, answer and last piece of every prompt, as they finish."""
+    batcher = Batcher(
+        params,
+        rows=min(batch_size, len(prompts)),
+        max_prompt=max(map(len, prompts.values())),
+        chunk=options.max_new_tokens,
+        waiting=len(prompts),
+        **vars(options),
+    )
+    asked = {batcher.submit(ids, seed=(seed + i) % 2**32): i for i, ids in prompts.items()}
+    answers: dict[int, list[int]] = collections.defaultdict(list)
+    for piece in batcher.run():
+        answers[piece.request] += piece.tokens.tolist()
+        if piece.finish is not None:
+            yield asked[piece.request], answers.pop(piece.request), piece
 
 
 def _answered(path: Path, prompts: Sequence[Messages], settings: dict[str, Any]) -> set[int]:

@@ -1,11 +1,12 @@
 """The loop: propose -> forward -> accept -> commit, on the device until the text is finished.
 
-The engine knows token ids only. Two compiled functions serve every method:
+The engine knows token ids only. Three compiled functions serve every method:
 
 - `prefill` runs the target over all prompt tokens and computes no vocabulary head: the first
   token of the answer comes from the first round, whose root is the last prompt token;
 - `decode` runs rounds in one `lax.while_loop`, at most `max_rounds` of them. Its state is
-  resumable, so streaming and serving call the same program in chunks.
+  resumable, so streaming and serving call the same program in chunks;
+- `insert` is a prefill whose rows take the place of others (`eagle_jax.decode.batcher`).
 
 Invariant between rounds: `length` tokens are committed, the cache holds the first `length - 1`.
 """
@@ -144,13 +145,14 @@ def decode(
     state: State,
     settings: Sampling,
     max_rounds: Int[Array, ""],
+    enough: Int[Array, ""],
 ) -> State:
-    """Rounds until every row is done, `max_rounds` at most."""
+    """Rounds until `enough` rows are done, `max_rounds` at most."""
     models = program.models(params)
 
     def unfinished(carry: tuple[jax.Array, State]) -> jax.Array:
         count, state = carry
-        return (count < max_rounds) & ~jnp.all(state.done)
+        return (count < max_rounds) & (jnp.sum(state.done) < enough)
 
     def body(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
         count, state = carry
@@ -170,6 +172,36 @@ def _readable(state: State) -> State:
     return dataclasses.replace(
         state, **{name: sharding.constrain(getattr(state, name)) for name in read}
     )
+
+
+def insert(
+    program: Program,
+    params: Params,
+    state: State,
+    tokens: Tokens,
+    length: Int[Array, " b"],
+    limit: Int[Array, " b"],
+    seeds: UInt32[Array, " b"],
+    rows: Int[Array, " b"],
+) -> State:
+    """Prefill prompts and let them take the place of `rows` of `state`.
+
+    `state` has more rows than there are prompts (or both have one). A row that it does not have is
+    nobody's place.
+    """
+    new = prefill(program, params, tokens, length, limit, seeds)
+    many, few = state.length.shape[0], length.shape[0]
+
+    def put(old: jax.Array, x: jax.Array) -> jax.Array:
+        # Left to itself, a leaf with the rows on another axis would be broadcast silently.
+        if old.shape != (many, *old.shape[1:]) or x.shape != (few, *old.shape[1:]):
+            raise ValueError(
+                f"method {type(program.method).__name__}: its state has a leaf {old.shape} for "
+                f"{many} rows, {x.shape} for {few}; let every leaf lead with the rows"
+            )
+        return old.at[rows].set(x, mode="drop")
+
+    return jax.tree.map(put, state, new)
 
 
 def _round(program: Program, models: Models, state: State, settings: Sampling) -> State:
@@ -272,6 +304,7 @@ def _compiled(
 ) -> Callable[..., State]:
     """The executable of `function(program, *args)`; compiled once per program and shapes.
 
+    `args` are parameters, then the state, which is consumed (`prefill` has none), and the rest.
     Kept by hand instead of by jit so that compile time is known exactly and apart, and so that
     those not used for longest can go.
     """
@@ -282,14 +315,18 @@ def _compiled(
         run = _executables.get(key)
         if run is None:
             start = time.perf_counter()
-            donate = (1,) if function is decode else ()
+            mesh, donate, places = sharding.mesh_of(args[0].target), (), None
+            if function is not prefill:  # the state is consumed
+                donate = (1,)
+                if mesh is not None:  # and what takes its place lies where it lay
+                    places = jax.tree.map(lambda x: x.sharding, args[1])
             # A function of its own, so that jit's caches let go of the program with it.
-            bound = _on(sharding.mesh_of(args[0].target), functools.partial(function, program))
+            bound = _on(mesh, functools.partial(function, program))
             # TPUs and GPUs multiply float32 in fewer bits unless told otherwise.
             exact = next(iter(args[0].target.values())).dtype == jnp.float32
             with jax.default_matmul_precision("highest" if exact else "default"):
-                lowered = jax.jit(bound, donate_argnums=donate).lower(*args)
-                run = lowered.compile()
+                jitted = jax.jit(bound, donate_argnums=donate, out_shardings=places)
+                run = jitted.lower(*args).compile()
             clock.compile += time.perf_counter() - start
         with _executables_lock:
             _executables[key] = run
@@ -319,6 +356,17 @@ def forget() -> None:
         _executables.clear()
 
 
+def _pad(
+    prompts: list[np.ndarray], limits: list[int], seeds: list[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What `prefill` takes: prompts padded to a bucket, their lengths, limits and seeds."""
+    length = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), bucket_prompt(int(length.max()))), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens, length, np.array(limits, np.int32), np.array(seeds, np.uint32)
+
+
 def start(
     program: Program,
     params: Params,
@@ -328,12 +376,7 @@ def start(
     clock: Clock,
 ) -> State:
     """Pad the prompts to a bucket and prefill."""
-    length = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), bucket_prompt(int(length.max()))), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    arrays = (tokens, length, np.array(limits, np.int32), np.array(seeds, np.uint32))
-    args = (params, *sharding.put(sharding.mesh_of(params.target), arrays))
+    args = (params, *sharding.put(sharding.mesh_of(params.target), _pad(prompts, limits, seeds)))
     run = _compiled(prefill, program, args, clock)
     begin = time.perf_counter()
     state = jax.block_until_ready(run(*args))
@@ -348,14 +391,37 @@ def advance(
     settings: Sampling,
     clock: Clock,
     max_rounds: int = 2**31 - 1,
+    enough: int | None = None,
 ) -> State:
-    """Run up to `max_rounds` rounds on the device; `state` is consumed."""
+    """Run up to `max_rounds` rounds on the device, until `enough` rows (by default all of them)
+    are done; `state` is consumed."""
+    bounds = np.int32(max_rounds), np.int32(enough or state.done.shape[0])
     mesh = sharding.mesh_of(params.target)
-    args = (params, state, *sharding.put(mesh, (settings, np.int32(max_rounds))))
+    args = (params, state, *sharding.put(mesh, (settings, *bounds)))
     run = _compiled(decode, program, args, clock)
     begin = time.perf_counter()
     state = jax.block_until_ready(run(*args))
     clock.decode += time.perf_counter() - begin
+    return state
+
+
+def replace_rows(
+    program: Program,
+    params: Params,
+    state: State,
+    rows: list[int],
+    prompts: list[np.ndarray],
+    limits: list[int],
+    seeds: list[int],
+    clock: Clock,
+) -> State:
+    """Start prompts in the place of `rows`; `state` is consumed."""
+    arrays = (*_pad(prompts, limits, seeds), np.array(rows, np.int32))
+    args = (params, state, *sharding.put(sharding.mesh_of(params.target), arrays))
+    run = _compiled(insert, program, args, clock)
+    begin = time.perf_counter()
+    state = jax.block_until_ready(run(*args))
+    clock.prefill += time.perf_counter() - begin
     return state
 
 

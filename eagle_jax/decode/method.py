@@ -161,7 +161,11 @@ class Method(Protocol):
         ...
 
     def init(self, models: Models, prompt: Prompt, slots: int) -> Any:
-        """State after the prompt; `slots` is the capacity for caches over committed tokens."""
+        """State after the prompt; `slots` is the capacity for caches over committed tokens.
+
+        Every leaf leads with b, and its other axes depend on neither b nor t: the batcher puts a
+        new prompt's state in the place of a finished row's.
+        """
         ...
 
     def propose(self, models: Models, context: Context, state: Any) -> tuple[Proposal, Any]:

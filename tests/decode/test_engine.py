@@ -1,14 +1,11 @@
 """The loop, round by round, against the reference; clipping; compiled programs."""
 
-import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator
 
 import decoding
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,7 +32,6 @@ from eagle_jax.params import Draft, Params
 from eagle_jax.testing import random_draft, tiny_eagle3
 
 COUNT = 12
-COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def make_program(
@@ -325,29 +321,13 @@ def test_a_row_without_room_is_done_at_once() -> None:
     assert np.asarray(state.rounds).tolist() == [0, 1, 0, 2]
 
 
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """Counts what XLA compiles (or fetches from the compilation cache), helpers included."""
-    seen: list[str] = []
-
-    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        del duration_secs, kwargs
-        seen.extend([event] * (event == COMPILED))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_the_second_call_compiles_nothing() -> None:
     """Catches prompts, lengths, seeds, temperatures and filters that are baked into programs, and
     helper operations outside of them: each costs a new user's first seconds at every call."""
     pair, method = decoding.trained_pair(), Eagle(chain(3))
     first = {"temperature": 0.7, "top_p": 0.9, "seed": decoding.SEEDS}
     generate(pair, decoding.PROMPTS, method=method, max_new_tokens=20, **first)
-    with compilations() as seen:
+    with decoding.compilations() as seen:
         other = {"temperature": 1.9, "top_p": 0.4, "seed": [0, 9, 8, 7]}
         prompts = [[1] * 30, [4], [3, 2], [5] * 9]
         generate(pair, prompts, method=Eagle(chain(3)), max_new_tokens=11, **other)

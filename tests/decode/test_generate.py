@@ -8,30 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-import tokenizers
-from tokenizers import decoders, models
 
 from eagle_jax import decode
 from eagle_jax.decode import Eagle, chain, generate, stream
 from eagle_jax.models import cast
 from eagle_jax.params import Params
 from eagle_jax.testing import random_draft, tiny_eagle3, tiny_params
-from eagle_jax.text import Tokenizer
 
-LETTERS = "abcdefghijk"  # one per id
 METHOD = Eagle(chain(3))
 
 
 @pytest.fixture(scope="module")
 def with_text() -> Params:
-    """The trained pair with a tokenizer of eleven letters, of which k (id 10) ends an answer."""
-    words = {letter: i for i, letter in enumerate(LETTERS)}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=words, merges=[]))
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(["k"])
-    text = Tokenizer(tokenizer.to_str(), {"eos_token": "k"})
-    assert text.eos_ids == (10,) and text.encode("cab") == [2, 0, 1]
-    return dataclasses.replace(decoding.trained_pair(), tokenizer=text)
+    return decoding.lettered_pair()
 
 
 def run(params: Params, prompt, **options):
@@ -46,7 +35,7 @@ def test_text_ends_at_the_end_token_which_counts_but_is_not_shown(with_text: Par
     assert 10 in free[:-1]  # else this seed shows nothing
     end = free.index(10)
     assert out.tokens.tolist() == free[: end + 1]
-    assert out.text == "".join(LETTERS[i] for i in out.tokens[:-1])
+    assert out.text == "".join(decoding.LETTERS[i] for i in out.tokens[:-1])
     assert out.statistics.new_tokens == (end + 1,)
 
 

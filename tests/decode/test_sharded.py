@@ -25,6 +25,7 @@ from eagle_jax.decode import (
     generate,
     static_tree,
 )
+from eagle_jax.decode.batcher import Batcher
 from eagle_jax.models import param_shapes
 from eagle_jax.models.transformer import Transformer
 from eagle_jax.params import Draft, Params
@@ -123,6 +124,23 @@ def test_experts_on_different_devices(method):
     up = params.target["layers.0.mlp.experts.gate_up_proj.kernel"]
     assert up.addressable_shards[0].data.shape[0] == 2
     assert texts(params, method, 1.0) == alone(method, 1.0, experts=8)
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_rows_are_replaced_on_a_mesh(rows):
+    """Catches a row that is put into one group's part only, and a program that is made twice."""
+    params = placed(pair(), mesh(tensor=4))
+    options = {"max_prompt": 20, "max_new_tokens": 20, "temperature": 1.0, "chunk": 4}
+    batcher = Batcher(params, method=METHODS["eagle"], rows=rows, **options)
+    numbers = [batcher.submit(prompt, seed=3 + i) for i, prompt in enumerate(PROMPTS)]
+    found: dict[int, list[int]] = {number: [] for number in numbers}
+    for piece in batcher.run():
+        found[piece.request] += np.asarray(piece.tokens).tolist()
+    assert list(found.values()) == alone("eagle", 1.0)
+    made = len(engine.executables())
+    for i, prompt in enumerate(PROMPTS):
+        batcher.submit(prompt, seed=i)
+    assert list(batcher.run()) and len(engine.executables()) == made
 
 
 def compiled(method: str, params: Params) -> str:
