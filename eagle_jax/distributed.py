@@ -68,6 +68,9 @@ def _initialize(*arguments: Any) -> None:
     except (ValueError, RuntimeError) as error:
         said = str(error).strip().splitlines()[0]
         raise ValueError(f"processes: could not join: {said}") from error
+    if not first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, which is later
 
 
 def first() -> bool:

@@ -17,7 +17,7 @@ from eagle_jax.checkpoint import files, hf, native
 from eagle_jax.checkpoint.stored import Stored
 from eagle_jax.config import DraftConfig, MedusaConfig, TransformerConfig
 from eagle_jax.models.layers import fuse_mlp
-from eagle_jax.sharding import replicated, weight_shardings
+from eagle_jax.sharding import check_tensor, replicated, weight_shardings
 from eagle_jax.text import Tokenizer
 from eagle_jax.types import ParamDict
 
@@ -76,7 +76,8 @@ def load(
         dtype: of all parameters and so of the arithmetic; by default float32 on CPUs (where it is
             exact and fast) and bfloat16 elsewhere.
         sharding: where weights go: a mesh of `eagle_jax.sharding.make_mesh`, whose tensor and
-            expert groups hold a part each and whose other groups share a batch's rows; or one
+            expert groups hold a part each (of a draft that they do not divide, all of it) and
+            whose other groups share a batch's rows; or one
             sharding for all weights. By default whole to the default device.
 
     Raises:
@@ -91,13 +92,15 @@ def load(
 
     native.check(root)
     target_config, target = hf.open_target(target_dir)
+    if isinstance(sharding, Mesh):
+        check_tensor(sharding, [target_config])
     tokenizer = Tokenizer.load(target_dir) if (target_dir / "tokenizer.json").exists() else None
     drafts: dict[str, Draft] = {}
     for directories in (own_drafts(root), _directories(draft)):
         found = _open_drafts(directories, target_dir, target_config, tokenizer)
         for kind, (config, params) in found.items():
             config, params = _for_decoding(config, params, on_cpu)
-            drafts[kind] = Draft(_place(params, dtype, sharding), config)
+            drafts[kind] = Draft(_place(params, dtype, _draft_place(config, sharding)), config)
     target_config, target = _for_decoding(target_config, target, on_cpu)
     return Params(
         target=_place(target, dtype, sharding),
@@ -266,6 +269,16 @@ def _read_together(params: Mapping[str, Stored]) -> list[list[str]]:
         joined = re.sub(r"\b(gate|up)_proj\.kernel$", "gate_up_proj.kernel", joined)
         groups.setdefault(joined, []).append(name)
     return list(groups.values())
+
+
+def _draft_place(config: DraftConfig, sharding: Mesh | Sharding | None) -> Mesh | Sharding | None:
+    """A small draft that the mesh does not divide is whole on every device."""
+    if isinstance(sharding, Mesh):
+        try:
+            check_tensor(sharding, [config])
+        except ValueError:
+            return replicated(sharding)
+    return sharding
 
 
 def _sharding(name: str, array: np.ndarray, sharding: Mesh | Sharding | None) -> Sharding | None:

@@ -85,6 +85,16 @@ def make_mesh(
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def decoding_mesh(tensor: int, expert: int = 1) -> Mesh | None:
+    """All devices in groups of `tensor` x `expert`; none for `tensor` 0: one device decodes alone.
+
+    Several processes always decode together.
+    """
+    if not tensor and expert == 1 and jax.process_count() == 1:
+        return None
+    return make_mesh(tensor=max(tensor, 1), expert=expert)
+
+
 def spec(*logical: str | None) -> P:
     """Partition of an array whose axes carry these logical names (None: not cut).
 

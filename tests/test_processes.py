@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -75,9 +76,9 @@ def together(*command: str) -> str:
             process.kill()
     for process, (_, error) in zip(running, said, strict=True):
         assert process.returncode == 0, error[-3000:]
+    gloo = re.compile(r"\[Gloo\]|peer ranks")  # the CPU's collectives speak on stdout
     first, second = (
-        "".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]"))
-        for out, _ in said
+        "".join(line for line in out.splitlines(True) if not gloo.search(line)) for out, _ in said
     )
     assert not second, "the second process printed"
     assert "step" not in said[1][1], "the second process showed its progress"
@@ -146,6 +147,32 @@ def test_decoding_is_the_same(model, tmp_path):
                 seed=4,
             )
             assert json.loads(line) == [row.tolist() for row in out.tokens]
+
+
+def test_an_answer_file_has_one_writer(model, tmp_path):
+    """Catches a line that both write, and a run that goes on where only one of them was."""
+    prompts = [{"messages": [{"role": "user", "content": "a" * n}]} for n in range(1, 6)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    arguments = ["-m", "eagle_jax.decode", "--model", str(model), "--input"]
+    arguments += [str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "12", "--temperature", "1"]
+    both = [
+        *arguments,
+        "--output",
+        str(tmp_path / "two.jsonl"),
+        "--tensor",
+        "2",
+        "--batch-size",
+        "4",
+    ]
+    assert json.loads(together(*both))["answered"] == 5
+    again = json.loads(together(*both))
+    assert again["answered"] == 0 and again["already_answered"] == 5
+    one = [sys.executable, *arguments, "--output", str(tmp_path / "one.jsonl")]
+    subprocess.run(one, check=True, capture_output=True, cwd=ROOT)
+    lines = [
+        sorted((tmp_path / name).read_text().splitlines()) for name in ("one.jsonl", "two.jsonl")
+    ]
+    assert lines[0] == lines[1] and len(lines[0]) == 5
 
 
 @pytest.mark.parametrize(

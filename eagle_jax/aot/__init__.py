@@ -264,10 +264,10 @@ def describe(name: str, compiled: Any, seconds: float, kind: str) -> dict[str, A
         memory; gflop and gbytes (moved, as the compiler counts), its estimate in milliseconds, and
         a floor in milliseconds: arguments read once, or the arithmetic, at the data sheet's rate
         (None where there is none); collectives by kind as (number, MiB of results); host: what
-        crosses to the host; compile: seconds.
+        crosses to the host (both None if the program cannot be read); compile: seconds.
     """
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    text = compiled.as_text()
+    text = _text(compiled)
     arguments = memory.argument_size_in_bytes
     # Outputs that take the place of an argument need no memory of their own.
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -288,10 +288,22 @@ def describe(name: str, compiled: Any, seconds: float, kind: str) -> dict[str, A
         "gbytes": cost.get("bytes accessed", 0.0) / 1e9,
         "milliseconds": 1e3 * estimate if estimate > 0 else None,
         "floor": floor,
-        "collectives": collectives(text),
-        "host": sorted(set(match.group(0).strip("(") for match in _HOST.finditer(text))),
+        "collectives": None if text is None else collectives(text),
+        "host": None
+        if text is None
+        else sorted({match.group(0).strip("(") for match in _HOST.finditer(text)}),
         "compile": seconds,
     }
+
+
+def _text(compiled: Any) -> str | None:
+    """The compiled program, or None where libtpu cannot write it down (some large programs)."""
+    import jax
+
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def collectives(text: str) -> dict[str, tuple[int, float]]:

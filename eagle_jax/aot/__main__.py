@@ -43,6 +43,8 @@ def _line(row: dict[str, Any]) -> str:
         "-".rjust(width) if row[name] is None else f"{row[name]:{form}}"
         for name, (_, width, form) in _COLUMNS.items()
     ]
+    if row["collectives"] is None:
+        return f"{' '.join(cells)}  cannot be read; compiled in {row['compile']:.0f} s"
     sent = ", ".join(f"{n} {kind} {size:.1f} MiB" for kind, (n, size) in row["collectives"].items())
     host = ", ".join(row["host"]) or "no"
     return f"{' '.join(cells)}  {sent or '-'}; host: {host}; compiled in {row['compile']:.0f} s"

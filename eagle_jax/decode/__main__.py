@@ -12,6 +12,7 @@ import json
 import sys
 from typing import Any
 
+from eagle_jax import distributed
 from eagle_jax.cli import run
 
 
@@ -60,6 +61,15 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="same seed, same text, whatever the method"
     )
     out.add_argument("--raw", action="store_true", help="continue the text, no chat template")
+    out.add_argument(
+        "--tensor",
+        type=int,
+        default=0,
+        metavar="N",
+        help="use all devices: groups of N share the weights, groups share the rows of a batch "
+        "(default: 0, one device)",
+    )
+    out.add_argument("--expert", type=int, default=1, metavar="N", help="groups that share experts")
     out.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: by device")
     out.add_argument("--json", action="store_true", help="print one JSON line only")
     files = out.add_argument_group("a file of prompts")
@@ -67,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     files.add_argument("--output", metavar="JSONL", help="answered conversations; resumes")
     files.add_argument("--batch-size", type=int, default=8, metavar="N")
     files.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
+    distributed.add_arguments(out)
     return out
 
 
@@ -78,9 +89,12 @@ def main(argv: list[str] | None = None) -> None:
     if (args.input is None) != (args.output is None):
         raise ValueError(f"output={args.output!r}: --input and --output go together")
 
+    distributed.join(args)
     from eagle_jax.params import load  # heavy; after the arguments are known to be good
+    from eagle_jax.sharding import decoding_mesh
 
-    params = load(args.model, draft=args.draft, dtype=args.dtype)
+    mesh = decoding_mesh(args.tensor, args.expert)
+    params = load(args.model, draft=args.draft, dtype=args.dtype, sharding=mesh)
     options: dict[str, Any] = {
         "method": _method(args),
         "max_new_tokens": args.max_new_tokens,
@@ -143,6 +157,8 @@ def _answer(params: Any, prompt: str, show: bool, **options: Any) -> None:
     assert last is not None
     if not show:
         print(json.dumps({"text": text, **dataclasses.asdict(last)}))
+        return
+    if not distributed.first():
         return
     print()
     print(

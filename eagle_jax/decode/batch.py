@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from eagle_jax import distributed
 from eagle_jax.decode import Options, engine
 from eagle_jax.decode.batcher import Batcher, Piece
 from eagle_jax.params import Params
@@ -88,12 +89,13 @@ def answer_file(
     room = context - max_new_tokens
     fitting = [i for i, ids in enumerate(encoded) if len(ids) <= room]
     done = _answered(Path(target), prompts, settings)
+    distributed.wait_for_all("answers")  # before the first process writes more
     waiting = sorted(set(fitting) - done, key=lambda i: (-len(encoded[i]), i))
 
     begin, tokens, rounds = time.perf_counter(), 0, 0
     before = len(fitting) - len(waiting)
     with (
-        open(target, "a", encoding="utf-8") as out,
+        open(target if distributed.first() else os.devnull, "a", encoding="utf-8") as out,
         tqdm(total=len(fitting), initial=before, unit="prompt") as bar,
     ):
         # One cache size per bucket of prompts: attention reads all of it.
@@ -170,7 +172,7 @@ def _answered(path: Path, prompts: Sequence[Messages], settings: dict[str, Any])
             f"output={str(path)!r}: holds no answers to this input with these settings; give "
             "another file"
         ) from error
-    if torn:
+    if torn and distributed.first():
         os.truncate(path, len(whole))
     return done
 

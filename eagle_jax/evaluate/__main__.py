@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from eagle_jax import cli, settings
+from eagle_jax import cli, distributed, settings
 from eagle_jax.evaluate.config import EvalConfig
 
 _EPILOG = """\
@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
         help="override one field, e.g. limit=10, batch_size=8, dtype=bfloat16; repeatable",
     )
     out.add_argument("--restart", action="store_true", help="delete the samples of an earlier run")
+    distributed.add_arguments(out)
     return out
 
 
@@ -99,9 +100,11 @@ def evaluate(config: EvalConfig, restart: bool = False, strict: bool = True) -> 
     from eagle_jax.evaluate import metrics, report, runner, tasks
     from eagle_jax.evaluate.samples import Samples
     from eagle_jax.params import load
+    from eagle_jax.sharding import decoding_mesh
 
     questions = tasks.read_tasks(config.tasks, config.data, config.limit)
-    params = load(config.model, draft=config.drafts, dtype=config.dtype)
+    mesh = decoding_mesh(config.tensor, config.expert)
+    params = load(config.model, draft=config.drafts, dtype=config.dtype, sharding=mesh)
     if not strict:
         config = with_drafts(config, params)
     runner.check_methods(params, config)
@@ -138,8 +141,9 @@ def evaluate(config: EvalConfig, restart: bool = False, strict: bool = True) -> 
             "batch": "acceptance per depth of a padded batch counts its padding rows",
         },
     }
-    report.write(folder, result)
-    _plot(folder, result)
+    if distributed.first():
+        report.write(folder, result)
+        _plot(folder, result)
     return result
 
 
@@ -182,7 +186,7 @@ def _fixed(config: EvalConfig, params: Any, around: dict[str, Any]) -> dict[str,
 
     names = ("model", "drafts", "top_p", "new_tokens", "ignore_eos", "seed", "repeats")
     return {
-        **{name: getattr(config, name) for name in (*names, "batch_size")},
+        **{name: getattr(config, name) for name in (*names, "batch_size", "tensor", "expert")},
         "methods": {name: repr(method) for name, method in with_baseline(config.methods).items()},
         **{name: around[name] for name in ("device", "devices", "dtype", "jax", "eagle_jax")},
         "weights": _fingerprint(params),
@@ -243,6 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; 1 if an answer differs that must not."""
     args = parser().parse_args(argv)
     config = configuration(args)
+    distributed.join(args)
     from eagle_jax.evaluate import report
 
     try:

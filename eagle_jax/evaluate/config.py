@@ -30,6 +30,8 @@ class EvalConfig:
         ignore_eos: decode all answers to `new_tokens`.
         seed: of the sampling noise; each question's own seed is derived from it.
         repeats: timed runs of every method on every prompt.
+        tensor, expert: use all devices: groups of `tensor` x `expert` share the weights, groups
+            share the rows of a batch. 0: one device.
         batch_size: prompts decoded together; the last batch is padded to this size.
         longest_prompt: in tokens; longer ones are skipped, as are those that leave less than
             `new_tokens` of the context. 0 is no further limit. Prompts are padded to powers of two
@@ -53,6 +55,8 @@ class EvalConfig:
     ignore_eos: bool = False
     seed: int = 0
     repeats: int = 3
+    tensor: int = 0
+    expert: int = 1
     batch_size: int = 1
     longest_prompt: int = 0
     compile_threads: int = 4

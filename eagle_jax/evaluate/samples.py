@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from eagle_jax import distributed
+
 SAMPLES = "samples.jsonl"
 WRITTEN = (
     SAMPLES,
@@ -25,7 +27,7 @@ _START = b'{"eagle_jax_evaluation": '
 
 
 class Samples:
-    """Records by key, in memory and on disk.
+    """Records by key, in memory and on disk; of several processes the first writes.
 
     Raises:
         ValueError: the directory holds samples of other settings, or somebody else's file.
@@ -35,13 +37,17 @@ class Samples:
         self.path = folder / SAMPLES
         self._records: dict[str, dict[str, Any]] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        if restart:
+        writes = distributed.first()
+        if restart and writes:
             for name in WRITTEN:
                 (folder / name).unlink(missing_ok=True)
-        if not self._read(json.loads(json.dumps(settings))):  # as it was written
+        distributed.wait_for_all("restart")
+        found = self._read(json.loads(json.dumps(settings)), writes)  # as it was written
+        distributed.wait_for_all("samples")
+        if not found and writes:
             header = json.dumps({"eagle_jax_evaluation": 1, "settings": settings})
             self.path.write_text(header + "\n", encoding="utf-8")
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = open(self.path if writes else os.devnull, "a", encoding="utf-8")
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The record stored under `key`, if any."""
@@ -58,7 +64,7 @@ class Samples:
     def close(self) -> None:
         self._file.close()
 
-    def _read(self, settings: dict[str, Any]) -> bool:
+    def _read(self, settings: dict[str, Any], writes: bool) -> bool:
         """Takes over what is there; false if there is nothing."""
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
@@ -77,7 +83,7 @@ class Samples:
                 f"{here}: its {SAMPLES} is damaged or not ours; give another --output"
             ) from None
         _compare(found, settings, here)
-        if len(whole) < len(data):
+        if writes and len(whole) < len(data):
             os.truncate(self.path, len(whole))
         return True
 
