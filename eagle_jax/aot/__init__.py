@@ -184,7 +184,7 @@ def _decoding(config: AotConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
         compiled, seconds = _compile(once)
         yield describe(f"{name}: one round", compiled, seconds, where[0].device_kind)
         loop = jax.jit(on_mesh(engine.decode), donate_argnums=1)
-        compiled, seconds = _compile(loop.lower(own, state, drawn, array(())))
+        compiled, seconds = _compile(loop.lower(own, state, drawn, array(()), array(())))
         # What a loop costs depends on how often it runs; the compiler counts its body once.
         row = describe(f"{name}: loop", compiled, seconds, where[0].device_kind)
         yield row | dict.fromkeys(("gflop", "gbytes", "milliseconds", "floor"))

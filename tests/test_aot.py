@@ -1,0 +1,100 @@
+"""Compilation for TPUs that are not there."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import tiny_pair
+
+from eagle_jax import aot, settings
+from eagle_jax.testing import tiny_target
+
+ROOT = tiny_pair.ROOT
+
+HLO = """
+  %a = bf16[2,4]{1,0:T(8,128)} all-reduce(%x), replica_groups={}
+  %b = (f32[8]{0}, s32[8]{0}) all-gather-start(%y), dimensions={0}
+  %c = f32[8]{0} all-gather-done(%b)
+  %d = pred[3]{0} collective-permute(%z)
+  %e = f32[4]{0} add(%p, %q), metadata={op_name="all-reduce(fake"}
+"""
+
+
+def test_collectives_are_counted():
+    """Catches a start and its end that count twice, and results that are tuples."""
+    found = aot.collectives(HLO)
+    assert {kind: number for kind, (number, _) in found.items()} == {
+        "all-gather": 1,
+        "all-reduce": 1,
+        "collective-permute": 1,
+    }
+    sizes = {kind: round(size * 2**20) for kind, (_, size) in found.items()}
+    assert sizes == {"all-gather": 64, "all-reduce": 16, "collective-permute": 3}
+
+
+@pytest.mark.parametrize("name", ["tiny", "llama_8b", "llama_70b"])
+def test_every_config_is_read(name):
+    config = settings.load(ROOT / f"configs/aot/{name}.py", kind=aot.AotConfig)
+    assert config.train is not None and config.method is not None
+
+
+def test_settings_that_cannot_be():
+    with pytest.raises(ValueError, match="batch_size=0: must be at least 1"):
+        settings.load(ROOT / "configs/aot/tiny.py", ["batch_size=0"], kind=aot.AotConfig)
+    with pytest.raises(ValueError, match="method=None: give a method, or a training run"):
+        aot.AotConfig("v5e:2x4", tiny_target())
+
+
+def test_without_libtpu_it_says_so(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"libtpu is not installed; pip install 'eagle-jax\[tpu\]'"
+    ):
+        aot.devices("v5e:2x4")
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed here (pip install 'eagle-jax[tpu]', on x86 Linux)",
+)
+
+
+@needs_libtpu
+def test_a_slice_that_there_is_none_of():
+    with pytest.raises(ValueError, match="topology='v9:2x2': .*; e.g. v5e:2x4"):
+        aot.devices("v9:2x2")
+
+
+@needs_libtpu
+def test_everything_compiles_for_a_tpu():
+    """Catches an operation that TPUs lack, a callback to the host, and weights that travel."""
+    out = json.loads(run("--config", "configs/aot/tiny.py").splitlines()[-1])
+    rows = {row["program"]: row for row in out["rows"]}
+    assert set(rows) == {
+        *(f"{name}: {what}" for name in ("vanilla", "Eagle") for what in PROGRAMS),
+        "FeatureRegression: training step",
+    }
+    for row in rows.values():
+        assert row["host"] == [] and 0 < row["arguments"] < row["total"] < 0.1
+        assert 0 < row["share"] < 0.01
+    assert rows["vanilla: one round"]["floor"] > 0
+    # Of two layers: their sums, the embedding's, and the drawn token.
+    assert rows["vanilla: one round"]["collectives"]["all-reduce"][0] <= 2 * 2 + 1 + 2
+    assert rows["FeatureRegression: training step"]["gflop_counted"] > 0
+
+
+PROGRAMS = ("prefill", "one round", "loop")
+
+
+def run(*arguments: str) -> str:
+    """The command in a process of its own: it must not find the tests' eight devices."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
+    command = [sys.executable, "-m", "eagle_jax.aot", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"vanilla: one round +0\.\d\d", done.stderr)
+    return done.stdout
