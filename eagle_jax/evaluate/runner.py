@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
@@ -250,7 +251,9 @@ class Runner:
                 shapes.setdefault(job.shape(), job)
         if not shapes:
             return
-        with ThreadPoolExecutor(self.config.compile_threads) as pool:
+        # Several processes must run the same programs in the same order.
+        threads = 1 if jax.process_count() > 1 else self.config.compile_threads
+        with ThreadPoolExecutor(threads) as pool:
             runs = {pool.submit(self._run, job): shape for shape, job in shapes.items()}
             try:
                 for run in self._bar("compiling", len(runs), items=as_completed(runs)):

@@ -24,7 +24,7 @@ ONE = TransformerConfig(
     intermediate_size=5632,
     num_hidden_layers=8,
     num_attention_heads=32,
-    num_key_value_heads=4,
+    num_key_value_heads=8,
     head_dim=64,
 )
 EIGHT = TransformerConfig(
@@ -47,7 +47,7 @@ import jax
 import eagle_jax
 from eagle_jax.sharding import make_mesh
 
-sharding = make_mesh(fsdp=8) if sys.argv[2] == "mesh" else None
+sharding = make_mesh(tensor=8) if sys.argv[2] == "mesh" else None
 jax.block_until_ready(jax.numpy.zeros(8))
 pages = int(open("/proc/self/statm").read().split()[1])
 before = pages * resource.getpagesize()
