@@ -24,15 +24,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--distributed",
         action="store_true",
-        help="join the others that SLURM, Open MPI, GKE or a TPU slice started",
+        help="join the others that SLURM, Open MPI or a TPU slice (on GKE too) started",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, without those")
     group.add_argument("--processes", type=int, metavar="N", help="how many there are")
     group.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
 
 
-def join(arguments: argparse.Namespace) -> None:
+def join(arguments: argparse.Namespace, *, preemptible: bool = False) -> None:
     """Meets the other processes, if the arguments say that there are any; before any JAX work.
+
+    Args:
+        arguments: with those of `add_arguments`.
+        preemptible: JAX's runtime hears SIGTERM, and the program asks it (`train.preemption`).
+            Otherwise SIGTERM ends the program as it always does.
 
     Raises:
         ValueError: arguments that don't fit together, or the others don't come.
@@ -49,7 +54,7 @@ def join(arguments: argparse.Namespace) -> None:
     if arguments.distributed:
         if extra := [f"--{name}" for name, value in given.items() if value is not None]:
             raise ValueError(f"--distributed: finds {', '.join(extra)} by itself; leave them out")
-        _initialize()
+        _initialize(preemptible)
         return
     for name, value in given.items():
         if value is None:
@@ -57,14 +62,22 @@ def join(arguments: argparse.Namespace) -> None:
     count, index = given["processes"], given["process"]
     if not 0 <= index < count:
         raise ValueError(f"--process={index}: must be 0 to {count - 1}, below --processes={count}")
-    _initialize(given["coordinator"], count, index)
+    # All is said: JAX would only cut devices to SLURM's one a process, or ask Kubernetes' API.
+    _initialize(
+        preemptible,
+        coordinator_address=given["coordinator"],
+        num_processes=count,
+        process_id=index,
+        cluster_detection_method="deactivate",
+    )
 
 
-def _initialize(*arguments: Any) -> None:
+def _initialize(preemptible: bool, **where: Any) -> None:
     import jax
 
+    jax.config.update("jax_enable_preemption_service", preemptible)
     try:
-        jax.distributed.initialize(*arguments)
+        jax.distributed.initialize(**where)
     except (ValueError, RuntimeError) as error:
         said = str(error).strip().splitlines()[0]
         raise ValueError(f"processes: could not join: {said}") from error

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -48,6 +49,18 @@ for temperature in (0.0, 1.0):
     )
     if distributed.first():
         print(json.dumps([row.tolist() for row in out.tokens]))
+"""
+SIGTERM = """
+import argparse, os, signal, socket
+from eagle_jax import distributed
+with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+parser = argparse.ArgumentParser()
+distributed.add_arguments(parser)
+words = ["--coordinator", f"localhost:{{port}}", "--processes", "1", "--process", "0"]
+distributed.join(parser.parse_args(words), preemptible={preemptible})
+os.kill(os.getpid(), signal.SIGTERM)
 """
 
 
@@ -173,6 +186,14 @@ def test_an_answer_file_has_one_writer(model, tmp_path):
         sorted((tmp_path / name).read_text().splitlines()) for name in ("one.jsonl", "two.jsonl")
     ]
     assert lines[0] == lines[1] and len(lines[0]) == 5
+
+
+@pytest.mark.parametrize(("preemptible", "status"), [(False, -signal.SIGTERM), (True, 0)])
+def test_sigterm_ends_what_does_not_ask_for_it(preemptible, status, tmp_path):
+    """Catches JAX's runtime hearing it, and a server or an evaluation that nobody can end."""
+    program = tmp_path / "program.py"
+    program.write_text(SIGTERM.format(preemptible=preemptible))
+    assert subprocess.run([sys.executable, program], cwd=ROOT).returncode == status
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ RUN = {
     "decode/compare_trees.py",
     "decode/demo.py",
     "decode/eagle.ipynb",
+    "decode/recipes/gpu_node.py",  # by test_recipes.py
 }
 
 

@@ -18,9 +18,10 @@ from eagle_jax.testing import tiny_params, tiny_target
 ROOT = Path(__file__).parent.parent
 
 
-def write(folder: Path, seed: int = 3) -> Path:
+def write(folder: Path, seed: int = 3, **changes: int) -> Path:
     """Writes `target/`, with its tokenizer, and a draft of every kind; weights keep all bits."""
-    models = tiny_params(tiny_target(tiny_run.write_tokenizer(folder / "target")), seed)
+    target = tiny_target(tiny_run.write_tokenizer(folder / "target"), **changes)
+    models = tiny_params(target, seed)
     hf.save_target(folder / "target", models.target_config, models.target, "float32")
     for kind, draft in models.drafts.items():
         hf.save_draft(folder / kind, draft.config, draft.params, "float32")

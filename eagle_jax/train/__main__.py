@@ -41,7 +41,7 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Parse, train, print the result."""
     arguments = _arguments()
-    distributed.join(arguments)
+    distributed.join(arguments, preemptible=True)
     config = settings.load(arguments.config, arguments.overrides, kind=TrainConfig)
     result = run(config, restart=arguments.restart, dry_run=arguments.dry_run)
     if distributed.first():
