@@ -10,7 +10,7 @@ demo: $(VENV)/.base
 	$(BIN)/python decode/demo.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check

@@ -10,16 +10,17 @@ import argparse
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from eagle_jax.checkpoint import drafts as layouts
 from eagle_jax.checkpoint import files, hf, inspection, native, safetensors, serving
 from eagle_jax.checkpoint.names import on_disk
-from eagle_jax.checkpoint.stored import Stored
+from eagle_jax.checkpoint.stored import Stored, cast
 from eagle_jax.cli import run
 from eagle_jax.config import DraftConfig, Eagle3Config
 
@@ -40,6 +41,7 @@ _OTHERS = (
 )
 # Keys that a draft keeps though they are not of its computation.
 _KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+_KEPT += ("base_model_name_or_path",)  # the published loader of Medusa heads wants it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,7 @@ def convert(
     draft: Sequence[str | Path] = (),
     kind: str | None = None,
     dtype: str | None = None,
+    target_name: str | None = None,
     progress: Any = None,
 ) -> dict[str, Any]:
     """Writes a checkpoint in another layout.
@@ -74,13 +77,16 @@ def convert(
         source: directory of a target, of a draft, or of both (`target/` and a directory per draft),
             or the name of a shipped pair.
         to: a directory that does not exist yet, or is empty.
-        layout: "hf" (a target, for transformers), "official", "sglang" or "speculators" (a draft),
-            "native" (a target and its drafts in one directory).
-        target: the draft's, where `source` has none. Official EAGLE-3 heads need it to know their
-            layers; serving stacks want its context length.
-        draft: further drafts, for "native".
-        kind: which draft to write, where there are several.
+        layout: "hf" (a whole model, for transformers), "official", "sglang" or "speculators" (a
+            draft), "native" (a target and its drafts in one directory).
+        target: the draft's, where `source` has none; not for "hf". Official EAGLE-3 heads need it
+            to know their layers; serving stacks want its context length.
+        draft: further drafts; not for "hf".
+        kind: which draft to write, where there are several; "model" with "hf" for an independent
+            model beside a target; not for "native".
         dtype: of the weights, one of `files.DTYPES`; by default that of the source.
+        target_name: under which a serving stack finds the target (speculators files say it); by
+            default that of its directory.
         progress: makes a progress bar from a total of bytes and a text: an object with `update`,
             in a `with` statement; for example `tqdm`.
 
@@ -90,26 +96,40 @@ def convert(
     Raises:
         ValueError: the source is broken or has not what the layout holds, or `to` is not empty.
         OSError: it cannot be written. Nothing half-written stays, whatever is raised.
+
+    Warns:
+        UserWarning: the authors' code does not know all of an official draft's features.
     """
     if layout not in FORMATS:
         raise ValueError(f"format={layout!r}: must be one of {', '.join(FORMATS)}")
     if dtype is not None and dtype not in files.DTYPES:
         raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(files.DTYPES)}")
+    if layout == "native" and kind is not None:
+        raise ValueError(f"kind={kind!r}: format 'native' takes all drafts; leave --kind out")
+    if target_name is not None and layout != "speculators":
+        raise ValueError(
+            f"target_name={target_name!r}: only format 'speculators' says it; leave it out"
+        )
+    for name, value in (("target", target), ("draft", draft)):
+        if layout == "hf" and value:
+            raise ValueError(f"{name}: format 'hf' writes --from alone; leave --{name} out")
+    to = Path(to).expanduser()
     found = _source(source, target, draft)
     if found.root is not None:
-        native.check(found.root)
-    job = _Job(dtype, progress)
+        native.check(found.root, whole=True)  # the new manifest would bless what is broken
+    job = _Job(dtype, progress, target_name)
     if layout == "native":
-        return _to_native(job, found, Path(to))
+        return _to_native(job, found, to)
     if layout == "hf":
-        return _to_hf(job, found, Path(to))
-    return _to_serving(job, found, Path(to), layout, kind)
+        return _to_hf(job, found, to, kind)
+    return _to_serving(job, found, to, layout, kind)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
     dtype: str | None
     progress: Any
+    target_name: str | None
 
     def bar(self, total: int, text: str) -> Any:
         if self.progress is None:
@@ -122,33 +142,41 @@ def _source(path: str | Path, target: str | Path | None, drafts: Sequence[str | 
 
     root = find(path)
     more = [Path(directory).expanduser() for directory in drafts]
-    outer = None
-    if target is not None:
-        outer = find(target)
-        outer = outer / "target" if (outer / "target").is_dir() else outer
+    outer = _target_of(target)
     if (root / "target").is_dir():
-        return Source(outer or root / "target", (*own_drafts(root), *more), root)
-    if _kind(root) == "model":
+        if outer is not None:
+            raise ValueError(f"target: {root} has a target of its own; leave --target out")
+        return Source(root / "target", (*own_drafts(root), *more), root)
+    if hf.kind(root) == "model":
         if outer is not None:  # a small model that drafts for a large one
             return Source(outer, (root, *more))
         return Source(root, tuple(more))
     return Source(outer, (root, *more))
 
 
-def _kind(directory: Path) -> str:
-    settings = layouts.flat(files.read_json(directory / "config.json"))
-    return layouts.kind_of(settings, files.read_tensors(directory))
+def _target_of(path: str | Path | None) -> Path | None:
+    from eagle_jax.params import find
+
+    if path is None:
+        return None
+    root = find(path)
+    root = root / "target" if (root / "target").is_dir() else root
+    if hf.kind(root) != "model":
+        raise ValueError(f"target: {root} is a draft of kind {hf.kind(root)!r}; give its target")
+    return root
 
 
-def _to_hf(job: _Job, source: Source, to: Path) -> dict[str, Any]:
-    if source.target is None:
+def _to_hf(job: _Job, source: Source, to: Path, kind: str | None) -> dict[str, Any]:
+    chosen = source.target if kind is None else _choose(source, kind)
+    if chosen is None or hf.kind(chosen) != "model":
+        draft = chosen or source.drafts[0]
         raise ValueError(
-            f"{source.drafts[0]}: is a draft of kind {_kind(source.drafts[0])!r}, format 'hf' is "
-            f"for targets; use one of {', '.join(FORMATS[1:])}"
+            f"{draft}: is a draft of kind {hf.kind(draft)!r}, format 'hf' is "
+            f"for whole models; use one of {', '.join(FORMATS[1:])}"
         )
     with files.staged(to) as directory:
-        written = _write_target(job, source.target, directory)
-    return {"to": str(to), "format": "hf", "kinds": ["target"], "bytes": written}
+        written = _write_target(job, chosen, directory)
+    return {"to": str(to), "format": "hf", "kinds": [kind or "target"], "bytes": written}
 
 
 def _to_serving(
@@ -161,12 +189,14 @@ def _to_serving(
 
 
 def _choose(source: Source, kind: str | None) -> Path:
-    kinds = {directory: _kind(directory) for directory in source.drafts}
+    kinds = {directory: hf.kind(directory) for directory in source.drafts}
     chosen = [directory for directory in kinds if kind in (None, kinds[directory])]
     if len(chosen) == 1:
         return chosen[0]
+    if not kinds:
+        raise ValueError(f"{source.target}: is a target without drafts; give the draft with --from")
     have = ", ".join(sorted(set(kinds.values()))) or "none"
-    if kind is None and kinds:
+    if kind is None:
         raise ValueError(f"kind: the source has several drafts ({have}); choose one with --kind")
     raise ValueError(
         f"kind={kind!r}: the source has {len(chosen)} such drafts (all: {have}); give one directory"
@@ -203,10 +233,7 @@ def _to_native(job: _Job, source: Source, to: Path) -> dict[str, Any]:
             if name in ("target", "model"):
                 written += _write_target(job, directory, root / name)
             else:
-                layout, own = "official", source.target
-                config, count = _write_draft(
-                    job, directory, root / name, layout, own, embedding=False
-                )
+                _, count = _write_draft(job, directory, root / name, serving.INNER, source.target)
                 written += count
         native.write_manifest(root, parts)
         native.check(root, whole=True)
@@ -220,7 +247,7 @@ def _write_target(job: _Job, source: Path, directory: Path) -> int:
     tensors = {name: tensors[name] for name, _ in on_disk(config).values()}
     settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if job.dtype is not None:
-        tensors = {name: tensor.astype(job.dtype) for name, tensor in tensors.items()}
+        tensors = {name: cast(name, tensor, job.dtype) for name, tensor in tensors.items()}
         settings |= {"dtype": job.dtype, "torch_dtype": job.dtype}
     total = serving.size(tensors)
     with job.bar(2 * total, f"{source.name} -> hf") as bar:
@@ -241,11 +268,9 @@ def _write_draft(
     directory: Path,
     layout: str,
     target: Path | None,
-    *,
-    embedding: bool = True,
 ) -> tuple[DraftConfig, int]:
     """A draft in a layout of `serving`; returns the bytes of its tensors."""
-    about = None if target is None else _target(target)
+    about = None if target is None else _target(target, job.target_name)
     config, params = hf.open_draft(source, about.config if about else None)
     if about is not None:
         try:
@@ -254,14 +279,15 @@ def _write_draft(
             raise ValueError(f"{source}: {error}") from error
     settings = layouts.flat(files.read_json(source / "config.json"))
     kept = (*_KEPT, layouts.COVERAGE)
-    dtype = job.dtype or _dtype(source, params)
-    matrix = _embedding(source, about, layout, config) if embedding else None
+    matrix = _embedding(source, about, layout, config)
+    if layout == "official":
+        _warn(source, serving.unsaid(config, about.config if about else None))
     serving.write(
         directory,
         config,
         params,
         layout,
-        dtype,
+        job.dtype,
         target=about,
         extra={key: settings[key] for key in kept if key in settings},
         embedding=matrix,
@@ -272,10 +298,12 @@ def _write_draft(
     return config, written
 
 
-def _target(directory: Path) -> serving.Target:
+def _target(directory: Path, name: str | None) -> serving.Target:
     config, params = hf.open_target(directory)
     architectures = files.read_json(directory / "config.json").get("architectures", [])
-    name = str(directory.resolve())
+    if name is None:  # a path of this machine would tell others nothing
+        place = directory.resolve()
+        name = place.parent.name if place.name == "target" else place.name
     return serving.Target(config, params["embed_tokens.embedding"], name, architectures)
 
 
@@ -287,44 +315,33 @@ def _embedding(
     The official EAGLE-1 loader refuses heads without one; official EAGLE-3 and SGLang take the
     target's.
     """
-    if layout == "sglang" or (layout == "official" and config.kind != "eagle"):
-        return None
     if isinstance(config, Eagle3Config) and config.target_hidden_size:
         return None  # it has its own, among its weights
-    own = files.read_tensors(source).get(layouts.EMBEDDING)
-    if target is None:
-        return own
-    if own is not None and not _close(own, target.embedding):
+    own = layouts.own_embedding(files.read_tensors(source))
+    if target is not None and own is not None and not layouts.close(own, target.embedding):
         raise ValueError(
             f"{source}: its {layouts.EMBEDDING} is not the target's; "
             "give the target that the draft was trained for"
         )
-    return target.embedding
+    if layout in ("sglang", serving.INNER):
+        return None
+    if layout == "official" and config.kind != "eagle":
+        return own if target is None else None  # nobody has seen that it is the target's
+    if layout == "official" and own is None and target is None:
+        raise ValueError(
+            f"{source}: has no {layouts.EMBEDDING}, without which the official code does not open "
+            "an EAGLE-1 head; give the target that has it with --target"
+        )
+    return own if target is None else target.embedding
 
 
-def _close(own: Stored, embedding: Stored) -> bool:
-    """Whether a copy is the same matrix, up to the rounding of 16-bit formats."""
-    if own.shape != embedding.shape:
-        return False
-    one, two = np.asarray(own), np.asarray(embedding)
-    for start in range(0, len(one), 1024):  # wide copies of all rows would take several times more
-        rows = np.s_[start : start + 1024]
-        wide, other = one[rows].astype(np.float32), two[rows].astype(np.float32)
-        if np.any(np.abs(wide - other) > 0.01 * np.abs(other) + 1e-6):
-            return False
-    return True
-
-
-def _dtype(source: Path, params: Mapping[str, Stored]) -> str:
-    """The dtype of all weights, the widest where there are several."""
-    names = {x.dtype.name for x in params.values() if x.dtype.kind not in "iub"}
-    for name in files.DTYPES:
-        if name in names:
-            return name
-    raise ValueError(
-        f"{source}: weights are {', '.join(sorted(names))}; give --dtype, one of "
-        f"{', '.join(files.DTYPES)}"
-    )
+def _warn(source: Path, features: Sequence[str]) -> None:
+    if features:
+        warnings.warn(
+            f"{source}: the official code knows no {', '.join(features)}: this library reads the "
+            "result, the authors' drafts otherwise or not at all; other formats say it",
+            stacklevel=2,
+        )
 
 
 def _copy_others(source: Path, directory: Path) -> None:
@@ -350,7 +367,9 @@ def inspect(path: str | Path, target: str | Path | None = None) -> dict[str, Any
     from eagle_jax.params import find, own_drafts
 
     root = find(path)
-    outer = None if target is None else _source(target, None, ()).target
+    outer = _target_of(target)
+    if outer is not None and ((root / "target").is_dir() or hf.kind(root) == "model"):
+        raise ValueError(f"target: {root} is no draft that comes alone; leave --target out")
     if not (root / "target").is_dir():
         return {".": inspection.describe(root, outer)}
     parts = [root / "target", *own_drafts(root)]
@@ -372,14 +391,16 @@ def parser() -> argparse.ArgumentParser:
         ),
         epilog=(
             "formats:\n"
-            "  hf           a target, as transformers opens it\n"
-            "  official     a draft, as the authors of EAGLE or Medusa publish it\n"
+            "  hf           a target, or with --kind model a small one, as transformers opens it\n"
+            "  official     a draft, as the authors of EAGLE or Medusa publish it: their names of\n"
+            "               tensors, in safetensors files (Medusa: medusa_lm_head.safetensors)\n"
             "  sglang       a draft for SGLang (EAGLE-1, EAGLE-3)\n"
             "  speculators  a draft for vLLM (EAGLE-3)\n"
             "  native       a target with its drafts in one directory: eagle_jax.load(DIRECTORY)\n"
             "\n"
             "examples:\n"
-            "  python -m eagle_jax.convert --inspect EAGLE3-LLaMA3.1-Instruct-8B\n"
+            "  python -m eagle_jax.convert --inspect EAGLE3-LLaMA3.1-Instruct-8B \\\n"
+            "      --target Llama-3.1-8B-Instruct\n"
             "  python -m eagle_jax.convert --from Llama-3.1-8B-Instruct \\\n"
             "      --draft EAGLE3-LLaMA3.1-Instruct-8B --to llama8b --format native\n"
             "  python -m eagle_jax.convert --from runs/eagle3/export --target Llama-3.1-8B-Instruct"
@@ -387,7 +408,8 @@ def parser() -> argparse.ArgumentParser:
             "      --to for-vllm --format speculators\n"
             "\n"
             "Tensors pass one at a time, so memory holds the largest of them, not the model. The\n"
-            "result is read again and compared before it gets its name; --to must not exist yet."
+            "result is read again and compared before it gets its name. --to is a new directory,\n"
+            "or an empty one."
         ),
     )
     out.add_argument("--from", dest="source", metavar="PATH", help="what to convert")
@@ -398,7 +420,12 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--draft", action="append", default=[], metavar="PATH", help="native: a draft; repeatable"
     )
-    out.add_argument("--kind", help="which draft, where there are several: eagle, eagle3, medusa")
+    out.add_argument(
+        "--kind", help="which draft, where there are several: eagle, eagle3, medusa, model"
+    )
+    out.add_argument(
+        "--target-name", metavar="NAME", help="speculators: where vLLM finds the target"
+    )
     out.add_argument("--dtype", choices=files.DTYPES, help="cast weights (default: as they are)")
     return out
 
@@ -407,8 +434,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line; the last line of standard output is one JSON object."""
     args = parser().parse_args(argv)
     if args.inspect is not None:
-        if args.source or args.to or args.format:
-            raise ValueError("inspect: goes without --from, --to and --format")
+        others = ("source", "to", "format", "draft", "kind", "dtype", "target_name")
+        if any(getattr(args, name) for name in others):
+            raise ValueError("inspect: goes with --target only, and for a draft")
         found = inspect(args.inspect, args.target)
         print(inspection.readable(found))
         print(json.dumps(found))
@@ -418,20 +446,26 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{name}: give --{name}, or --inspect PATH (--help explains)")
     from tqdm import tqdm
 
-    summary = convert(
-        args.source,
-        args.to,
-        args.format,
-        target=args.target,
-        draft=args.draft,
-        kind=args.kind,
-        dtype=args.dtype,
-        progress=lambda total, desc: tqdm(
-            total=total, desc=desc, unit="B", unit_scale=True, unit_divisor=1024
-        ),
-    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        summary = convert(
+            args.source,
+            args.to,
+            args.format,
+            target=args.target,
+            draft=args.draft,
+            kind=args.kind,
+            dtype=args.dtype,
+            target_name=args.target_name,
+            progress=lambda total, desc: tqdm(
+                total=total, desc=desc, unit="B", unit_scale=True, unit_divisor=1024
+            ),
+        )
+    for warning in told:
+        print(f"warning: {warning.message}", file=sys.stderr)
     print(json.dumps(summary))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up, as Ctrl-C does
     run(main)

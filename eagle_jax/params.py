@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
+from eagle_jax.checkpoint import drafts as layouts
 from eagle_jax.checkpoint import files, hf, native
 from eagle_jax.checkpoint.stored import Stored
-from eagle_jax.config import DraftConfig, MedusaConfig, TransformerConfig
+from eagle_jax.config import (
+    DraftConfig,
+    Eagle3Config,
+    EagleConfig,
+    MedusaConfig,
+    TransformerConfig,
+)
 from eagle_jax.models.layers import fuse_mlp
 from eagle_jax.sharding import check_tensor, replicated, weight_shardings
 from eagle_jax.text import Tokenizer
@@ -66,12 +74,14 @@ def load(
     """Load a target, its tokenizer and its drafts.
 
     Weights go from their files to the devices one after the other: on the host there is no more
-    at a time than the largest takes.
+    at a time than the largest takes. Of files over 64 MiB that a manifest lists, only the size is
+    compared with it; `python -m eagle_jax.convert --inspect` compares all bytes.
 
     Args:
         name_or_path: "tiny" (shipped with this package), a directory that holds `target/` and a
             directory per draft, or a Hugging Face directory: `config.json` and weights in
-            safetensors files or in `pytorch_model.bin`, whole or in shards.
+            safetensors files or in `pytorch_model.bin`, whole or in shards. Without a
+            `tokenizer.json` the model only sees token ids.
         draft: directories of drafts, of any kind, in place of the target's own of that kind.
         dtype: of all parameters and so of the arithmetic; by default float32 on CPUs (where it is
             exact and fast) and bfloat16 elsewhere.
@@ -84,20 +94,30 @@ def load(
         ValueError: unknown name, broken or incomplete files, files that differ from the
             directory's manifest, a draft that does not fit, has another tokenizer or cannot draft
             the end of an answer, two drafts of one kind.
+
+    Warns:
+        UserWarning: a draft's file has another embedding than the target.
     """
     root = find(name_or_path)
     target_dir = root / "target" if (root / "target").is_dir() else root
     on_cpu = jax.default_backend() == "cpu"
     dtype = _dtype(dtype if dtype is not None else ("float32" if on_cpu else "bfloat16"))
 
-    native.check(root)
+    given = _directories(draft)
+    replaced = {hf.kind(directory) for directory in given}
+    parts = native.parts(root) or {}
+    own = own_drafts(root)
+    own = [path for path in own if parts.get(path.name, path.name) not in replaced]
+    native.check(root, skip=[name for name, kind in parts.items() if kind in replaced])
     target_config, target = hf.open_target(target_dir)
     if isinstance(sharding, Mesh):
         check_tensor(sharding, [target_config])
     tokenizer = Tokenizer.load(target_dir) if (target_dir / "tokenizer.json").exists() else None
     drafts: dict[str, Draft] = {}
-    for directories in (own_drafts(root), _directories(draft)):
-        found = _open_drafts(directories, target_dir, target_config, tokenizer)
+    for directories in (own, given):
+        found = _open_drafts(directories, target_dir, (target_config, target), tokenizer)
+        if directories is own and parts:
+            native.check_kinds(root, {path.name: parts[path.name] for path in own}, found)
         for kind, (config, params) in found.items():
             config, params = _for_decoding(config, params, on_cpu)
             drafts[kind] = Draft(_place(params, dtype, _draft_place(config, sharding)), config)
@@ -111,13 +131,28 @@ def load(
 
 
 def own_drafts(root: Path) -> list[Path]:
-    """Directories beside `target/` that hold a draft."""
+    """Directories beside `target/` that hold a draft; where there is a manifest, it lists them.
+
+    Raises:
+        ValueError: there is one that the manifest does not list.
+    """
     if not (root / "target").is_dir():
         return []
-    # By either file, so that a directory which lost the other is told and not passed over.
+    # By either file, so that a directory which lost the other is told and not passed over. Hidden
+    # ones are no drafts: a killed conversion may have left one.
     names = ("config.json", "model.safetensors")
-    found = {path.parent for name in names for path in root.glob(f"*/{name}")}
-    return sorted(found - {root / "target"})
+    found = {path.parent for name in names for path in root.glob(f"[!.]*/{name}")}
+    found -= {root / "target"}
+    listed = native.parts(root)
+    if listed is None:
+        return sorted(found)
+    own = {root / name for name in listed if name != "target"}
+    for directory in sorted(found - own):
+        raise ValueError(
+            f"{directory}: is not in {native.MANIFEST}; move it away and give it as draft=, or "
+            f"delete {native.MANIFEST}"
+        )
+    return sorted(own)
 
 
 def _directories(draft: str | Path | Sequence[str | Path] | None) -> list[Path]:
@@ -128,10 +163,11 @@ def _directories(draft: str | Path | Sequence[str | Path] | None) -> list[Path]:
 def _open_drafts(
     directories: Sequence[Path],
     target_dir: Path,
-    target: TransformerConfig,
+    opened: tuple[TransformerConfig, Mapping[str, Stored]],
     tokenizer: Tokenizer | None,
 ) -> dict[str, tuple[DraftConfig, Mapping[str, Stored]]]:
     """The draft of every directory, by kind; none of a kind twice."""
+    target, weights = opened
     drafts, sources = {}, {}
     for directory in directories:
         config, params = hf.open_draft(directory, target)
@@ -140,6 +176,7 @@ def _open_drafts(
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from error
         check_tokenizers(target_dir, directory)
+        _compare_embeddings(directory, config, weights["embed_tokens.embedding"])
         if config.kind in drafts:
             raise ValueError(
                 f"{sources[config.kind]} and {directory}: both hold a draft of kind "
@@ -149,6 +186,20 @@ def _open_drafts(
             _check_vocabulary(directory, np.asarray(params["d2t"]), tokenizer)
         drafts[config.kind], sources[config.kind] = (config, params), directory
     return drafts
+
+
+def _compare_embeddings(directory: Path, config: DraftConfig, embedding: Stored) -> None:
+    """Warns of a draft whose file has another embedding than the target; a few rows tell."""
+    if isinstance(config, EagleConfig) or (
+        isinstance(config, Eagle3Config) and config.target_hidden_size is None
+    ):
+        own = layouts.own_embedding(files.read_tensors(directory))
+        if own is not None and not layouts.close(own, embedding, sample=True):
+            warnings.warn(
+                f"{directory}: its embed_tokens.weight is not the target's, which is used; is the "
+                "draft one for this target?",
+                stacklevel=4,
+            )
 
 
 def _check_vocabulary(directory: Path, d2t: np.ndarray, tokenizer: Tokenizer) -> None:

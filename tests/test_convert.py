@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -16,8 +17,8 @@ from model_directories import assert_same, edit, message, retensor
 
 import eagle_jax
 from eagle_jax import convert
-from eagle_jax.checkpoint import files, hf, native, safetensors
-from eagle_jax.config import Eagle3Config
+from eagle_jax.checkpoint import files, hf, native, safetensors, serving
+from eagle_jax.config import Eagle3Config, EagleConfig, RopeScaling, TransformerConfig
 
 KINDS = ("eagle", "eagle3", "medusa", "model")
 
@@ -69,6 +70,7 @@ def test_targets_in_torch_files_and_shards(model, tmp_path):
     assert settings(tmp_path / "two")["dtype"] == "bfloat16"
 
 
+@pytest.mark.filterwarnings("ignore:.*the official code knows no layers")
 @pytest.mark.parametrize("kind", ["eagle", "eagle3", "medusa"])
 @pytest.mark.parametrize("layout", ["official", "sglang", "speculators"])
 def test_drafts_go_round(model, tmp_path, kind, layout):
@@ -90,6 +92,170 @@ def test_drafts_go_round(model, tmp_path, kind, layout):
         np.testing.assert_array_equal(beside, embedding)
     else:
         assert beside is None
+
+
+def test_an_independent_draft_as_a_model(model, tmp_path):
+    """Catches a pair of which only the target can be had back."""
+    for source, options in ((model, {"kind": "model"}), (model / "model", {})):
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+        convert.convert(source, tmp_path / "new", "hf", **options)
+        assert_same(tensors(tmp_path / "new"), tensors(model / "model"))
+
+
+def test_what_a_killed_run_left(model, tmp_path):
+    """Catches half a draft that is loaded as one, or stays for ever."""
+    for directory in (model, tmp_path):
+        shutil.copytree(model / "medusa", directory / ".new.0123abcd.tmp")
+    (model / ".git").mkdir()
+    (model / ".git" / "config.json").write_text("[]")
+    assert sorted(eagle_jax.load(model).drafts) == sorted(KINDS)
+    convert.convert(model, tmp_path / "new", "native")
+    assert inside(tmp_path) == ["model", "new"]
+
+
+def test_the_manifest_lists_the_drafts(model, tmp_path):
+    """Catches drafts that come and go without it, and kinds that it has wrong."""
+    convert.convert(model, tmp_path / "new", "native")
+    shutil.copytree(model / "medusa", tmp_path / "new" / "more")
+    assert "new/more: is not in eagle_jax.json; move it" in message(
+        eagle_jax.load, tmp_path / "new"
+    )
+    shutil.rmtree(tmp_path / "new" / "more")
+    path = tmp_path / "new" / "eagle_jax.json"
+    path.write_text(path.read_text().replace('"kind": "medusa"', '"kind": "eagle9"'))
+    assert "lists drafts of kind eagle, eagle3, eagle9, model, the" in message(
+        eagle_jax.load, tmp_path / "new"
+    )
+    for wrong in ("{}", '{"target": 1}', '{"target": {"kind": "target", "files": {"a": 1}}}'):
+        path.write_text('{"format": "eagle_jax", "version": 1, "parts": ' + wrong + "}")
+        assert "is no manifest of eagle_jax" in message(eagle_jax.load, tmp_path / "new")
+
+
+def test_corruption_is_not_converted(model, tmp_path, monkeypatch):
+    """Catches a new manifest for bytes that differ from the old one's."""
+    convert.convert(model, tmp_path / "new", "native")
+    monkeypatch.setattr(native, "_QUICK", 0)
+    path = tmp_path / "new" / "target" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"@")
+    eagle_jax.load(tmp_path / "new")  # sizes only
+    text = message(convert.convert, tmp_path / "new", tmp_path / "again", "native")
+    assert "model.safetensors: differs from the file that eagle_jax.json lists" in text
+
+
+def test_sixteen_bits_of_two_kinds(model, tmp_path):
+    """Catches weights that are rounded because others have another dtype, and a readback that
+    compares with what was rounded."""
+    half = ml_dtypes.bfloat16
+
+    def change(x):
+        x["fc.weight"] = (x["fc.weight"] * 1e-7).astype(half)  # far below what float16 holds
+        x["fc.bias"] = x["fc.bias"].astype(np.float16)
+
+    retensor(model / "eagle", change)
+    params = hf.load_draft(model / "eagle")[1]
+    convert.convert(model, tmp_path / "new", "official", kind="eagle")
+    found = hf.load_draft(tmp_path / "new")[1]
+    assert {str(x.dtype) for x in found.values()} == {"float32"}
+    for name, array in params.items():
+        np.testing.assert_array_equal(found[name], array.astype(np.float32))
+
+
+def test_numbers_too_large_for_a_dtype(model, tmp_path):
+    """Catches infinite weights that are reported as a success."""
+    for part, name in (("target", "model.norm.weight"), ("eagle", "fc.bias")):
+        retensor(model / part, lambda x, name=name: x.update({name: x[name] + 1e6}))
+    options = {"dtype": "float16"}
+    said = "has numbers that are too large for float16; take bfloat16 or float32"
+    text = message(convert.convert, model, tmp_path / "new", "hf", **options)
+    assert text == f"model.norm.weight: {said}"
+    text = message(convert.convert, model, tmp_path / "new", "sglang", kind="eagle", **options)
+    assert text == f"fc.bias: {said}"
+    convert.convert(model, tmp_path / "new", "hf", dtype="bfloat16")
+
+
+def test_what_the_official_code_cannot_say(model, tmp_path):
+    """Catches a head that its authors' code opens and computes otherwise, without a word."""
+    said = "knows no layers .* the authors' drafts otherwise or not at all"
+    with pytest.warns(UserWarning, match=said) as told:
+        convert.convert(model, tmp_path / "new", "official", kind="eagle3")
+    assert len(told) == 1 and "\n" not in str(told[0].message)
+    text = message(convert.convert, model / "eagle", tmp_path / "none", "official")
+    assert "has no embed_tokens.weight, without which the official code does not open" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "features"),
+    [
+        (Eagle3Config, {"aux_layers": (2, 3, 4)}, []),
+        (Eagle3Config, {"fc_norm": True, "norm_output": True}, ["fc_norm=True", "norm_output"]),
+        (Eagle3Config, {"attention_bias": True}, ["qkv_bias=True"]),
+        (EagleConfig, {"attention_bias": True}, []),
+        (EagleConfig, {"rope_scaling": RopeScaling("linear", 2.0)}, []),
+        (EagleConfig, {"rope_scaling": RopeScaling("yarn", 2.0, 64)}, ["rope_scaling 'yarn'"]),
+        (EagleConfig, {"head_dim": 16}, ["head_dim=16"]),
+    ],
+)
+def test_features_of_official_heads(config, changes, features):
+    """Catches a feature that is not told, and one that is told though its code has it."""
+    sizes = {"vocab_size": 9, "hidden_size": 24, "intermediate_size": 8, "num_attention_heads": 3}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 8}
+    target = TransformerConfig(**sizes, num_hidden_layers=7)
+    if config is Eagle3Config:
+        sizes |= {"draft_vocab_size": 5, "aux_layers": (2, 3, 4)}
+    found = serving.unsaid(config(**{**sizes, **changes}), target)
+    assert len(found) == len(features) and all(map(str.startswith, found, features))
+
+
+def test_medusa_in_the_published_layout(model, tmp_path):
+    """Catches files that the published loader does not look for, or lacks the target's name of."""
+    edit(model / "medusa", base_model_name_or_path="a/target")
+    convert.convert(model, tmp_path / "new", "official", kind="medusa")
+    assert inside(tmp_path / "new") == ["config.json", "medusa_lm_head.safetensors"]
+    assert settings(tmp_path / "new")["base_model_name_or_path"] == "a/target"
+    convert.convert(model, tmp_path / "native", "native")
+    assert inside(tmp_path / "native" / "medusa") == ["config.json", "model.safetensors"]
+
+
+def test_names_that_cannot_be_made(model, tmp_path, monkeypatch):
+    """Catches a message about a temporary file that the user never heard of."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    monkeypatch.chdir(tmp_path / "empty")
+    for to in (".", "..", tmp_path / "link", tmp_path / "dangling"):
+        assert f"{to}: is no name for a new directory" in message(convert.convert, model, to, "hf")
+    with pytest.raises(OSError, match="Not a directory|File exists") as info:
+        convert.convert(model, model / "target" / "config.json" / "new", "hf")
+    assert info.value.filename == str(model / "target" / "config.json" / "new")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert convert.convert(model, "~/new", "hf")["to"] == str(tmp_path / "new")
+
+
+def test_ended_from_outside(model, tmp_path):
+    """Catches a staging directory that stays when a scheduler ends the run."""
+    program = (
+        "import os, runpy, signal, sys; from eagle_jax.checkpoint import native; "
+        "native.write_manifest = lambda *x: os.kill(os.getpid(), signal.SIGTERM); "
+        "runpy.run_module('eagle_jax.convert', run_name='__main__')"
+    )
+    arguments = ["--from", str(model), "--to", str(tmp_path / "new"), "--format", "native"]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True)
+    assert done.returncode == 143, done.stderr
+    assert inside(tmp_path) == ["model"]
+
+
+def test_the_name_of_the_target(model, tmp_path):
+    """Catches a path of this machine in a file for others."""
+    shutil.copytree(model / "target", tmp_path / "Big-8B")
+    for target, options, name in (
+        (model, {}, "model"),
+        (tmp_path / "Big-8B", {}, "Big-8B"),
+        (model, {"target_name": "some/Big"}, "some/Big"),
+    ):
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+        source, to = model / "eagle3", tmp_path / "new"
+        convert.convert(source, to, "speculators", target=target, **options)
+        assert settings(to)["speculators_config"]["verifier"]["name_or_path"] == name
 
 
 def test_native_is_what_load_opens(model, tmp_path):
@@ -151,7 +317,7 @@ def test_inspect(model, tmp_path, capsys):
     lacks = " ".join(found["."]["lacks"])
     assert "d2t" in lacks and "eagle_aux_hidden_state_layer_ids (follows" in lacks
     assert "has no eagle_aux_hidden_state_layer_ids" in found["."]["cannot be loaded"]
-    edit(model / "eagle3", eagle_aux_hidden_state_layer_ids=[0, 1, 2])
+    edit(model / "eagle3", eagle_aux_hidden_state_layer_ids=[0, 1, 2], draft_vocab_coverage="x")
     _, found = said(capsys, "--inspect", model / "eagle3")
     assert "lacks tensors embed_tokens.weight" in found["."]["cannot be loaded"]
 
@@ -160,17 +326,34 @@ def test_arguments(model, tmp_path):
     """Catches a call that does something else than was asked for."""
     to = tmp_path / "to"
     assert "from: give --from" in message(convert.main, ["--to", str(to)])
-    assert "inspect: goes without" in message(convert.main, ["--inspect", "tiny", "--to", "x"])
+    for option in ("--to x", "--draft x", "--kind x", "--dtype float16"):
+        said = message(convert.main, ["--inspect", "tiny", *option.split()])
+        assert "inspect: goes with --target only" in said
     assert "format='x': must be one of hf, official" in message(convert.convert, model, to, "x")
     text = message(convert.convert, model, to, "official")
     assert "several drafts (eagle, eagle3, medusa, model); choose one with --kind" in text
     text = message(convert.convert, model, to, "official", kind="hydra")
     assert "kind='hydra': the source has 0 such drafts" in text
     text = message(convert.convert, model / "eagle", to, "hf")
-    assert "is a draft of kind 'eagle', format 'hf' is for targets" in text
+    assert "is a draft of kind 'eagle', format 'hf' is for whole models" in text
+    for options in ({"target": model / "target"}, {"draft": [model / "eagle"]}):
+        text = message(convert.convert, model / "model", to, "hf", **options)
+        assert f"{[*options][0]}: format 'hf' writes --from alone; leave --" in text
+    assert "format 'hf' is for whole" in message(convert.convert, model, to, "hf", kind="eagle")
+    assert "takes all drafts" in message(convert.convert, model, to, "native", kind="eagle")
+    text = message(convert.convert, model, to, "official", target=model / "target")
+    assert f"target: {model} has a target of its own; leave --target out" in text
+    text = message(convert.convert, model / "target", to, "official")
+    assert f"{model / 'target'}: is a target without drafts; give the draft with --from" in text
+    text = message(convert.convert, model / "eagle3", to, "official", target=model / "eagle")
+    assert f"target: {model / 'eagle'} is a draft of kind 'eagle'; give its target" in text
+    assert "is a draft of kind" in message(convert.inspect, model / "eagle3", model / "eagle")
+    assert "leave --target out" in message(convert.inspect, model, model / "target")
     text = message(convert.convert, model / "eagle", to, "native")
     assert "give its target with --target" in text
     assert "dtype='int8'" in message(convert.convert, model, to, "hf", dtype="int8")
+    text = message(convert.convert, model, to, "sglang", kind="eagle", target_name="a/b")
+    assert "target_name='a/b': only format 'speculators' says it" in text
     assert not to.exists()
 
 
@@ -298,6 +481,7 @@ class FullDisk:
         self.file.close()
 
 
+@pytest.mark.filterwarnings("ignore:.*the official code knows no layers")
 @pytest.mark.parametrize("layout", convert.FORMATS)
 @pytest.mark.parametrize("room", [0, 30_000])
 def test_a_full_disk(model, tmp_path, monkeypatch, capsys, layout, room):
@@ -308,7 +492,8 @@ def test_a_full_disk(model, tmp_path, monkeypatch, capsys, layout, room):
 
     monkeypatch.setattr(safetensors, "open", full, raising=False)
     with pytest.raises(OSError, match="No space left on device") as info:
-        convert.convert(model, tmp_path / "a" / "new", layout, kind="eagle3")
+        kind = "eagle3" if layout in serving.LAYOUTS else None
+        convert.convert(model, tmp_path / "a" / "new", layout, kind=kind)
     assert str(info.value.filename).endswith(("model.safetensors", "config.json"))
     assert inside(tmp_path) == ["model"]
 
@@ -352,6 +537,8 @@ def test_a_foreign_embedding_is_not_exported(model, tmp_path):
     """Catches an embedding of random numbers beside a head: serving stacks would use it."""
     wrong = np.random.default_rng(0).normal(size=(260, 32)).astype(np.float32)
     retensor(model / "eagle", lambda x: x.update({"embed_tokens.weight": wrong}))
-    text = message(convert.convert, model, tmp_path / "new", "official", kind="eagle")
-    assert "its embed_tokens.weight is not the target's; give the target that" in text
+    for layout in ("official", "sglang", "native"):
+        kind = None if layout == "native" else "eagle"
+        text = message(convert.convert, model, tmp_path / "new", layout, kind=kind)
+        assert "its embed_tokens.weight is not the target's; give the target that" in text
     assert not (tmp_path / "new").exists()

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import eagle_jax
-from eagle_jax.checkpoint import hf
+from eagle_jax.checkpoint import hf, native, safetensors
 from eagle_jax.config import Eagle3Config
 from eagle_jax.models import DRAFTS, bind
 from eagle_jax.models.layers import fuse_mlp
@@ -99,6 +99,22 @@ def test_a_given_draft_replaces_its_kind_only(model) -> None:
     for kind in ("eagle3", "medusa", "model"):
         for name, array in own.drafts[kind].params.items():
             np.testing.assert_array_equal(params.drafts[kind].params[name], array)
+
+
+def test_a_broken_draft_that_is_replaced(model) -> None:
+    """Catches a pair that cannot be loaded for a draft which nobody wants."""
+    native.write_manifest(model, {name: name for name in ("target", *KINDS)})
+    other = other_eagle(model)
+    (model / "eagle" / "model.safetensors").unlink()
+    fails(f"{model / 'eagle' / 'model.safetensors'}: no such file, though", model)
+    assert sorted(eagle_jax.load(model, draft=other).drafts) == list(KINDS)
+
+
+def test_a_draft_is_no_target(model) -> None:
+    """Catches a list of missing tensors where the arguments are the wrong way round."""
+    for kind in ("eagle", "eagle3", "medusa"):
+        said = f"{model / kind}: is a draft of kind {kind!r}; give its target, and this as draft="
+        fails(said, model / kind)
 
 
 def test_a_given_draft_adds_its_kind(model) -> None:
@@ -233,6 +249,20 @@ def test_a_draft_of_another_target(model, field, target, draft) -> None:
     other = other_eagle(model, **{field: draft})
     said = f"{other}: {field}: the target has {target}, the draft {draft}; give a draft that was"
     fails(said, model, draft=other)
+
+
+def test_another_embedding_is_told(model) -> None:
+    """Catches a head of another target that has the same sizes."""
+    path = model / "eagle" / "model.safetensors"
+    tensors = safetensors.read(path)
+    target = safetensors.read(model / "target" / "model.safetensors")
+    embedding = target["model.embed_tokens.weight"]
+    for factor in (1.001, 2.0):
+        safetensors.write(path, tensors | {"embed_tokens.weight": embedding * np.float32(factor)})
+        if factor < 1.01:  # up to rounding
+            eagle_jax.load(model)
+    with pytest.warns(UserWarning, match="eagle: its embed_tokens.weight is not the target's"):
+        eagle_jax.load(model)
 
 
 def test_imports_are_cheap() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from eagle_jax.checkpoint import families
 from eagle_jax.checkpoint.files import Arrays, StoredArrays, arrays
-from eagle_jax.checkpoint.stored import lazily
+from eagle_jax.checkpoint.stored import Stored, lazily
 from eagle_jax.config import Eagle3Config, EagleConfig, MedusaConfig, TransformerConfig
 
 AUX = "eagle_aux_hidden_state_layer_ids"
@@ -55,10 +55,16 @@ def kind_of(settings: Mapping[str, Any], names: Iterable[str]) -> str:
     names = list(names)
     if "medusa_num_heads" in settings or any(_medusa_block(name) for name in names):
         return "medusa"
-    own_names = (name for name in names if name.startswith(("midlayer.", "d2t", "t2d")))
+    own_names = (
+        name
+        for name in names
+        if name.startswith(("midlayer.", "d2t", "t2d")) or name.endswith("hidden_norm.weight")
+    )
     if "draft_vocab_size" in settings or any(own_names):
         return "eagle3"
-    return "model" if any(name.startswith("model.") for name in names) else "eagle"
+    if any(name.startswith("model.") for name in names):
+        return "model"
+    return "eagle" if any(name.startswith(("fc.", "layers.0.")) for name in names) else "model"
 
 
 def eagle_json(config: EagleConfig, dtype: str) -> dict[str, Any]:
@@ -75,7 +81,7 @@ def read_eagle(
 ) -> tuple[EagleConfig, StoredArrays]:
     """An EAGLE-1 draft; an embedding among its tensors is ignored."""
     tensors = dict(tensors)
-    settings = _biases("layers.0.", settings, tensors)
+    settings = {"bias": "fc.bias" in tensors, **_biases("layers.0.", settings, tensors)}
     config = families.from_json(directory, EagleConfig, settings)
     return config, arrays(directory, config, tensors, EMBEDDING)
 
@@ -120,7 +126,11 @@ def read_eagle3(
     path = directory / "config.json"
     tensors = {_official(name): array for name, array in tensors.items()}
     settings = _biases("midlayer.", settings, tensors)
-    families.check_fixed(path, settings, {"norm_before_residual": False, "norm_before_fc": False})
+    fixed = ("norm_before_residual", "norm_before_fc", "tie_word_embeddings")
+    families.check_fixed(path, settings, dict.fromkeys(fixed, False))
+    head = tensors.get("lm_head.weight")
+    if "d2t" not in tensors and head is not None and head.shape[0] == settings.get("vocab_size"):
+        settings = {"draft_vocab_size": head.shape[0], **settings}
     width = settings.get("target_hidden_size")
     own = {
         "aux_layers": _aux_layers(path, settings, target),
@@ -155,6 +165,12 @@ def read_medusa(
 ) -> tuple[MedusaConfig, StoredArrays]:
     """Medusa heads; published ones name no sizes; these follow from the tensors."""
     tensors = {name.removeprefix(_MEDUSA_PREFIX): array for name, array in tensors.items()}
+    for key in ("medusa_num_heads", "medusa_num_layers"):
+        if isinstance(settings.get(key), int) and settings[key] > len(tensors):
+            raise ValueError(
+                f"{directory / 'config.json'}: {key}={settings[key]}: the files have "
+                f"{len(tensors)} tensors; both must belong to the same model"
+            )
     layers = settings.get("medusa_num_layers", 1)
     block, head = tensors.get("0.0.linear.weight"), tensors.get(f"0.{layers}.weight")
     found: dict[str, Any] = {"num_layers": layers, "tie_lm_head": head is None}
@@ -171,6 +187,36 @@ def read_medusa(
             raise ValueError(f"{directory / 'config.json'}: has no {key}; add it")
     config = families.build(directory, MedusaConfig, lambda: found)
     return config, arrays(directory, config, tensors)
+
+
+def official_layers(target: TransformerConfig) -> tuple[int, ...]:
+    """The layers that official EAGLE-3 heads fuse, by the layer that the streams enter."""
+    layers = target.num_hidden_layers
+    return (2, layers // 2, layers - 3)
+
+
+def own_embedding(tensors: StoredArrays) -> Stored | None:
+    """The copy of the target's embedding that a draft's file may have."""
+    return tensors.get(EMBEDDING, tensors.get(f"model.{EMBEDDING}"))
+
+
+def close(own: Stored, embedding: Stored, *, sample: bool = False) -> bool:
+    """Whether a copy is the same matrix, up to the rounding of 16-bit formats.
+
+    Args:
+        own: the copy.
+        embedding: the matrix.
+        sample: compare a few rows only, without reading the others.
+    """
+    if own.shape != embedding.shape:
+        return False
+    rows = 32 if sample else 1024  # wide copies of all rows would take several times more
+    starts = range(0, len(own), max(rows, len(own) // 16) if sample else rows)
+    for one, two in zip(own.blocks(starts, rows), embedding.blocks(starts, rows), strict=True):
+        wide, other = one.astype(np.float32), two.astype(np.float32)
+        if np.any(np.abs(wide - other) > 0.01 * np.abs(other) + 1e-6):
+            return False
+    return True
 
 
 def _official(name: str) -> str:
@@ -215,10 +261,10 @@ def _aux_layers(
     if target is None:
         raise ValueError(
             f"{path}: has no {AUX}, and the official layers depend on the target; "
-            "add the key, or load the draft together with its target"
+            "add the key, or open the draft together with its target (--target; or load(TARGET, "
+            "draft=...))"
         )
-    layers = target.num_hidden_layers
-    return (2, layers // 2, layers - 3)
+    return official_layers(target)
 
 
 def _offsets(
@@ -235,9 +281,8 @@ def _offsets(
         offsets = np.zeros(draft_vocab, np.int64)
     tokens = _tokens(str(directory), config, offsets)
     if members is not None:
-        expected = np.zeros(vocab, bool)
-        expected[tokens] = True
-        if members.shape != expected.shape or np.any(members.astype(bool) != expected):
+        marked = np.flatnonzero(members) if members.shape == (vocab,) else np.zeros(0, int)
+        if not np.array_equal(marked, np.sort(tokens)):
             raise ValueError(
                 f"{directory}: t2d marks other tokens than d2t lists; export the draft again"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,7 +47,7 @@ class Family:
 
 
 def _after_max_window_layers(settings: Mapping[str, Any], layer: int) -> bool:
-    return layer >= settings.get("max_window_layers", 28)
+    return layer >= _count(settings, "max_window_layers", 28)
 
 
 def _every_other(settings: Mapping[str, Any], layer: int) -> bool:
@@ -55,7 +56,17 @@ def _every_other(settings: Mapping[str, Any], layer: int) -> bool:
 
 
 def _all_but_every_sixth(settings: Mapping[str, Any], layer: int) -> bool:
-    return (layer + 1) % settings.get("sliding_window_pattern", 6) != 0
+    pattern = _count(settings, "sliding_window_pattern", 6)
+    if pattern < 1:
+        raise ValueError(f"sliding_window_pattern={pattern}: must be at least 1")
+    return (layer + 1) % pattern != 0
+
+
+def _count(settings: Mapping[str, Any], key: str, default: int) -> int:
+    value = settings.get(key, default)
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{key}={value!r}: must be a number of layers")
+    return value
 
 
 _SILU = {"hidden_act": "silu"}
@@ -355,6 +366,12 @@ def build(directory: Path, kind: type[T], values: Callable[[], Mapping[str, Any]
     try:
         config = kind(**values())
         check(config)
+        layer = getattr(config, "layer", None)
+        if layer is not None:
+            layer()  # checks its sizes
+        epsilon = getattr(config, "rms_norm_eps", 0.0)
+        if epsilon < 0:
+            raise ValueError(f"rms_norm_eps={epsilon}: must be 0 or more")
         return config
     except ValueError as error:
         raise ValueError(f"{directory / 'config.json'}: {error}") from error
@@ -364,7 +381,10 @@ def check_fixed(path: Path, settings: Mapping[str, Any], fixed: Mapping[str, Any
     """Refuses keys with values that change the computation to one we don't have."""
     for key, value in fixed.items():
         if settings.get(key, value) != value:
-            raise ValueError(f"{path}: {key}={settings[key]!r} is not supported; only {value!r} is")
+            raise ValueError(
+                f"{path}: {key}={settings[key]!r} is not supported; only {value!r} is: "
+                "give a model that was trained so"
+            )
 
 
 def _null_keys(path: Path) -> dict[str, None]:
@@ -377,7 +397,7 @@ def _null_keys(path: Path) -> dict[str, None]:
 
 def _family(path: Path, settings: Mapping[str, Any]) -> Family:
     model_type = settings.get("model_type", "llama")  # the oldest heads name none
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"{path}: model_type={model_type!r} is not supported; known: {', '.join(FAMILIES)}"
         )
@@ -395,6 +415,8 @@ def _values(kind: type, settings: Mapping[str, Any], family: Family) -> dict[str
     }
     if kind is TransformerConfig:
         values |= {**family.flags, **_family_values(settings, family)}
+    else:
+        _check_unused(settings)
     for field in fields.values():
         # Other families' fields have their defaults, whatever a file says.
         if kind is TransformerConfig and field.name not in _COMMON:
@@ -407,6 +429,14 @@ def _values(kind: type, settings: Mapping[str, Any], family: Family) -> dict[str
         elif field.name not in values and field.default is dataclasses.MISSING:
             raise ValueError(f"has no {field.name}; add it")
     return values
+
+
+def _check_unused(settings: Mapping[str, Any]) -> None:
+    """Keys that drafts have for others."""
+    for key, kind in (("max_position_embeddings", int), ("tie_word_embeddings", bool)):
+        value = settings.get(key, kind(1))
+        if type(value) is not kind or value < 0:
+            raise ValueError(f"{key}={value!r}: must be {kind.__name__}")
 
 
 def _family_values(settings: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -446,7 +476,7 @@ def _layer_types(
 
 def _mlp_only_layers(settings: Mapping[str, Any]) -> tuple[int, ...]:
     """Layers without experts: the listed ones, and those that `decoder_sparse_step` leaves out."""
-    step, layers = settings.get("decoder_sparse_step", 1), settings.get("num_hidden_layers", 0)
+    step, layers = settings.get("decoder_sparse_step", 1), _count(settings, "num_hidden_layers", 0)
     listed = settings.get("mlp_only_layers", ())
     if not isinstance(listed, list | tuple) or any(type(layer) is not int for layer in listed):
         raise ValueError(f"mlp_only_layers={listed!r}: must be a list of layer numbers")
@@ -467,9 +497,12 @@ def _derived(name: str, settings: Mapping[str, Any]) -> int | None:
     heads, width = settings.get("num_attention_heads"), settings.get("hidden_size")
     if name == "num_key_value_heads":
         return heads
-    if name == "head_dim" and isinstance(heads, int) and isinstance(width, int) and heads > 0:
-        return width // heads
-    return None
+    if name != "head_dim" or heads is None or width is None:
+        return None
+    for key, value in (("hidden_size", width), ("num_attention_heads", heads)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{key}={value!r}: must be a whole number, at least 1")
+    return width // heads
 
 
 # What each type of scaling reads, besides the base.
@@ -500,15 +533,29 @@ def _rope_parameters(settings: Mapping[str, Any], layers: str) -> Mapping[str, A
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_parameters={rope!r}: must be an object")
     if _FULL in rope or _SLIDING in rope:
-        return rope.get(layers) or {}
+        rope = rope.get(layers) or {}
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"rope_parameters.{layers}={rope!r}: must be an object")
+        return _present(rope)
     # Gemma 3's older files: scaling is for the full layers.
-    return rope if layers == _FULL else {}
+    return _present(rope) if layers == _FULL else {}
+
+
+def _present(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the keys that are null, which is as good as absent."""
+    return {key: value for key, value in rope.items() if value is not None}
+
+
+def _base(key: str, value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"{key}={value!r}: must be a positive number")
+    return float(value)
 
 
 def _rope(fields: Mapping[str, Any], settings: Mapping[str, Any], family: Family) -> dict[str, Any]:
     rope = _rope_parameters(settings, _FULL)
     default = settings.get("rope_theta", family.defaults.get("rope_theta", 10000.0))
-    values: dict[str, Any] = {"rope_theta": float(rope.get("rope_theta", default))}
+    values: dict[str, Any] = {"rope_theta": _base("rope_theta", rope.get("rope_theta", default))}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     known = ("default", *_ROPE_KEYS) if "rope_scaling" in fields else ("default",)
     if rope_type not in known:
@@ -553,4 +600,4 @@ def _local_base(settings: Mapping[str, Any], family: Family) -> float:
             f"rope_type={rope_type!r} is not supported in sliding layers; only 'default' is"
         )
     key = "rope_local_base_freq"
-    return float(rope.get("rope_theta", settings.get(key, family.defaults[key])))
+    return _base(key, rope.get("rope_theta", settings.get(key, family.defaults[key])))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import json
 import re
 import secrets
@@ -15,7 +17,7 @@ import numpy as np
 
 from eagle_jax.checkpoint import safetensors, torch_bin
 from eagle_jax.checkpoint.names import Shape, disk_shapes, on_disk, shapes
-from eagle_jax.checkpoint.stored import Stored, lazily
+from eagle_jax.checkpoint.stored import Stored, cast, lazily
 from eagle_jax.config import DraftConfig
 
 Arrays = dict[str, np.ndarray]
@@ -38,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: no such file; give a Hugging Face model directory") from None
-    except ValueError as error:  # of JSON and of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON and of UTF-8; nested without end
         raise ValueError(f"{path}: not valid JSON ({error}); download the file again") from error
     if not isinstance(result, dict):
         raise ValueError(f"{path}: holds no JSON object; download the file again")
@@ -71,9 +73,9 @@ def read_tensors(directory: Path) -> StoredArrays:
 
 def _indexed(index: Path, read: Callable[[Path], StoredArrays]) -> StoredArrays:
     files = read_json(index).get("weight_map")
-    if not isinstance(files, dict):
+    if not isinstance(files, dict) or not files:
         raise ValueError(f"{index}: has no weight_map; download the file again")
-    for name in sorted(set(files.values())):
+    for name in files.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{index}: names a shard {name!r}; download the file again")
         if not (index.parent / name).is_file():
@@ -124,27 +126,47 @@ def staged(directory: str | Path) -> Iterator[Path]:
     """A new directory that gets the name `directory` when the block ends without an error.
 
     It is made beside it, since a rename is atomic within one file system only; after an error
-    nothing of it is left.
+    nothing of it is left. What a killed run left of the same name is removed.
 
     Raises:
         ValueError: `directory` exists and is not empty.
         OSError: it cannot be written.
     """
     directory = Path(directory)
+    if directory.name in ("", "..") or directory.is_symlink():
+        raise ValueError(f"{directory}: is no name for a new directory; give one that is not there")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory}: exists and is not empty; give another place or remove it")
-    made = _make_parents(directory.parent)
     temporary = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.tmp"
+    made = _make_parents(directory.parent)
     done = False
+    for path in directory.parent.glob(f".{glob.escape(directory.name)}.{'[0-9a-f]' * 8}.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
     try:
         temporary.mkdir()
         yield temporary
         temporary.replace(directory)
         done = True
+    except OSError as error:
+        told = _of_place(error, temporary, directory)
+        if told is None:
+            raise
+        raise told from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         for path in [] if done else made:
             path.rmdir()
+
+
+def _of_place(error: OSError, temporary: Path, directory: Path) -> OSError | None:
+    """An error of our own files, told of the place that the user gave, with a remedy."""
+    for name in map(str, (error.filename2, error.filename)):
+        if name.startswith(str(temporary)):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            remedy = "make room there" if full else "make it writable"
+            where = name.replace(str(temporary), str(directory), 1)
+            return OSError(error.errno, f"{error.strerror}; {remedy} or give another place", where)
+    return None
 
 
 def _make_parents(directory: Path) -> list[Path]:
@@ -187,7 +209,7 @@ def write(
     check_params(config, params, dtype)
     tensors: dict[str, Any] = dict(tables or {})
     for name, (disk, transposed) in on_disk(config).items():
-        array = lazily(params[name]).astype(dtype)
+        array = cast(disk, lazily(params[name]), dtype)
         tensors[disk] = array.T if transposed else array
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -218,6 +240,12 @@ def arrays(
         if name not in ignored and not name.endswith("rotary_emb.inv_freq")
     }
     _compare(str(directory), found, disk_shapes(config))
+    for name in found:
+        if tensors[name].dtype.kind in "iub":
+            raise ValueError(
+                f"{directory}: {name} is {tensors[name].dtype.name}, a quantised weight; give the "
+                "model as it was before it was quantised"
+            )
     return {
         name: tensors[disk].T if transposed else tensors[disk]
         for name, (disk, transposed) in on_disk(config).items()

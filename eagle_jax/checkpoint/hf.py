@@ -5,16 +5,19 @@ A target is what `transformers` reads; drafts have the layouts of published head
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from eagle_jax.checkpoint import drafts, families, files
 from eagle_jax.checkpoint.names import shapes
+from eagle_jax.checkpoint.stored import equal
 from eagle_jax.config import DraftConfig, Eagle3Config, EagleConfig, MedusaConfig, TransformerConfig
 
 __all__ = [
     "check_fit",
+    "kind",
     "load_draft",
     "load_target",
     "open_draft",
@@ -77,8 +80,13 @@ def open_target(directory: str | Path) -> tuple[TransformerConfig, files.StoredA
             supported, or a tensor is missing, unexpected or of a wrong shape.
     """
     directory = Path(directory)
-    settings = files.read_json(directory / "config.json")
-    return _transformer(directory, settings, files.read_tensors(directory))
+    settings, tensors = _settings(directory), files.read_tensors(directory)
+    found = drafts.kind_of(settings, tensors)
+    if found != "model":
+        raise ValueError(
+            f"{directory}: is a draft of kind {found!r}; give its target, and this as draft="
+        )
+    return _transformer(directory, settings, tensors)
 
 
 def save_draft(
@@ -155,16 +163,22 @@ def open_draft(
             needed and there is none.
     """
     directory = Path(directory)
-    settings = drafts.flat(files.read_json(directory / "config.json"))
+    settings = _settings(directory)
     tensors = files.read_tensors(directory)
-    kind = drafts.kind_of(settings, tensors)
-    if kind == "eagle":
+    found = drafts.kind_of(settings, tensors)
+    if found == "eagle":
         return drafts.read_eagle(directory, settings, tensors)
-    if kind == "eagle3":
+    if found == "eagle3":
         return drafts.read_eagle3(directory, settings, tensors, target)
-    if kind == "medusa":
+    if found == "medusa":
         return drafts.read_medusa(directory, settings, tensors, target)
     return _transformer(directory, settings, tensors)
+
+
+def kind(directory: Path) -> str:
+    """The kind of draft that a directory holds; "model" for a whole model."""
+    settings = drafts.flat(files.read_json(directory / "config.json"))
+    return drafts.kind_of(settings, files.read_tensors(directory))
 
 
 def check_fit(target_config: TransformerConfig, draft_config: DraftConfig) -> None:
@@ -191,9 +205,32 @@ def check_fit(target_config: TransformerConfig, draft_config: DraftConfig) -> No
             )
 
 
+def _settings(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    settings = drafts.flat(files.read_json(path))
+    if "quantization_config" in settings:
+        found = settings["quantization_config"]
+        method = found.get("quant_method") if isinstance(found, Mapping) else found
+        raise ValueError(
+            f"{path}: quantization_config={method!r}: quantised weights are not read; give the "
+            "model as it was before it was quantised"
+        )
+    return settings
+
+
 def _transformer(
     directory: Path, settings: Mapping[str, Any], tensors: files.StoredArrays
 ) -> tuple[TransformerConfig, files.StoredArrays]:
+    for key in ("num_hidden_layers", "num_experts", "num_local_experts"):
+        if isinstance(settings.get(key), int) and settings[key] > len(tensors):
+            raise ValueError(
+                f"{directory / 'config.json'}: {key}={settings[key]}: the files have "
+                f"{len(tensors)} tensors; both must belong to the same model"
+            )
     config = families.from_json(directory, TransformerConfig, settings)
     tied = ["lm_head.weight"] if config.tie_word_embeddings else []
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    if tied and head is not None and embedding is not None and not equal(head, embedding):
+        # transformers ties no head that a file has and that differs.
+        config, tied = dataclasses.replace(config, tie_word_embeddings=False), []
     return config, files.arrays(directory, config, tensors, *tied)

@@ -87,9 +87,9 @@ def _opened(
             f"{config.draft_vocab_size} of {config.vocab_size} tokens ({share:.1%})"
         )
         coverage = settings.get(layouts.COVERAGE)
-        about["coverage of the training text"] = (
-            "not recorded" if coverage is None else f"{coverage:.2%}"
-        )
+        known = isinstance(coverage, int | float)
+        said = f"{coverage:.2%}" if known else "not recorded" if coverage is None else coverage
+        about["coverage of the training text"] = said
         about["fused layers"] = list(config.aux_layers)
     return about
 

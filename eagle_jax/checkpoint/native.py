@@ -8,7 +8,7 @@ without a manifest is read as well; then only the files themselves can be checke
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,37 @@ def write_manifest(root: Path, parts: Mapping[str, str]) -> None:
     files.write_json(root / MANIFEST, content)
 
 
-def check(root: Path, *, whole: bool = False) -> dict[str, str] | None:
+def parts(root: Path) -> dict[str, str] | None:
+    """What each directory is by the manifest, or None where there is none.
+
+    Raises:
+        ValueError: it is no manifest, or another version wrote it.
+    """
+    content = _read(root)
+    return None if content is None else {name: part["kind"] for name, part in content.items()}
+
+
+def check_kinds(root: Path, listed: Mapping[str, str], found: Collection[str]) -> None:
+    """Checks that the drafts in directories are of the kinds that the manifest lists for them.
+
+    Raises:
+        ValueError: they are not.
+    """
+    kinds = sorted(listed.values())
+    if kinds != sorted(found):
+        raise ValueError(
+            f"{root / MANIFEST}: lists drafts of kind {', '.join(kinds) or 'none'}, the "
+            f"directories hold {', '.join(sorted(found)) or 'none'}; convert the model again"
+        )
+
+
+def check(root: Path, *, whole: bool = False, skip: Collection[str] = ()) -> dict[str, str] | None:
     """Compares a directory with its manifest.
 
     Args:
         root: of the model.
         whole: also the checksums of files over 64 MiB.
+        skip: directories that are not looked at.
 
     Returns:
         What each directory is, or None where there is no manifest.
@@ -58,6 +83,17 @@ def check(root: Path, *, whole: bool = False) -> dict[str, str] | None:
     Raises:
         ValueError: a listed file is missing or differs, or another version wrote the manifest.
     """
+    content = _read(root)
+    if content is None:
+        return None
+    for name, part in content.items():
+        for file, expected in part["files"].items() if name not in skip else ():
+            _check_file(root / name / file, expected, whole)
+    return {name: part["kind"] for name, part in content.items()}
+
+
+def _read(root: Path) -> dict[str, Any] | None:
+    """The parts that the manifest lists, each with its kind and its files."""
     path = root / MANIFEST
     if not path.is_file():
         return None
@@ -67,13 +103,23 @@ def check(root: Path, *, whole: bool = False) -> dict[str, str] | None:
             f"{path}: has format {content.get('format')!r} and version {content.get('version')!r}, "
             f"known is 'eagle_jax' {VERSION}; use the eagle_jax that wrote it"
         )
-    try:
-        for name, part in content["parts"].items():
-            for file, expected in part["files"].items():
-                _check_file(root / name / file, expected, whole)
-        return {name: part["kind"] for name, part in content["parts"].items()}
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path}: is no manifest of eagle_jax; convert the model again") from None
+    found = content.get("parts")
+    if not (isinstance(found, dict) and "target" in found and all(map(_is_part, found.items()))):
+        raise ValueError(f"{path}: is no manifest of eagle_jax; convert the model again")
+    return found
+
+
+def _is_part(item: tuple[str, Any]) -> bool:
+    name, part = item
+    if Path(name).name != name or not isinstance(part, dict):
+        return False
+    listed = part.get("files")
+    if not isinstance(part.get("kind"), str) or not isinstance(listed, dict):
+        return False
+    return all(
+        Path(file).name == file and isinstance(x, dict) and {"size", "sha256"} <= x.keys()
+        for file, x in listed.items()
+    )
 
 
 def _check_file(path: Path, expected: Mapping[str, Any], whole: bool) -> None:

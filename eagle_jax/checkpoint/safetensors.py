@@ -63,9 +63,13 @@ def stored(path: str | Path) -> dict[str, Stored]:
             code = entry.get_dtype()
             if code not in _BY_CODE:
                 known = ", ".join(_BY_CODE)
-                raise ValueError(f"{path}: {name} has dtype {code}; known: {known}")
+                raise ValueError(
+                    f"{path}: {name} has dtype {code}, as quantised weights have; known: {known}; "
+                    "give the model as it was before it was quantised"
+                )
             load = functools.partial(_load, path, name)
-            tensors[name] = Stored(tuple(entry.get_shape()), _BY_CODE[code], load)
+            part = functools.partial(_part, path, name)
+            tensors[name] = Stored(tuple(entry.get_shape()), _BY_CODE[code], load, part)
     return tensors
 
 
@@ -73,6 +77,11 @@ def _load(path: Path, name: str) -> np.ndarray:
     # Opened anew for every tensor: pages of an open map would stay in memory.
     with _opened(path) as file:
         return file.get_tensor(name)
+
+
+def _part(path: Path, name: str, start: int, stop: int) -> np.ndarray:
+    with _opened(path) as file:
+        return file.get_slice(name)[start:stop]
 
 
 @contextlib.contextmanager

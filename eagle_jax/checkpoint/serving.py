@@ -24,10 +24,12 @@ import numpy as np
 
 from eagle_jax.checkpoint import drafts, files, hf, safetensors
 from eagle_jax.checkpoint.names import on_disk
-from eagle_jax.checkpoint.stored import Stored, lazily
+from eagle_jax.checkpoint.stored import Stored, cast, lazily
 from eagle_jax.config import DraftConfig, Eagle3Config, EagleConfig, MedusaConfig, TransformerConfig
 
 LAYOUTS = ("official", "sglang", "speculators")
+INNER = "native"
+"""The layout of drafts beside their target: the official one, for no reader but this library."""
 
 # How many tokens vLLM drafts ahead unless told otherwise.
 _SPECULATIVE_TOKENS = 5
@@ -76,7 +78,7 @@ def write(
     config: DraftConfig,
     params: Mapping[str, Any],
     layout: str,
-    dtype: str,
+    dtype: str | None,
     *,
     target: Target | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -89,8 +91,8 @@ def write(
         directory: must exist; what fails leaves files there, so give one of `files.staged`.
         config: of the draft.
         params: its arrays by their Flax names, as `hf.open_draft` gives them.
-        layout: one of `LAYOUTS`.
-        dtype: of the weights on disk.
+        layout: one of `LAYOUTS`, or `INNER`.
+        dtype: of the weights on disk; None: one that holds all of them as they are.
         target: what the draft was trained for.
         extra: further keys of `config.json`, which give way to those that the layout has.
         embedding: the target's matrix [v, d], to write beside the weights of a draft that has
@@ -102,6 +104,8 @@ def write(
             or what was written reads as something else.
         OSError: the directory cannot be written.
     """
+    exact = dtype is None
+    dtype = dtype or _exact_dtype(params)
     files.check_params(config, params, dtype)
     config, params = _as_layout(config, params, layout)
     settings = {**(extra or {}), **_settings(config, layout, dtype, target)}
@@ -110,17 +114,24 @@ def write(
     has_own = isinstance(config, Eagle3Config) and config.target_hidden_size is not None
     takes_one = layout != "sglang" and not isinstance(config, MedusaConfig) and not has_own
     if embedding is not None and takes_one:
-        beside[drafts.EMBEDDING] = embedding.astype(dtype)
+        beside[drafts.EMBEDDING] = embedding if exact else cast(drafts.EMBEDDING, embedding, dtype)
     tensors |= beside
-    cast = {name: _cast(array, dtype) for name, array in params.items()}
-    path = directory / "model.safetensors"
-    with bar(size(tensors) + size(cast) + size(beside)) as progress:
+    expected = {name: lazily(array) for name, array in params.items()}
+    if not exact:
+        expected = {name: _cast(array, dtype) for name, array in expected.items()}
+    path = directory / _file(config, layout)
+    with bar(size(tensors) + size(expected) + size(beside)) as progress:
         safetensors.write(path, tensors, {"format": "pt"}, progress.update)
         files.write_json(directory / "config.json", settings)
         found, again = hf.open_draft(directory, target.config if target else None)
         if found != config:
             raise ValueError(f"{directory}: reads as {found}, not as {config}; please report this")
-        compare(directory, again, cast, progress)
+        if exact:  # the source's numbers come back, whatever dtype they took on the way
+            again = {
+                n: x.astype(expected[n].dtype if n in expected else x.dtype)
+                for n, x in again.items()
+            }
+        compare(directory, again, expected, progress)
         stored = safetensors.stored(path)
         compare(directory, {name: stored[name] for name in beside}, beside, progress)
 
@@ -152,6 +163,45 @@ def _same(one: np.ndarray, two: np.ndarray) -> bool:
     return np.array_equal(one, two)
 
 
+def unsaid(config: DraftConfig, target: TransformerConfig | None) -> list[str]:
+    """What the code of the draft's authors passes over, or does not open, in their own layout."""
+    if isinstance(config, MedusaConfig):
+        return ["tie_lm_head=True"] if config.tie_lm_head else []
+    if isinstance(config, TransformerConfig):
+        return []
+    found = []
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        found.append(f"head_dim={config.head_dim}")
+    if config.rope_scaling is not None and config.rope_scaling.rope_type != "linear":
+        found.append(f"rope_scaling {config.rope_scaling.rope_type!r}")
+    if isinstance(config, EagleConfig):
+        return found
+    found += [f"{name}=True" for name in ("fc_norm", "norm_output") if getattr(config, name)]
+    if config.attention_bias:
+        found.append("qkv_bias=True")
+    layers = () if target is None else drafts.official_layers(target)
+    if target is not None and config.aux_layers != layers:
+        found.append(f"layers {config.aux_layers} (it fuses {layers})")
+    return found
+
+
+def _exact_dtype(params: Mapping[str, Any]) -> str:
+    """The dtype that holds all weights as they are."""
+    names = {x.dtype.name for x in params.values() if x.dtype.kind not in "iub"}
+    if not names <= set(files.DTYPES):
+        raise ValueError(
+            f"weights are {', '.join(sorted(names))}; give --dtype, one of "
+            f"{', '.join(files.DTYPES)}"
+        )
+    return names.pop() if len(names) == 1 else "float32"  # neither of bfloat16 and float16 does
+
+
+def _file(config: DraftConfig, layout: str) -> str:
+    """The name that the authors' loaders look for."""
+    medusa = isinstance(config, MedusaConfig) and layout == "official"
+    return "medusa_lm_head.safetensors" if medusa else "model.safetensors"
+
+
 def _cast(array: Any, dtype: str) -> Stored:
     array = lazily(array)
     return array if array.dtype.kind in "iub" else array.astype(dtype)
@@ -165,11 +215,12 @@ def _as_layout(
     Raises:
         ValueError: it cannot.
     """
-    if layout not in LAYOUTS:
+    if layout not in (*LAYOUTS, INNER):
         raise ValueError(f"layout={layout!r}: must be one of {', '.join(LAYOUTS)}")
     if isinstance(config, TransformerConfig):
         raise ValueError("draft: is a model of its own; write it in format 'hf'")
-    known = {"official": ("eagle", "eagle3", "medusa"), "sglang": ("eagle", "eagle3")}
+    known = {"sglang": ("eagle", "eagle3")}
+    known |= dict.fromkeys(("official", INNER), ("eagle", "eagle3", "medusa"))
     kinds = known.get(layout, ("eagle3",))
     if config.kind not in kinds:
         raise ValueError(
@@ -204,7 +255,7 @@ def _settings(
     if target is not None:
         # Without it, serving stacks would cut positions at transformers' default of 2048.
         settings["max_position_embeddings"] = target.config.max_position_embeddings
-    if layout == "official":
+    if layout in ("official", INNER):
         return settings
     if config.attention_bias:
         settings["attention_bias"] = True
@@ -258,11 +309,11 @@ def _tensors(
     """By their names on disk, tables included."""
     tensors: dict[str, Any] = {}
     for name, (disk, transposed) in on_disk(config).items():
-        array = lazily(params[name]).astype(dtype)
+        array = cast(disk, lazily(params[name]), dtype)
         tensors[disk] = array.T if transposed else array
     if isinstance(config, Eagle3Config):
         tensors |= drafts.eagle3_tables(config, np.asarray(params["d2t"]))
-    if layout != "official" and isinstance(config, EagleConfig | Eagle3Config):
+    if layout in ("sglang", "speculators") and isinstance(config, EagleConfig | Eagle3Config):
         prefix = "midlayer." if isinstance(config, Eagle3Config) else "layers.0."
         if config.attention_bias:
             # Their attention has a bias on every projection, or on none.

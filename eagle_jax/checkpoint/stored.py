@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,13 @@ class Stored:
         shape: of the array that reading gives.
         dtype: of that array.
         load: reads it.
+        part: reads rows from the first of two numbers up to the second, where that is cheaper.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     load: Callable[[], np.ndarray]
+    part: Callable[[int, int], np.ndarray] | None = None
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         del copy  # what is read is always new
@@ -35,6 +37,15 @@ class Stored:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def blocks(self, starts: Iterable[int], rows: int) -> Iterator[np.ndarray]:
+        """So many rows from each start, or those that there are."""
+        part = self.part
+        if part is None:
+            whole = np.asarray(self)
+            yield from (whole[start : start + rows] for start in starts)
+        else:
+            yield from (part(start, min(start + rows, len(self))) for start in starts)
 
     @property
     def nbytes(self) -> int:
@@ -52,6 +63,41 @@ class Stored:
         if dtype == self.dtype:
             return self
         return Stored(self.shape, dtype, lambda: self.load().astype(dtype))
+
+
+def cast(name: str, tensor: Stored, dtype: Any) -> Stored:
+    """A weight in another dtype, cast when it is read.
+
+    Raises:
+        ValueError: when it is read, if numbers become infinite.
+    """
+    dtype = np.dtype(dtype)
+    if dtype == tensor.dtype:
+        return tensor
+
+    def load() -> np.ndarray:
+        array = tensor.load()
+        with np.errstate(over="ignore"):
+            result = array.astype(dtype)
+        infinite = np.isinf(result)
+        if np.any(infinite) and np.any(np.isfinite(array[infinite])):
+            raise ValueError(
+                f"{name}: has numbers that are too large for {dtype.name}; take bfloat16 or float32"
+            )
+        return result
+
+    return Stored(tensor.shape, dtype, load)
+
+
+def equal(one: Stored, two: Stored) -> bool:
+    """Whether two tensors are the same, block by block."""
+    if (one.shape, one.dtype) != (two.shape, two.dtype):
+        return False
+    if getattr(one.load, "args", ()) == getattr(two.load, "args", None):
+        return True  # the same bytes of the same file
+    starts = range(0, len(one), 4096)
+    pairs = zip(one.blocks(starts, 4096), two.blocks(starts, 4096), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
 
 
 def lazily(array: Any) -> Stored:

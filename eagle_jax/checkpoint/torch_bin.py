@@ -65,7 +65,7 @@ def stored(path: str | Path) -> dict[str, Stored]:
         raise ValueError(f"{path}: no such file; give the path of a pytorch_model.bin") from None
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path}: truncated or corrupt ({error}); download it again") from error
-    except ValueError:
+    except (ValueError, PermissionError):
         raise
     except Exception as error:  # a damaged pickle may raise anything
         text = str(error).splitlines()[:1] or [type(error).__name__]
@@ -105,6 +105,11 @@ class _Unpickler(pickle.Unpickler):
             return lambda data, requires_grad, hooks: data
         if module == "torch" and name in _STORAGES:
             return name
+        if name.lower().startswith("float8") or name == "_rebuild_tensor_v3":
+            raise ValueError(
+                f"{self.path}: has tensors of a quantised dtype (float8 or the like), which are "
+                "not read; give the model as it was before it was quantised"
+            )
         raise ValueError(
             f"{self.path}: pickle with code in it ({module}.{name}): refused; {_AGAIN}"
         )

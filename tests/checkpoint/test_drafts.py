@@ -187,6 +187,26 @@ def test_flags_that_the_tensors_tell(tmp_path):
         assert_same(found, params)
 
 
+def test_a_bias_that_no_key_tells(tmp_path):
+    """Catches heads without a bias on fc that are refused because their file is silent."""
+    for name, config in (("with", EAGLE), ("without", CONFIGS["eagle-biases"])):
+        params = written(tmp_path / name, config)
+        edit(tmp_path / name, bias="absent")
+        found_config, found = hf.load_draft(tmp_path / name)
+        assert found_config == config
+        assert_same(found, params)
+
+
+def test_a_whole_vocabulary_without_a_word(tmp_path):
+    """Catches an EAGLE-3 head that is taken for EAGLE-1."""
+    config = CONFIGS["eagle3-whole-vocabulary"]
+    written(tmp_path, config)
+    retensor(tmp_path, drop("d2t", "t2d"))
+    retensor(tmp_path, rename("midlayer.", "layers.0."))
+    edit(tmp_path, draft_vocab_size="absent")
+    assert hf.load_draft(tmp_path)[0] == config
+
+
 def test_a_whole_vocabulary_needs_no_table(tmp_path):
     """Catches heads like Vicuna's, whose offsets are all zero and may be missing."""
     config = CONFIGS["eagle3-whole-vocabulary"]
@@ -278,6 +298,13 @@ def test_theta_is_the_drafts_own(tmp_path, config):
         (MEDUSA, {"medusa_num_layers": 1}, ["lacks tensors 0.1.weight"]),
         (MEDUSA, {"tie_lm_head": True}, ["lacks tensors 0.lm_proj.weight"]),
         (CONFIGS["medusa-tied"], {"tie_lm_head": False}, ["lacks tensors 0.2.weight"]),
+        (MEDUSA, {"medusa_num_heads": 10**7}, ["medusa_num_heads=10000000: the files have 15"]),
+        (EAGLE, {"max_position_embeddings": "x"}, ["max_position_embeddings='x': must be int"]),
+        (EAGLE, {"tie_word_embeddings": 1}, ["tie_word_embeddings=1: must be bool"]),
+        (EAGLE3, {"tie_word_embeddings": True}, ["tie_word_embeddings=True", "only False is"]),
+        (EAGLE3, {"rms_norm_eps": -1.0}, ["rms_norm_eps=-1.0"]),
+        (EAGLE, {"num_attention_heads": 0}, ["num_attention_heads=0: must be at least 1"]),
+        (EAGLE3, {"quantization_config": {}}, ["quantization_config=None: quantised weights"]),
         (MODEL, {"num_hidden_layers": 2}, ["lacks tensors model.layers.1."]),
     ],
 )

@@ -5,9 +5,9 @@ import json
 
 import numpy as np
 import pytest
-from model_directories import assert_same, edit, message, random_params
+from model_directories import assert_same, edit, message, random_params, retensor
 
-from eagle_jax.checkpoint import hf
+from eagle_jax.checkpoint import hf, safetensors
 from eagle_jax.config import TransformerConfig
 
 # Every size differs from every other, so that a wrong axis cannot pass.
@@ -28,6 +28,9 @@ TARGETS = [
     dataclasses.replace(TARGET, tie_word_embeddings=True),
     dataclasses.replace(TARGET, attention_bias=True),
 ]
+
+
+GEMMA3 = {"model_type": "gemma3_text", "hidden_act": "absent", "layer_types": "absent"}
 
 
 @pytest.fixture
@@ -142,8 +145,39 @@ def test_old_config_keys(target):
         ({"model_type": "qwen3_moe", "num_experts_per_tok": 200}, ["num_experts_per_tok=200"]),
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, ["decoder_sparse_step=0"]),
         ({"model_type": "mixtral"}, ["lacks", "block_sparse_moe.experts.0.w1.weight"]),
+        ({"rope_parameters": "absent", "rope_theta": [1]}, ["rope_theta=[1]: must be a positive"]),
+        ({"rope_parameters": "absent", "rope_theta": {}}, ["rope_theta={}: must be a positive"]),
+        ({"rope_parameters": {"rope_theta": 0}}, ["rope_theta=0: must be a positive number"]),
+        ({"rope_parameters": {"rope_theta": -5.0}}, ["rope_theta=-5.0: must be a positive"]),
+        ({"rope_parameters": {"full_attention": "x"}}, ["rope_parameters.full_attention='x'"]),
+        ({"rms_norm_eps": -1.0}, ["rms_norm_eps=-1.0: must be 0 or more"]),
+        ({"model_type": ["llama"]}, ["model_type=['llama'] is not supported; known: llama"]),
+        ({"model_type": {}}, ["model_type={} is not supported"]),
+        ({"num_hidden_layers": 10**7}, ["num_hidden_layers=10000000: the files have 21 tensors"]),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "a"},
+            ["max_window_layers='a': must be a number of layers"],
+        ),
+        (
+            GEMMA3 | {"sliding_window_pattern": 0},
+            ["sliding_window_pattern=0: must be at least 1"],
+        ),
+        (
+            GEMMA3 | {"sliding_window_pattern": "6"},
+            ["sliding_window_pattern='6': must be a number of layers"],
+        ),
+        (
+            {"model_type": "qwen3_moe", "num_hidden_layers": "4"},
+            ["num_hidden_layers='4': must be a number of layers"],
+        ),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            ["quantization_config='gptq': quantised weights are not read"],
+        ),
         ({"hidden_size": "absent"}, ["has no hidden_size"]),
         ({"hidden_size": "24"}, ["hidden_size='24': must be int"]),
+        ({"hidden_size": "24", "head_dim": "absent"}, ["hidden_size='24': must be a whole"]),
+        ({"num_attention_heads": 0, "head_dim": "absent"}, ["num_attention_heads=0: must be a"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads=3"]),
         ({"intermediate_size": 64}, ["mlp.gate_proj.weight", "(56, 24)", "(64, 24)"]),
         ({"num_hidden_layers": 1}, ["unexpected", "model.layers.1.", "and 5 more"]),
@@ -157,10 +191,74 @@ def test_target_config_errors(target, changes, parts):
     assert all(part in text for part in [str(target), *parts]), text
 
 
+@pytest.mark.parametrize("rope", [{"rope_theta": None}, {"full_attention": {"rope_theta": None}}])
+def test_a_null_within_is_as_good_as_absent(target, rope):
+    """Catches a traceback for keys that a writer left null."""
+    edit(target, rope_parameters=rope, rope_theta=7.0)
+    assert hf.load_target(target)[0] == dataclasses.replace(TARGET, rope_theta=7.0)
+
+
+def test_integers_are_no_weights(target):
+    """Catches quantised numbers that are taken for the weights themselves."""
+    retensor(target, lambda x: x.update({"model.norm.weight": np.ones(24, np.int8)}))
+    assert "model.norm.weight is int8, a quantised weight; give" in message(hf.load_target, target)
+
+
+@pytest.mark.parametrize("written", ["safetensors", "bin"])
+def test_a_tied_head_that_differs_is_none(tmp_path, written):
+    """Catches a trained head that is passed over because the configuration says tied."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    params = random_params(TARGET)
+    hf.save_target(tmp_path, TARGET, params, "float32")
+    edit(tmp_path, tie_word_embeddings=True)
+    ties = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight
+    np.testing.assert_array_equal(ties.detach().numpy(), params["lm_head.kernel"].T)
+    if written == "bin":
+        tensors = safetensors.read(tmp_path / "model.safetensors")
+        (tmp_path / "model.safetensors").unlink()
+        tensors = {name: torch.tensor(x) for name, x in tensors.items()}
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    config, found = hf.load_target(tmp_path)
+    assert config == TARGET
+    assert_same(found, params)
+    same = {"lm_head.kernel": params["embed_tokens.embedding"].T.copy()}
+    hf.save_target(tmp_path, TARGET, params | same, "float32")
+    edit(tmp_path, tie_word_embeddings=True)
+    assert hf.load_target(tmp_path)[0] == dataclasses.replace(TARGET, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("code", ["F8_E4M3", "F8_E5M2"])
+def test_eight_bits_are_told(target, code):
+    """Catches a list of dtypes as the only word on a quantised model."""
+    torch = pytest.importorskip("torch")
+    import safetensors.torch as theirs
+
+    dtype = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}[code]
+    tensors = theirs.load_file(target / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+    theirs.save_file(tensors, target / "model.safetensors")
+    text = message(hf.load_target, target)
+    assert f"model.norm.weight has dtype {code}, as quantised weights have" in text
+    (target / "model.safetensors").unlink()
+    torch.save(tensors, target / "pytorch_model.bin")
+    assert "has tensors of a quantised dtype (float8 or" in message(hf.load_target, target)
+
+
+@pytest.mark.parametrize("index", [{"a": []}, {"a": 5, "b": "x"}])
+def test_a_wrong_index(target, index):
+    """Catches a traceback where names of files are expected."""
+    path = target / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": index}))
+    assert f"{path}: names a shard" in message(hf.load_target, target)
+
+
 def test_file_errors(target):
     """Catches a traceback in place of one line that names the file."""
     (target / "model.safetensors").unlink()
     assert "no model.safetensors" in message(hf.load_target, target)
+    (target / "config.json").write_text('{"a":' * 3000)
+    assert "not valid JSON" in message(hf.load_target, target)
     (target / "config.json").write_text("{")
     assert "not valid JSON" in message(hf.load_target, target)
     (target / "config.json").unlink()

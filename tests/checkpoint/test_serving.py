@@ -195,7 +195,8 @@ def read_by_hand(directory) -> tuple[dict[str, np.ndarray], Any]:
         found = torch.load(path, weights_only=True)
         found = {name: tensor.numpy() for name, tensor in found.items()}
     else:
-        found = safetensors.numpy.load_file(directory / "model.safetensors")
+        (path,) = directory.glob("*.safetensors")
+        found = safetensors.numpy.load_file(path)
     if "0.1.weight" in found:
         return medusa_by_hand(found)
     eagle3 = "d2t" in found

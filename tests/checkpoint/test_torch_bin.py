@@ -1,5 +1,6 @@
 """torch's files without torch: the same tensors as torch reads, and no code ever run."""
 
+import errno
 import io
 import os
 import pickle
@@ -73,6 +74,19 @@ class Evil:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    """Catches the advice to save a file again that is whole."""
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"x": torch.zeros(3)}, path)
+
+    def refuse(*arguments):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(torch_bin, "open", refuse, raising=False)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        torch_bin.stored(path)
 
 
 def test_code_is_refused_and_not_run(tmp_path):
