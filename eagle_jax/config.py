@@ -418,6 +418,9 @@ class FeatureRegression:
         feature_weight: weight of smooth L1 between predicted and real features.
         token_weight: weight of the soft cross-entropy through the target's head.
         noise: half-width of the uniform noise added to input features, as the paper has it.
+        features: a directory that `python -m eagle_jax.train.features` wrote: the target's features
+            are read from it, and of the target only embedding and head are loaded; empty: the
+            target runs in every step.
     """
 
     draft: EagleConfig
@@ -425,6 +428,7 @@ class FeatureRegression:
     feature_weight: float = 1.0
     token_weight: float = 0.1
     noise: float = 0.1
+    features: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -439,6 +443,7 @@ class TrainingTimeTest:
         mean: over the rows that count ("masked"), or over all rows, as the official code divides.
         loss: soft cross-entropy ("kl") to the target's distribution over the draft vocabulary, or
             the acceptance rate itself ("lk": arXiv 2602.23881's hybrid of KL and total variation).
+        features: as in `FeatureRegression`.
     """
 
     draft: Eagle3Config
@@ -447,6 +452,7 @@ class TrainingTimeTest:
     decay: float = 0.8
     mean: Literal["masked", "all"] = "masked"
     loss: Literal["kl", "lk"] = "kl"
+    features: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -458,12 +464,14 @@ class MedusaTraining:
         target: as in `FeatureRegression`.
         decay: head i (from 0) has weight `decay ** i`.
         labels: the text's own tokens ("hard"), or the target's distribution ("soft").
+        features: as in `FeatureRegression`.
     """
 
     draft: MedusaConfig
     target: str
     decay: float = 0.8
     labels: Literal["hard", "soft"] = "hard"
+    features: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -472,11 +480,12 @@ class Distillation:
 
     Attributes:
         draft: the small model to train from random weights; shares the target's tokenizer.
-        target: as in `FeatureRegression`.
+        target, features: as in `FeatureRegression`.
     """
 
     draft: TransformerConfig
     target: str
+    features: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from eagle_jax import settings
-from eagle_jax.config import DraftConfig, MedusaConfig, TrainConfig, TransformerConfig
+from eagle_jax.config import DraftConfig, MedusaConfig, NextToken, TrainConfig, TransformerConfig
 
 GIB = 2**30
 
@@ -216,6 +216,11 @@ def _training(config: AotConfig, run: TrainConfig, where: list[Any]) -> Iterator
     from eagle_jax.models import Transformer, param_shapes
     from eagle_jax.train import loop, objectives
 
+    if not isinstance(run.objective, NextToken) and run.objective.features:
+        raise ValueError(
+            f"train.objective.features={run.objective.features!r}: only training with the target "
+            "in every step is compiled here; leave it empty"
+        )
     mesh = sharding.make_mesh(run.fsdp, tensor=run.tensor, expert=run.expert, devices=where)
     sharding.check_batch(mesh, run.data.batch_size)
     shapes = param_shapes(Transformer, config.target)

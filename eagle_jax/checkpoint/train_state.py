@@ -19,7 +19,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +83,21 @@ def _defaults(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_same(old: dict[str, Any], config: TrainConfig, directory: Path) -> None:
+def check_same(
+    old: dict[str, Any],
+    config: TrainConfig,
+    directory: Path,
+    contents: Mapping[str, str] | None = None,
+) -> None:
     """Raise ValueError naming the first field that makes `config` another computation.
+
+    `contents` has what counts of fields that name a place: what lies there.
 
     A field that the checkpoint lacks did not exist then, and the run had what is now its default.
     More steps are the same computation only while the learning rate does not depend on their
     number.
     """
-    new, old = flatten(config), {**_defaults(config), **old}
+    new, old = {**flatten(config), **(contents or {})}, {**_defaults(config), **old}
     free = _FREE | ({"optim.steps"} if config.optim.schedule == "constant" else set())
     for name in [*new, *(name for name in old if name not in new)]:
         if name not in free and old.get(name) != new.get(name):
@@ -158,10 +165,12 @@ def _everywhere(ok: bool) -> bool:
 class Checkpoints:
     """The newest checkpoints of one run."""
 
-    def __init__(self, directory: Path, config: TrainConfig) -> None:
-        """Opens or creates `directory`."""
+    def __init__(
+        self, directory: Path, config: TrainConfig, contents: Mapping[str, str] | None = None
+    ) -> None:
+        """Opens or creates `directory`; `contents` as in `check_same`."""
         policies = ocp.training.preservation_policies
-        self._config = config
+        self._config, self._contents = config, contents or {}
         self._directory = directory
         self._pending: Any = None  # the save in progress
         _silence_orbax()
@@ -178,7 +187,7 @@ class Checkpoints:
         """
         self.wait()
         metadata = {
-            "config": flatten(self._config),
+            "config": flatten(self._config) | dict(self._contents),
             "data": _pack(data_state),
             "fingerprint": int(_fingerprint(state)),
         }
@@ -250,7 +259,7 @@ class Checkpoints:
             if not {"config", "data"} <= set(metadata):
                 raise ValueError("its metadata are missing or cut short")
             data_state = _unpack(metadata["data"])
-        check_same(metadata["config"], self._config, self._directory.parent)
+        check_same(metadata["config"], self._config, self._directory.parent, self._contents)
         with _reading():
             state = jax.block_until_ready(self._checkpointer.load(step, abstract))
             if metadata.get("fingerprint") not in (None, int(_fingerprint(state))):

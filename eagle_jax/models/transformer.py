@@ -44,13 +44,19 @@ class Output:
     block: Cache
 
 
+def embedding(config: TransformerConfig, *, rngs: nnx.Rngs) -> Embedding:
+    """The token embedding of a transformer, by itself."""
+    d = config.hidden_size
+    scale = d**0.5 if config.scale_embeddings else None
+    return Embedding(config.vocab_size, d, scale=scale, rngs=rngs)
+
+
 class Transformer(nnx.Module):
     """Embedding, decoder layers, final norm, head."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
         d, offset = config.hidden_size, config.unit_offset_norm
-        scale = d**0.5 if config.scale_embeddings else None
-        self.embed_tokens = Embedding(config.vocab_size, d, scale=scale, rngs=rngs)
+        self.embed_tokens = embedding(config, rngs=rngs)
         self.layers = nnx.List(
             DecoderLayer(config, layer=i, rngs=rngs) for i in range(config.num_hidden_layers)
         )

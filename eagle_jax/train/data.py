@@ -20,9 +20,9 @@ import io
 import itertools
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -50,11 +50,43 @@ class Example:
     mask: np.ndarray
 
 
-def train_iterator(config: DataConfig, *, shard_index: int = 0, shard_count: int = 1) -> Any:
+@runtime_checkable
+class Features(Protocol):
+    """Arrays that belong to the tokens of prepared rows; see `eagle_jax.train.offline`."""
+
+    def read(self, number: int, tokens: int) -> Row:
+        """Arrays [sequence_length, ...] of a row, zero past its `tokens` tokens."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Joined:
+    """Rows with what is stored for them elsewhere, by number."""
+
+    rows: Any
+    features: Features
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: Any) -> Row:
+        row = self.rows[number]
+        tokens = int(np.count_nonzero(row["segment_ids"]))
+        return {**row, **self.features.read(int(number) % len(self), tokens)}
+
+
+def train_iterator(
+    config: DataConfig,
+    *,
+    features: Features | None = None,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> Any:
     """Endless shuffled batches; every epoch has a new order.
 
     Args:
         config: the text and its shape; prepared first if this was not done before.
+        features: read beside the rows; the order is the same with and without.
         shard_index, shard_count: this process and the number of processes that share a batch.
 
     Returns:
@@ -65,7 +97,8 @@ def train_iterator(config: DataConfig, *, shard_index: int = 0, shard_count: int
         - `tokens` int32 [b, t], 0 in padding;
         - `positions` int32 [b, t], from 0 in every segment;
         - `segment_ids` int32 [b, t], from 1 in every row, 0 in padding;
-        - `loss_mask` float32 [b, t], 1 on tokens of assistant turns.
+        - `loss_mask` float32 [b, t], 1 on tokens of assistant turns;
+        - and those of `features`, [b, t, ...].
 
     Raises:
         ValueError: a field of the configuration or of the text is wrong.
@@ -73,7 +106,7 @@ def train_iterator(config: DataConfig, *, shard_index: int = 0, shard_count: int
     import grain
     from absl import flags
 
-    source = _open(prepare(config.train, config, field="train"))
+    source = rows(config, features=features)[1]
     dataset = _batches(source, config, shard_index, shard_count).map(_columns)
     # Elements are whole batches: a few are enough, grain's default would hold 500.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
@@ -147,9 +180,29 @@ def texts(config: DataConfig, rows: Iterable[int]) -> Iterator[dict[str, Any]]:
             }
 
 
+class _Made(Sequence[Batch]):
+    """Batches that are made whenever they are asked for."""
+
+    def __init__(self, count: int, make: Callable[[int], Batch]) -> None:
+        self._numbers, self._make = range(count), make
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._make(number) for number in self._numbers[index]]
+        return self._make(self._numbers[index])
+
+
 def validation_batches(
-    config: DataConfig, batches: int, *, shard_index: int = 0, shard_count: int = 1
-) -> list[Batch]:
+    config: DataConfig,
+    batches: int,
+    *,
+    features: Features | None = None,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> Sequence[Batch]:
     """The first `batches` batches of the validation text, the same at every call.
 
     Fewer if the text is shorter; the last one is filled up with rows of padding.
@@ -157,24 +210,48 @@ def validation_batches(
     Args:
         config: as for `train_iterator`.
         batches: how many at most.
-        shard_index, shard_count: this process and the number of processes that share a batch.
+        features, shard_index, shard_count: as for `train_iterator`.
 
     Returns:
-        Batches as `train_iterator` yields them.
+        Batches as `train_iterator` yields them, read when they are asked for.
 
     Raises:
         ValueError: no validation files, or a field of the configuration or of the text is wrong.
     """
     share = _share(config, shard_index, shard_count)
-    source = _open(prepare(config.validation, config, field="validation"))
+    source = rows(config, "validation", features=features)[1]
     size = config.batch_size
-    result = []
-    for first in range(0, min(len(source), batches * size), size):
-        rows = [source[i] for i in range(first, min(first + size, len(source)))]
-        rows += [_empty_row(config.sequence_length)] * (size - len(rows))
-        mine = rows[shard_index * share : (shard_index + 1) * share]
-        result.append(_columns({name: np.stack([row[name] for row in mine]) for name in mine[0]}))
-    return result
+
+    def make(number: int) -> Batch:
+        first = number * size + shard_index * share
+        return batch_of(source, range(first, first + share))
+
+    return _Made(min(batches, -(-len(source) // size)), make)
+
+
+def rows(
+    config: DataConfig, field: str = "train", *, features: Features | None = None
+) -> tuple[str, Any]:
+    """A text's key, the same for the same content, and its prepared rows: `source[number]`.
+
+    Args:
+        config, features: as for `train_iterator`.
+        field: "train" or "validation".
+
+    Raises:
+        ValueError: a field of the configuration or of the text is wrong.
+    """
+    folder = prepare(getattr(config, field), config, field=field)
+    source = _open(folder)
+    return folder.name, source if features is None else _Joined(source, features)
+
+
+def batch_of(source: Any, numbers: Sequence[int]) -> Batch:
+    """Rows of `source` as a batch; numbers past its end give rows of padding."""
+    rows = [source[number] for number in numbers if number < len(source)]
+    empty = {name: np.zeros_like(x) for name, x in (rows[0] if rows else source[0]).items()}
+    rows += [empty] * (len(numbers) - len(rows))
+    return _columns({name: np.stack([row[name] for row in rows]) for name in empty})
 
 
 def prepare(files: Sequence[str], config: DataConfig, *, field: str = "train") -> Path:
@@ -309,7 +386,8 @@ def _columns(batch: Batch) -> Batch:
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
     index = np.arange(segments.shape[1], dtype=np.int32)[None]
     first = np.maximum.accumulate(np.where(starts, index, 0), axis=1)
-    return {
+    stored = {name: x for name, x in batch.items() if name not in ("tokens", "mask", "segment_ids")}
+    return stored | {
         "tokens": batch["tokens"],
         "positions": np.where(segments > 0, index - first, 0),
         "segment_ids": segments,

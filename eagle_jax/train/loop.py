@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from jax.sharding import Mesh
 from eagle_jax import distributed, sharding
 from eagle_jax.config import OptimConfig, TrainConfig
 from eagle_jax.models import cast
-from eagle_jax.train import data, guard, metrics, objectives
+from eagle_jax.train import data, guard, metrics, objectives, offline
 from eagle_jax.train.objectives import Batch, Objective
 from eagle_jax.train.preemption import Preemption
 from eagle_jax.types import ParamDict
@@ -128,17 +128,22 @@ class Trainer:
         Raises:
             ValueError: a token outside the model's vocabulary (its embedding would be clipped).
         """
-        largest = int(batch["tokens"].max())
-        if largest >= self.objective.vocab_size:
-            raise ValueError(
-                f"data.tokenizer={self.config.data.tokenizer!r}: gave token {largest}, but the "
-                f"model has vocab_size={self.objective.vocab_size}; use the model's own tokenizer"
-            )
+        check_tokens(self.config, self.objective.vocab_size, batch)
         place, rows = sharding.batch_sharding(self.mesh), self.config.data.batch_size
         return {
             name: jax.make_array_from_process_local_data(place, own, (rows, *own.shape[1:]))
             for name, own in batch.items()
         }
+
+
+def check_tokens(config: TrainConfig, vocab_size: int, batch: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError if a token lies outside the vocabulary."""
+    largest = int(batch["tokens"].max())
+    if largest >= vocab_size:
+        raise ValueError(
+            f"data.tokenizer={config.data.tokenizer!r}: gave token {largest}, but the "
+            f"model has vocab_size={vocab_size}; use the model's own tokenizer"
+        )
 
 
 def _init(config: TrainConfig, objective: Objective) -> TrainState:
@@ -156,7 +161,7 @@ def build(config: TrainConfig, objective: Objective, devices: Any = None) -> Tra
         config.fsdp, tensor=config.tensor, expert=config.expert, devices=devices
     )
     sharding.check_batch(mesh, config.data.batch_size)
-    _check_attention(config, mesh)
+    check_attention(config, mesh)
     dtype = jnp.dtype(config.compute_dtype)
     frozen = {name: np.asarray(x).astype(dtype) for name, x in objective.frozen().items()}
     frozen = jax.device_put(frozen, sharding.weight_shardings(mesh, frozen))
@@ -220,7 +225,8 @@ def assemble(
     )
 
 
-def _check_attention(config: TrainConfig, mesh: Mesh) -> None:
+def check_attention(config: TrainConfig, mesh: Mesh) -> None:
+    """Raise ValueError if the attention kernel cannot run."""
     if config.attention != "cudnn":
         return
     platform = mesh.devices.flat[0].platform
@@ -322,17 +328,23 @@ def run(config: TrainConfig, *, restart: bool = False, dry_run: bool = False) ->
     _check_config(config)
     began = time.perf_counter()
     _prepare(config)
+    stored = offline.find(config)
     trainer = build(config, objectives.build(config))
     share = dict(
         zip(("shard_index", "shard_count"), sharding.batch_share(trainer.mesh), strict=True)
     )
-    iterator = data.train_iterator(config.data, **share)
+    iterator = data.train_iterator(config.data, features=stored.get("train"), **share)
     if dry_run:
         return _dry_run(trainer, iterator)
-    validation = []
+    validation: Callable[[], Iterable[Batch]] = list
     if config.eval_every and config.data.validation:
-        held_out = data.validation_batches(config.data, config.eval_batches, **share)
-        validation = [trainer.put(batch) for batch in held_out]
+        features = stored.get("validation")
+        batches = data.validation_batches(
+            config.data, config.eval_batches, features=features, **share
+        )
+        validation = functools.partial(map, trainer.put, batches)
+        if not features:  # which are large, and read whenever they are due: tokens stay put
+            validation = functools.partial(iter, list(validation()))
     from eagle_jax.checkpoint.train_state import Checkpoints, telling_full_disk
 
     output = Path(config.output_dir).expanduser()
@@ -344,7 +356,8 @@ def run(config: TrainConfig, *, restart: bool = False, dry_run: bool = False) ->
     distributed.wait_for_all("output_dir")
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trainer.abstract))
     with telling_full_disk(saved, config, size):
-        with Preemption() as preemption, contextlib.closing(Checkpoints(saved, config)) as points:
+        opened = functools.partial(Checkpoints, saved, config, offline.contents(stored))
+        with Preemption() as preemption, contextlib.closing(opened()) as points:
             found = points.restore(trainer.abstract)
             start, state, data_state = found or (0, trainer.init(), None)
             if found:
@@ -382,7 +395,7 @@ def _train(
     state: TrainState,
     start: int,
     iterator: Any,
-    validation: list[Batch],
+    validation: Callable[[], Iterable[Batch]],
     checkpoints: Any,
     report: metrics.Report,
     preemption: Preemption,
@@ -392,12 +405,13 @@ def _train(
     Returns the state and its step, which is an earlier one if the run is to stop.
     """
     config, last, step = trainer.config, trainer.config.optim.steps, start
+    validates = bool(config.eval_every and config.data.validation)
     late = _Late(report, guard.Guard(config, report.directory, report.losses))
     with read_ahead(iterator, trainer.put, max(0, last - start)) as batches:
         for step, (batch, data_state) in enumerate(batches, start=start + 1):
             state, values = trainer.step(state, trainer.frozen, batch)
             late.push(step, values)
-            validate = validation and (step % config.eval_every == 0 or step == last)
+            validate = validates and (step % config.eval_every == 0 or step == last)
             stop = preemption.reached(step)
             save = stop or step % config.checkpoint_every == 0 or step == last
             checkpoints.wait(0)  # a save that failed, as on a full disk, ends the run now
@@ -406,7 +420,7 @@ def _train(
             late.drain()
             report.watch.stop(step)
             if validate:
-                report.validation(step, _validate(trainer, state, validation))
+                report.validation(step, _validate(trainer, state, validation()))
             if save:
                 report.sync()
                 checkpoints.save(step, state, data_state)
@@ -417,8 +431,11 @@ def _train(
     return state, step
 
 
-def _validate(trainer: Trainer, state: TrainState, batches: list[Batch]) -> dict[str, float]:
-    sums = [trainer.evaluate(state.params, trainer.frozen, batch) for batch in batches]
+def _validate(trainer: Trainer, state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
+    # One batch at a time on the devices.
+    sums = [
+        jax.device_get(trainer.evaluate(state.params, trainer.frozen, batch)) for batch in batches
+    ]
     total = jax.tree.map(lambda *x: float(np.sum(np.asarray(x, np.float64))), *sums)
     total["count"] = max(total["count"], 1.0)
     return {name: float(value) for name, value in objectives.means(total).items()}

@@ -1,9 +1,9 @@
 """What is trained, and against what: a loss as a function of parameters.
 
 Five objectives behind one interface, `Objective`. Next-token cross-entropy trains a target, the
-others train drafts against a frozen target that runs on the same batch. All work on packed
-sequences: `loss_mask` marks assistant tokens, and a row counts if the token whose distribution it
-predicts is marked.
+others train drafts against a frozen target, which runs on the same batch or left its features there
+before. All work on packed sequences: `loss_mask` marks assistant tokens, and a row counts if the
+token whose distribution it predicts is marked.
 
 | | row i reads | predicts | weight |
 |---|---|---|---|
@@ -16,7 +16,7 @@ distribution | mask[i+2+j] |
 """
 
 from eagle_jax.train.objectives.base import Batch, Objective, Sums, means
-from eagle_jax.train.objectives.build import assemble, build
+from eagle_jax.train.objectives.build import assemble, build, target_directory
 from eagle_jax.train.objectives.distillation import DistillationObjective
 from eagle_jax.train.objectives.features import FeatureRegressionObjective
 from eagle_jax.train.objectives.medusa import MedusaObjective
@@ -35,4 +35,5 @@ __all__ = [
     "assemble",
     "build",
     "means",
+    "target_directory",
 ]

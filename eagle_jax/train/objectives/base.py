@@ -11,12 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from eagle_jax import config as configs
-from eagle_jax.models import Output, Transformer, bind, init_params
-from eagle_jax.models.layers import AttentionKernel
-from eagle_jax.models.transformer import packed_mask
+from eagle_jax.models import Transformer, init_params
 from eagle_jax.types import Hidden, Logits, ParamDict
 
-# Names as in `eagle_jax.train.data`: tokens, positions, segment_ids, loss_mask; each [b, t].
+# Names as in `eagle_jax.train.data`: tokens, positions, segment_ids, loss_mask; each [b, t]. With
+# stored features also those of `target.compress`.
 Batch = Mapping[str, jax.Array]
 # Sums over the weighted rows of a batch; "count" is the sum of weights.
 Sums = dict[str, jax.Array]
@@ -152,15 +151,6 @@ def head_kernel(config: configs.TransformerConfig, params: ParamDict) -> Float[A
     if config.tie_word_embeddings:
         return params["embed_tokens.embedding"].T
     return params["lm_head.kernel"]
-
-
-def target_pass(
-    config: configs.TransformerConfig, frozen: ParamDict, batch: Batch, kernel: AttentionKernel
-) -> tuple[Transformer, Output]:
-    """The frozen target, and its pass over a packed batch."""
-    target = bind(Transformer, config, frozen)
-    mask = packed_mask(batch["segment_ids"])
-    return target, target(batch["tokens"], batch["positions"], mask, kernel=kernel)
 
 
 def soft_labels(

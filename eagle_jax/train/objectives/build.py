@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from eagle_jax import config as configs
-from eagle_jax.checkpoint import hf
+from eagle_jax.checkpoint import files, hf
 from eagle_jax.text import Tokenizer
 from eagle_jax.train import data
 from eagle_jax.train.objectives.base import Objective
@@ -19,6 +19,7 @@ from eagle_jax.train.objectives.distillation import DistillationObjective
 from eagle_jax.train.objectives.features import FeatureRegressionObjective
 from eagle_jax.train.objectives.medusa import MedusaObjective
 from eagle_jax.train.objectives.next_token import NextTokenObjective
+from eagle_jax.train.objectives.target import ENDS
 from eagle_jax.train.objectives.ttt import TrainingTimeTestObjective, draft_vocabulary
 
 _PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained"
@@ -42,7 +43,7 @@ def target_directory(name: str) -> Path:
 
 
 def build(config: configs.TrainConfig) -> Objective:
-    """The objective of a run; reads the frozen target where there is one.
+    """The objective of a run; reads what it needs of the frozen target, if there is one.
 
     EAGLE-3 prepares the training text, if that was not done before, to choose the draft vocabulary.
 
@@ -54,7 +55,10 @@ def build(config: configs.TrainConfig) -> Objective:
         _check_length("objective.model", settings.model, config)
         _check_head("objective.model", settings.model)
         return NextTokenObjective(settings.model, config.attention, config.remat)
-    return assemble(config, *hf.load_target(target_directory(settings.target)), _vocabulary)
+    target_config, weights = hf.open_target(target_directory(settings.target))
+    if settings.features:
+        weights = {name: x for name, x in weights.items() if name in ENDS}
+    return assemble(config, target_config, files.in_memory(weights), _vocabulary)
 
 
 def assemble(

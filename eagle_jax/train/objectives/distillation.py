@@ -15,6 +15,7 @@ from eagle_jax.checkpoint import hf
 from eagle_jax.models import Transformer, bind, init_params
 from eagle_jax.models.layers import AttentionKernel
 from eagle_jax.models.transformer import packed_mask
+from eagle_jax.train.objectives import target
 from eagle_jax.train.objectives.base import (
     Batch,
     Sums,
@@ -25,7 +26,6 @@ from eagle_jax.train.objectives.base import (
     project,
     rank,
     soft_labels,
-    target_pass,
     transformer_flops,
     weighted_sums,
 )
@@ -65,7 +65,7 @@ class DistillationObjective:
     ) -> tuple[jax.Array, Sums]:
         del key
         frozen = jax.lax.stop_gradient(frozen)
-        real = target_pass(self.target_config, frozen, batch, self.kernel)[1].features
+        [real] = target.features(self.target_config, (), frozen, batch, self.kernel)
         probs, best = soft_labels(real, head_kernel(self.target_config, frozen))
         draft = bind(Transformer, self.settings.draft, trainable)
         mask = packed_mask(batch["segment_ids"])
@@ -78,8 +78,8 @@ class DistillationObjective:
         return means(sums)["loss"], sums
 
     def flops_per_token(self, sequence_length: int) -> float:
-        target = sum(transformer_flops(self.target_config, sequence_length))
-        return target + 3.0 * sum(transformer_flops(self.settings.draft, sequence_length))
+        frozen = sum(target.flops(self.settings, self.target_config, sequence_length))
+        return frozen + 3.0 * sum(transformer_flops(self.settings.draft, sequence_length))
 
     def export(
         self, directory: Path, params: Mapping[str, Any], dtype: str, tokenizer: Path

@@ -13,9 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from eagle_jax import config as configs
 from eagle_jax.checkpoint import hf
-from eagle_jax.models import EagleDraft, Transformer, bind, init_params
+from eagle_jax.models import EagleDraft, bind, init_params
 from eagle_jax.models.layers import AttentionKernel
 from eagle_jax.models.transformer import packed_mask
+from eagle_jax.train.objectives import target
 from eagle_jax.train.objectives.base import (
     Batch,
     Sums,
@@ -27,7 +28,6 @@ from eagle_jax.train.objectives.base import (
     project,
     rank,
     shift,
-    transformer_flops,
     weighted_sums,
 )
 from eagle_jax.types import Hidden, ParamDict
@@ -37,8 +37,7 @@ from eagle_jax.types import Hidden, ParamDict
 class FeatureRegressionObjective:
     """EAGLE-1: smooth L1 to the target's features, soft cross-entropy through its head.
 
-    The frozen target runs online on the same batch. Noise is uniform, on input features only,
-    fresh in every step.
+    Noise is uniform, on input features only, fresh in every step.
 
     Attributes:
         settings: weights, noise, and the draft's architecture.
@@ -67,9 +66,8 @@ class FeatureRegressionObjective:
     ) -> tuple[jax.Array, Sums]:
         mask = packed_mask(batch["segment_ids"])
         frozen = jax.lax.stop_gradient(frozen)
-        target = bind(Transformer, self.target_config, frozen)
-        features = target(batch["tokens"], batch["positions"], mask, kernel=self.kernel).features
-        embeddings = target.embed_tokens(shift(batch["tokens"], 1))
+        [features] = target.features(self.target_config, (), frozen, batch, self.kernel)
+        embeddings = target.embedding(self.target_config, frozen)(shift(batch["tokens"], 1))
         read = features if key is None else features + self._noise(key, features)
         predicted = self._draft(trainable, embeddings, read, batch["positions"], mask)
         head = head_kernel(self.target_config, frozen)
@@ -104,7 +102,7 @@ class FeatureRegressionObjective:
         layer = self.settings.draft.layer()
         shapes = jax.eval_shape(lambda: init_params(EagleDraft, self.settings.draft, 0))
         draft = 2.0 * matrices(shapes) + attention_flops(layer, sequence_length)
-        body, head = transformer_flops(self.target_config, sequence_length)
+        body, head = target.flops(self.settings, self.target_config, sequence_length)
         # Target and its head forward; the draft forward and backward; the frozen head once more
         # forward on predicted features, and backward to them only.
         return body + head + 3.0 * draft + 2.0 * head

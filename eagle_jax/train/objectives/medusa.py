@@ -18,6 +18,7 @@ from eagle_jax import config as configs
 from eagle_jax.checkpoint import hf
 from eagle_jax.models import MedusaHeads, bind, init_params
 from eagle_jax.models.layers import AttentionKernel
+from eagle_jax.train.objectives import target
 from eagle_jax.train.objectives.base import (
     Batch,
     Sums,
@@ -30,8 +31,6 @@ from eagle_jax.train.objectives.base import (
     rank,
     shift,
     soft_labels,
-    target_pass,
-    transformer_flops,
     weighted_sums,
 )
 from eagle_jax.types import Hidden, ParamDict
@@ -86,7 +85,7 @@ class MedusaObjective:
         """
         del key
         frozen = jax.lax.stop_gradient(frozen)
-        features = target_pass(self.target_config, frozen, batch, self.kernel)[1].features
+        [features] = target.features(self.target_config, (), frozen, batch, self.kernel)
         shared = head_kernel(self.target_config, frozen)
         soft = soft_labels(features, shared) if self.settings.labels == "soft" else None
 
@@ -125,7 +124,7 @@ class MedusaObjective:
     def flops_per_token(self, sequence_length: int) -> float:
         draft = self.settings.draft
         shapes = jax.eval_shape(lambda: init_params(MedusaHeads, draft, 0))
-        body, head = transformer_flops(self.target_config, sequence_length)
+        body, head = target.flops(self.settings, self.target_config, sequence_length)
         # The target, and its head for soft labels, forward; the heads forward and backward; a
         # shared frozen vocabulary head backward to its input only.
         labels = head if self.settings.labels == "soft" else 0.0

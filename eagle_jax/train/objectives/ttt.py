@@ -21,9 +21,9 @@ from jaxtyping import Array, Float, Int
 
 from eagle_jax import config as configs
 from eagle_jax.checkpoint import hf
-from eagle_jax.models import Eagle3Draft, Transformer, bind, init_params
+from eagle_jax.models import Eagle3Draft, bind, init_params
 from eagle_jax.models.layers import AttentionKernel
-from eagle_jax.train.objectives import chain
+from eagle_jax.train.objectives import chain, target
 from eagle_jax.train.objectives.base import (
     Batch,
     Sums,
@@ -35,8 +35,6 @@ from eagle_jax.train.objectives.base import (
     project,
     rank,
     shift,
-    target_pass,
-    transformer_flops,
 )
 from eagle_jax.types import Hidden, KeyValue, ParamDict
 
@@ -100,7 +98,7 @@ def draft_vocabulary(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainingTimeTestObjective:
-    """EAGLE-3: distillation over several draft steps; the frozen target runs on the same batch.
+    """EAGLE-3: distillation over several draft steps.
 
     Metrics: `top1` and `top3` are agreement of step 0 with the target's most likely token,
     `top1_last` of the last step; a token outside the draft vocabulary is a miss.
@@ -142,10 +140,10 @@ class TrainingTimeTestObjective:
         """
         del key
         frozen = jax.lax.stop_gradient(frozen)
-        _, output = target_pass(self.target_config, frozen, batch, self.kernel)
-        labels = self._labels(output.features, head_kernel(self.target_config, frozen))
-        draft = self._draft(trainable)
-        state = draft.fuse(draft.features(output))
+        layers = self.settings.draft.aux_layers
+        *streams, last = target.features(self.target_config, layers, frozen, batch, self.kernel)
+        labels = self._labels(last, head_kernel(self.target_config, frozen))
+        state = self._draft(trainable).fuse(jnp.concatenate(streams, axis=-1))
         # Of a step the backward pass keeps the states, keys and values that it read; logits of
         # all steps at once would not fit.
         keep = jax.checkpoint_policies.save_only_these_names(chain.SAVED)
@@ -197,8 +195,8 @@ class TrainingTimeTestObjective:
         """The next state, this step's keys and values, and sums over its rows."""
         draft = self._draft(params)
         layer = draft.midlayer
-        target = bind(Transformer, self.target_config, frozen)
-        embeddings = draft.embed(shift(batch["tokens"], j + 1), target)
+        embed = draft.embed_tokens or target.embedding(self.target_config, frozen)
+        embeddings = embed(shift(batch["tokens"], j + 1))
         query, keys, values = layer.self_attn.project(
             layer.read(embeddings, state), batch["positions"] + j
         )
@@ -243,8 +241,8 @@ class TrainingTimeTestObjective:
         pairs = settings.steps * (settings.steps - 1) / 2
         own = 4.0 * draft.num_attention_heads * draft.head_dim * pairs
         # Target and its head forward; the draft's steps forward and backward.
-        target = sum(transformer_flops(self.target_config, sequence_length))
-        return target + 3.0 * (fuse + settings.steps * step + own)
+        frozen = sum(target.flops(self.settings, self.target_config, sequence_length))
+        return frozen + 3.0 * (fuse + settings.steps * step + own)
 
     def export(
         self, directory: Path, params: Mapping[str, Any], dtype: str, tokenizer: Path

@@ -1,0 +1,97 @@
+"""What objectives read of the frozen target: its features and its embedding.
+
+Features come from a pass over the batch (online), or lie in the batch: `eagle_jax.train.features`
+wrote them before, with the function that the pass is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from eagle_jax import config as configs
+from eagle_jax.models import Transformer, bind
+from eagle_jax.models.layers import AttentionKernel, Embedding
+from eagle_jax.models.transformer import embedding as _embedding
+from eagle_jax.models.transformer import packed_mask
+from eagle_jax.train.objectives.base import Batch, transformer_flops
+from eagle_jax.types import Hidden, ParamDict
+
+Settings = (
+    configs.FeatureRegression
+    | configs.TrainingTimeTest
+    | configs.MedusaTraining
+    | configs.Distillation
+)
+# All that is needed of a target whose features are stored.
+ENDS = ("embed_tokens.embedding", "lm_head.kernel")
+_LARGEST = 127  # of int8, both ways
+
+
+def layers(settings: Settings) -> tuple[int, ...]:
+    """The residual streams that an objective reads beside the features after the final norm."""
+    return settings.draft.aux_layers if isinstance(settings, configs.TrainingTimeTest) else ()
+
+
+def features(
+    config: configs.TransformerConfig,
+    layers: Sequence[int],
+    frozen: ParamDict,
+    batch: Batch,
+    kernel: AttentionKernel,
+) -> tuple[Hidden, ...]:
+    """The residual streams entering `layers`, and last the features after the final norm.
+
+    Args:
+        config, frozen: the target; of a batch with stored features only `ENDS`.
+        layers: numbers as in `Eagle3Config.aux_layers`.
+        batch: packed; stored features are those of `layers`, in their order.
+        kernel: of the attention.
+    """
+    if "features" in batch:
+        return _expand(batch, frozen[ENDS[0]].dtype)
+    target = bind(Transformer, config, frozen)
+    mask = packed_mask(batch["segment_ids"])
+    output = target(batch["tokens"], batch["positions"], mask, kernel=kernel)
+    return (*(output.residuals[i] for i in layers), output.features)
+
+
+def compress(streams: Sequence[Hidden], dtype: str) -> Batch:
+    """What is stored of `features`: its `n` arrays in one.
+
+    Args:
+        streams: as `features` gives them.
+        dtype: "bfloat16", or "int8" with a scale for every token and stream.
+
+    Returns:
+        `features` [b, t, n, d]; of int8 also `scales` float32 [b, t, n].
+    """
+    joined = jnp.stack(streams, axis=2)
+    if dtype == "bfloat16":
+        return {"features": joined.astype(jnp.bfloat16)}
+    joined = joined.astype(jnp.float32)
+    scales = jnp.max(jnp.abs(joined), axis=-1) / _LARGEST
+    steps = joined / jnp.maximum(scales, jnp.finfo(jnp.float32).tiny)[..., None]
+    return {"features": jnp.round(steps).astype(jnp.int8), "scales": scales}
+
+
+def _expand(batch: Batch, dtype: jnp.dtype) -> tuple[Hidden, ...]:
+    stored = batch["features"]
+    if "scales" in batch:
+        stored = stored.astype(jnp.float32) * batch["scales"][..., None]
+    stored = stored.astype(dtype)
+    return tuple(stored[:, :, i] for i in range(stored.shape[2]))
+
+
+def embedding(config: configs.TransformerConfig, frozen: ParamDict) -> Embedding:
+    """The target's embedding, which needs nothing else of it."""
+    return bind(_embedding, config, {"embedding": frozen[ENDS[0]]})
+
+
+def flops(
+    settings: Settings, config: configs.TransformerConfig, sequence_length: int
+) -> tuple[float, float]:
+    """`transformer_flops` of the target, without its layers where features are stored."""
+    body, head = transformer_flops(config, sequence_length)
+    return (0.0 if settings.features else body), head

@@ -1,0 +1,259 @@
+"""Features of a frozen target that lie on a disk: their format, and reading them beside the text.
+
+A directory holds `train/` and `validation/`, each with a manifest and ArrayRecord files. Row `i` of
+the prepared text has record `i % rows_per_file` of file `i // rows_per_file`: which process wrote
+a file leaves no trace. A record holds the tokens of its row without padding: of int8 first the
+scales, float32 [tokens, n], then the features [tokens, n, d] of the `n` streams (those that enter
+`layers`, and last the features after the final norm).
+
+The manifest says what the features were made of. Training compares it with its own configuration,
+and its hash becomes a part of the run's: a run cannot go on with other features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from eagle_jax.checkpoint import files, hf
+from eagle_jax.config import NextToken, TrainConfig
+from eagle_jax.train import data
+from eagle_jax.train.objectives import target, target_directory
+
+# Raise when records change for the same manifest.
+FORMAT = 1
+MANIFEST = "manifest.json"
+DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "int8": np.dtype(np.int8)}
+_SCALE = np.dtype("<f4")
+_WRITER = "python -m eagle_jax.train.features"
+
+Manifest = dict[str, Any]
+
+
+def manifest(
+    config: TrainConfig, field: str, *, dtype: str, rows_per_file: int
+) -> tuple[Manifest, Any]:
+    """What features that `config` would be trained on are made of, and the rows they belong to.
+
+    Args:
+        config: of a draft; its text is prepared first if this was not done before.
+        field: "train" or "validation".
+        dtype: of `DTYPES`.
+        rows_per_file: prepared rows of one file.
+
+    Raises:
+        ValueError: the target is missing, or a field of the configuration or the text is wrong.
+    """
+    settings = config.objective
+    assert not isinstance(settings, NextToken)
+    directory = target_directory(settings.target)
+    target_config = dataclasses.asdict(hf.open_target(directory)[0])
+    text, rows = data.rows(config.data, field)
+    return {
+        "format": FORMAT,
+        "sequence_length": config.data.sequence_length,
+        "text": text,
+        "rows": len(rows),
+        "rows_per_file": rows_per_file,
+        "weights": files.fingerprint(directory),
+        "target": json.loads(json.dumps(target_config)),  # as it reads when it comes back
+        "layers": list(target.layers(settings)),
+        "dtype": dtype,
+        "compute_dtype": config.compute_dtype,
+    }, rows
+
+
+def digest(made: Manifest) -> str:
+    """Hash of a manifest."""
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+
+
+def paths(folder: Path, made: Manifest) -> list[Path]:
+    """The files that belong to a manifest, in the order of their rows."""
+    first = range(0, made["rows"], made["rows_per_file"])
+    return [folder / f"rows-{number:09d}.array_record" for number in first]
+
+
+def differences(found: Manifest, wanted: Manifest) -> list[tuple[str, Any, Any]]:
+    """Name, value found and value wanted of all that differs; fields of the target are dotted.
+
+    Fields of the target that one of them lacks are newer than that one, and as they were then.
+    """
+    names = [name for name in wanted if name != "target"]
+    pairs = [(name, found.get(name), wanted[name]) for name in names]
+    old, new = found.get("target") or {}, wanted["target"]
+    pairs += [(f"target.{name}", old[name], new[name]) for name in new if name in old]
+    return [(name, one, two) for name, one, two in pairs if one != two]
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """Stored features of one text.
+
+    Attributes:
+        folder: where they lie.
+        manifest: what they were made of.
+        streams: which of the stored streams are read, in this order.
+        source: the records by row number. Like all else here it can be pickled: grain's workers
+            read too.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    streams: tuple[int, ...]
+    source: Any = dataclasses.field(repr=False)
+
+    def read(self, number: int, tokens: int) -> data.Row:
+        """`features` [t, n, d] of a row, and `scales` [t, n] of int8; zero past its tokens.
+
+        Raises:
+            ValueError: the record is damaged.
+        """
+        made = self.manifest
+        stored, width = len(made["layers"]) + 1, made["target"]["hidden_size"]
+        dtype, length = DTYPES[made["dtype"]], made["sequence_length"]
+        shapes = {"features": ((tokens, stored, width), dtype)}
+        if made["dtype"] == "int8":
+            shapes = {"scales": ((tokens, stored), _SCALE), **shapes}
+        try:
+            record = self.source[number]
+        except RuntimeError as error:
+            raise self._damaged(number, str(error)) from error
+        size = sum(math.prod(shape) * kind.itemsize for shape, kind in shapes.values())
+        if len(record) != size:
+            raise self._damaged(number, f"{len(record)} bytes where {tokens} tokens take {size}")
+        row, at = {}, 0
+        for name, (shape, kind) in shapes.items():
+            count = math.prod(shape)
+            array = np.frombuffer(record, kind, count, at).reshape(shape)
+            row[name] = np.zeros((length, len(self.streams), *shape[2:]), kind)
+            row[name][:tokens] = array[:, list(self.streams)]
+            at += count * kind.itemsize
+        return row
+
+    def _damaged(self, number: int, how: str) -> ValueError:
+        path = paths(self.folder, dict(self.manifest))[number // self.manifest["rows_per_file"]]
+        return ValueError(
+            f"{path}: the features of row {number} cannot be read ({how}); delete the file and run "
+            f"`{_WRITER}` again, which writes what is missing"
+        )
+
+
+def record(arrays: Mapping[str, np.ndarray], row: int, tokens: int) -> bytes:
+    """What `Features.read` reads: the first `tokens` tokens of a row of `target.compress`."""
+    parts = [arrays["features"][row, :tokens].tobytes()]
+    if "scales" in arrays:
+        parts.insert(0, arrays["scales"][row, :tokens].astype(_SCALE).tobytes())
+    return b"".join(parts)
+
+
+def find(config: TrainConfig) -> dict[str, Features]:
+    """The stored features of a run's texts, "train" and where it is used "validation".
+
+    Nothing if its target runs online.
+
+    Raises:
+        ValueError: they are missing, or were made of something else than the run's target, text,
+            layers or sequence length.
+    """
+    if isinstance(config.objective, NextToken) or not config.objective.features:
+        return {}
+    used = ["train"]
+    if config.eval_every and config.data.validation:
+        used.append("validation")
+    return {field: _find(config, field, Path(config.objective.features)) for field in used}
+
+
+def contents(stored: Mapping[str, Features]) -> dict[str, str]:
+    """What a run's checkpoints hold in place of the directory, which may move."""
+    if "train" not in stored:
+        return {}
+    return {"objective.features": f"manifest {digest(dict(stored['train'].manifest))[:16]}"}
+
+
+def _find(config: TrainConfig, field: str, directory: Path) -> Features:
+    assert not isinstance(config.objective, NextToken)
+    folder = directory.expanduser() / field
+    where = f"objective.features={str(directory)!r}"
+    write = f"write them with `{_WRITER} --config CONFIG --output {directory}`"
+    if not (folder / MANIFEST).is_file():
+        besides = ", or set eval_every=0" if field == "validation" else ""
+        raise ValueError(f"{where}: has no {field}/{MANIFEST}; {write}{besides}")
+    found = files.read_json(folder / MANIFEST)
+    dtype, rows_per_file = found.get("dtype"), found.get("rows_per_file")
+    if found.get("format") != FORMAT or dtype not in DTYPES or not isinstance(rows_per_file, int):
+        raise ValueError(
+            f"{where}: {field}/{MANIFEST} has format {found.get('format')!r} and dtype {dtype!r}, "
+            f"known are {FORMAT} and {', '.join(DTYPES)}; write the features again"
+        )
+    wanted, _ = manifest(config, field, dtype=dtype, rows_per_file=rows_per_file)
+    for name, theirs, ours in differences(found, wanted):
+        if name == "compute_dtype":  # rounding, like that of the stored dtype
+            continue
+        if name == "layers" and set(ours) <= set(theirs or ()):  # more than are needed will do
+            continue
+        raise ValueError(
+            f"{where}: {_SAID.get(name, name).format(field)} was {_short(theirs)} when the {field} "
+            f"features were written and is {_short(ours)} now; set it back, or write features of "
+            "it into another directory"
+        )
+    _complete(folder, found, where)
+    streams = [found["layers"].index(layer) for layer in wanted["layers"]]
+    return Features(folder, found, (*streams, len(found["layers"])), _open(folder, found))
+
+
+# Names of a manifest's fields, as the user knows them.
+_SAID = {
+    "text": "data.{0}'s text",
+    "rows": "data.{0}'s number of rows",
+    "sequence_length": "data.sequence_length",
+    "weights": "the weights' hash of objective.target",
+    "layers": "objective.draft.aux_layers",
+}
+
+
+def _short(value: Any) -> str:
+    return f"{value[:16]}..." if isinstance(value, str) and len(value) > 16 else repr(value)
+
+
+def _complete(folder: Path, made: Manifest, where: str) -> None:
+    every = paths(folder, made)
+    missing = [path.name for path in every if not path.is_file()]
+    if missing:
+        named = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ValueError(
+            f"{where}: lacks {len(missing)} of {len(every)} files of {folder.name}/ ({named}); "
+            f"run `{_WRITER}` again, which writes what is missing (every shard of it)"
+        )
+
+
+def _open(folder: Path, made: Manifest) -> Any:
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    names = [str(path) for path in paths(folder, made)]
+    try:
+        source = ArrayRecordDataSource(names)
+    except RuntimeError as error:
+        for path in names:
+            try:
+                ArrayRecordDataSource([path])
+            except RuntimeError as reason:
+                raise ValueError(
+                    f"{path}: cannot be read ({reason}); delete it and run `{_WRITER}` again, "
+                    "which writes what is missing"
+                ) from reason
+        raise ValueError(f"{folder}: cannot be read ({error})") from error
+    if len(source) != made["rows"]:
+        raise ValueError(
+            f"{folder}: has {len(source)} rows, its {MANIFEST} says {made['rows']}; delete it and "
+            f"run `{_WRITER}` again"
+        )
+    return source
