@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle_jax.checkpoint import drafts as layouts
-from eagle_jax.checkpoint import files, hf, inspection, native, safetensors, serving
+from eagle_jax.checkpoint import families, files, hf, inspection, native, safetensors, serving
 from eagle_jax.checkpoint.names import on_disk
 from eagle_jax.checkpoint.stored import Stored, cast
 from eagle_jax.cli import run
@@ -243,9 +243,9 @@ def _to_native(job: _Job, source: Source, to: Path) -> dict[str, Any]:
 def _write_target(job: _Job, source: Path, directory: Path) -> int:
     """A target with its own `config.json`, whatever else that says; returns the weights' bytes."""
     config, _ = hf.open_target(source)
-    tensors = files.read_tensors(source)
-    tensors = {name: tensors[name] for name, _ in on_disk(config).values()}
     settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    settings, tensors = families.text_part(settings, files.read_tensors(source))
+    tensors = {name: tensors[name] for name, _ in on_disk(config).values()}
     if job.dtype is not None:
         tensors = {name: cast(name, tensor, job.dtype) for name, tensor in tensors.items()}
         settings |= {"dtype": job.dtype, "torch_dtype": job.dtype}

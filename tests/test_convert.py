@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -197,7 +198,8 @@ def test_what_the_official_code_cannot_say(model, tmp_path):
 )
 def test_features_of_official_heads(config, changes, features):
     """Catches a feature that is not told, and one that is told though its code has it."""
-    sizes = {"vocab_size": 9, "hidden_size": 24, "intermediate_size": 8, "num_attention_heads": 3}
+    sizes: dict[str, Any] = {"vocab_size": 9, "hidden_size": 24, "intermediate_size": 8}
+    sizes |= {"num_attention_heads": 3}
     sizes |= {"num_key_value_heads": 1, "head_dim": 8}
     target = TransformerConfig(**sizes, num_hidden_layers=7)
     if config is Eagle3Config:

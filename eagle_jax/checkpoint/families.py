@@ -250,6 +250,38 @@ _NULLABLE = {
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
+# What a text_config leaves out that is as transformers has it (the rest is in the table).
+_GEMMA3_TEXT = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4}
+_GEMMA3_NAMES = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+    "lm_head.": "lm_head.",
+}
+
+
+def text_part(
+    settings: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and tensors of the language model, where images are read too (Gemma 3 from 4B on).
+
+    Of any other model, all.
+    """
+    text = settings.get("text_config")
+    if settings.get("model_type") != "gemma3" or not isinstance(text, Mapping):
+        return dict(settings), dict(tensors)
+    above = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
+    kept = {key: settings[key] for key in above if key in settings}
+    own = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    found = {
+        new + name.removeprefix(old): tensor
+        for name, tensor in tensors.items()
+        for old, new in _GEMMA3_NAMES.items()
+        if name.startswith(old)
+    }
+    return {**_GEMMA3_TEXT, **kept, **text, **own}, found
+
+
 def family_of(config: TransformerConfig) -> str:
     """The model type that has everything `config` asks for: its own, or else the first that fits.
 

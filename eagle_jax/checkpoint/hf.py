@@ -80,7 +80,7 @@ def open_target(directory: str | Path) -> tuple[TransformerConfig, files.StoredA
             supported, or a tensor is missing, unexpected or of a wrong shape.
     """
     directory = Path(directory)
-    settings, tensors = _settings(directory), files.read_tensors(directory)
+    settings, tensors = families.text_part(_settings(directory), files.read_tensors(directory))
     found = drafts.kind_of(settings, tensors)
     if found != "model":
         raise ValueError(
@@ -163,8 +163,7 @@ def open_draft(
             needed and there is none.
     """
     directory = Path(directory)
-    settings = _settings(directory)
-    tensors = files.read_tensors(directory)
+    settings, tensors = families.text_part(_settings(directory), files.read_tensors(directory))
     found = drafts.kind_of(settings, tensors)
     if found == "eagle":
         return drafts.read_eagle(directory, settings, tensors)

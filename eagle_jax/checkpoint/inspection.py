@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle_jax.checkpoint import drafts as layouts
-from eagle_jax.checkpoint import files, hf
+from eagle_jax.checkpoint import families, files, hf
 from eagle_jax.checkpoint.stored import Stored
 from eagle_jax.config import DraftConfig, Eagle3Config, TransformerConfig
 
@@ -25,8 +25,9 @@ def describe(directory: Path, target: Path | None) -> dict[str, Any]:
         ValueError: a file is missing or corrupt. A checkpoint that is whole and that this library
             cannot run is described; "cannot be loaded" says why.
     """
-    settings = layouts.flat(files.read_json(directory / "config.json"))
-    tensors = files.read_tensors(directory)
+    settings, tensors = families.text_part(
+        layouts.flat(files.read_json(directory / "config.json")), files.read_tensors(directory)
+    )
     kind = layouts.kind_of(settings, tensors)
     weights = {name: x for name, x in tensors.items() if x.dtype.kind not in "iub"}
     dtypes = collections.Counter(x.dtype.name for x in weights.values())

@@ -261,6 +261,42 @@ def test_tree_block_equals_its_paths_run_as_sequences(name: str, directory) -> N
             close(got[row, node], their_logits(model, text[None])[0, -1])
 
 
+@pytest.mark.parametrize("names", ["new", "published"])
+def test_a_model_that_sees_images_too(names: str, tmp_path) -> None:
+    """Catches a text model that is not found inside another, under either writer's names."""
+    text = dataclasses.asdict(GEMMA3) | {"layer_types": list(GEMMA3.layer_types)}
+    kept = ("hidden_size", "intermediate_size", "num_hidden_layers", "head_dim", "vocab_size")
+    kept += ("num_attention_heads", "num_key_value_heads", "sliding_window", "layer_types")
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(
+        text_config={key: text[key] for key in kept} | {"query_pre_attn_scalar": 24},
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=60,
+        boi_token_index=59,
+        eoi_token_index=58,
+    )
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.read(path)
+    assert any(name.startswith("vision_tower") or ".vision_tower" in name for name in tensors)
+    pair = ("language_model.model.", "model.language_model.")
+    old, wanted = pair if names == "new" else pair[::-1]
+    renamed = {name.replace(old, wanted): tensor for name, tensor in tensors.items()}
+    safetensors.write(path, renamed, {"format": "pt"})
+    tokens = random_tokens(2) % 50  # no image's
+    found, params = hf.load_target(tmp_path)
+    assert found.num_hidden_layers == 3 and found.layer_types == GEMMA3.layer_types
+    _, logits = causal_pass(found, params, tokens)
+    close(logits, their_logits(model, tokens))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_text_equals_transformers(name: str, directory) -> None:
     """Catches a cache, a layout for decoding (stacked experts, fused gates) or a window that is
