@@ -52,7 +52,9 @@ jax.block_until_ready(jax.numpy.zeros(8))
 pages = int(open("/proc/self/statm").read().split()[1])
 before = pages * resource.getpagesize()
 params = eagle_jax.load(sys.argv[1], dtype="bfloat16", sharding=sharding)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+# Not ru_maxrss, which begins with what the process had that started this one.
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+peak = int(status["VmHWM"].split()[0]) * 1024 - before
 held = collections.Counter()
 for array in params.target.values():
     for shard in array.addressable_shards:
