@@ -216,10 +216,7 @@ def _to_native(job: _Job, source: Source, to: Path) -> dict[str, Any]:
     opened = []
     for directory in source.drafts:
         config, _ = hf.open_draft(directory, target)
-        try:
-            hf.check_fit(target, config)
-        except ValueError as error:
-            raise ValueError(f"{directory}: {error}") from error
+        hf.check_fit(target, config, directory)
         check_tokenizers(source.target, directory)
         if config.kind in parts:
             raise ValueError(
@@ -273,10 +270,7 @@ def _write_draft(
     about = None if target is None else _target(target, job.target_name)
     config, params = hf.open_draft(source, about.config if about else None)
     if about is not None:
-        try:
-            hf.check_fit(about.config, config)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+        hf.check_fit(about.config, config, source)
     settings = layouts.flat(files.read_json(source / "config.json"))
     kept = (*_KEPT, layouts.COVERAGE)
     matrix = _embedding(source, about, layout, config)

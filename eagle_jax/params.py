@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from eagle_jax.config import (
     MedusaConfig,
     TransformerConfig,
 )
-from eagle_jax.models.layers import fuse_mlp
+from eagle_jax.models.layers import fuse_mlp, fused_parts
 from eagle_jax.sharding import check_tensor, replicated, weight_shardings
 from eagle_jax.text import Tokenizer
 from eagle_jax.types import ParamDict
@@ -171,10 +170,7 @@ def _open_drafts(
     drafts, sources = {}, {}
     for directory in directories:
         config, params = hf.open_draft(directory, target)
-        try:
-            hf.check_fit(target, config)
-        except ValueError as error:
-            raise ValueError(f"{directory}: {error}") from error
+        hf.check_fit(target, config, directory)
         check_tokenizers(target_dir, directory)
         _compare_embeddings(directory, config, weights["embed_tokens.embedding"])
         if config.kind in drafts:
@@ -302,7 +298,8 @@ def _place(
 ) -> ParamDict:
     """Reads, casts and places one array after the other, gate and up projections joined."""
     placed = {}
-    for names in _read_together(params):
+    for parts in fused_parts(params).values():
+        names = [name for joined in parts for name in joined]
         for name, array in fuse_mlp({name: np.asarray(params[name]) for name in names}).items():
             if not np.issubdtype(array.dtype, np.integer):  # a table of token ids is no weight
                 array = array.astype(dtype, copy=False)
@@ -310,16 +307,6 @@ def _place(
             # Waited for, so that the host's copy of one is gone before the next is read.
             placed[name] = jax.block_until_ready(jax.device_put(array, where))
     return placed
-
-
-def _read_together(params: Mapping[str, Stored]) -> list[list[str]]:
-    """The names of the arrays that `fuse_mlp` joins to one."""
-    groups: dict[str, list[str]] = {}
-    for name in params:
-        joined = re.sub(r"\.experts\.\d+\.", ".experts.", name)
-        joined = re.sub(r"\b(gate|up)_proj\.kernel$", "gate_up_proj.kernel", joined)
-        groups.setdefault(joined, []).append(name)
-    return list(groups.values())
 
 
 def _draft_place(config: DraftConfig, sharding: Mesh | Sharding | None) -> Mesh | Sharding | None:

@@ -265,17 +265,12 @@ def _weight(mesh: Mesh, name: str, leaf: Any, *, stored: bool) -> NamedSharding:
                 f"{ways(mesh, logical)} equal parts ({' x '.join(RULES[logical])} of the mesh); "
                 "make the mesh's axis a divisor of it"
             )
+    axes = [name if name is not None and ways(mesh, name) > 1 else None for name in axes]
     parts = ways(mesh, "shard")
     free = [i for i, n in enumerate(leaf.shape) if axes[i] is None and n % parts == 0 and n > 0]
     if stored and parts > 1 and free:
         axes[max(free, key=lambda i: (leaf.shape[i], -i))] = "shard"
-    return NamedSharding(mesh, _trim(mesh, axes))
-
-
-def _trim(mesh: Mesh, axes: Sequence[str | None]) -> P:
-    """The partition, without what this mesh does not cut."""
-    kept = [name if name is not None and ways(mesh, name) > 1 else None for name in axes]
-    return spec(*kept) if any(kept) else P()
+    return NamedSharding(mesh, spec(*axes) if any(axes) else P())
 
 
 def weight_shardings(mesh: Mesh, tree: Any, *, stored: bool = True) -> Any:

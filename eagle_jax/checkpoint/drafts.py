@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from eagle_jax.checkpoint import families
-from eagle_jax.checkpoint.files import Arrays, StoredArrays, arrays
+from eagle_jax.checkpoint.files import Arrays, StoredArrays, arrays, check_counts
 from eagle_jax.checkpoint.stored import Stored, lazily
 from eagle_jax.config import Eagle3Config, EagleConfig, MedusaConfig, TransformerConfig
 
@@ -165,12 +165,7 @@ def read_medusa(
 ) -> tuple[MedusaConfig, StoredArrays]:
     """Medusa heads; published ones name no sizes; these follow from the tensors."""
     tensors = {name.removeprefix(_MEDUSA_PREFIX): array for name, array in tensors.items()}
-    for key in ("medusa_num_heads", "medusa_num_layers"):
-        if isinstance(settings.get(key), int) and settings[key] > len(tensors):
-            raise ValueError(
-                f"{directory / 'config.json'}: {key}={settings[key]}: the files have "
-                f"{len(tensors)} tensors; both must belong to the same model"
-            )
+    check_counts(directory, settings, ("medusa_num_heads", "medusa_num_layers"), tensors)
     layers = settings.get("medusa_num_layers", 1)
     block, head = tensors.get("0.0.linear.weight"), tensors.get(f"0.{layers}.weight")
     found: dict[str, Any] = {"num_layers": layers, "tie_lm_head": head is None}

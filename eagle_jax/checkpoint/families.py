@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from eagle_jax.config import Eagle3Config, EagleConfig, RopeScaling, TransformerConfig
+from eagle_jax.checkpoint import rope
+from eagle_jax.config import Eagle3Config, EagleConfig, TransformerConfig
 from eagle_jax.settings import check
 
 T = TypeVar("T")
@@ -72,6 +72,11 @@ def _count(settings: Mapping[str, Any], key: str, default: int) -> int:
 _SILU = {"hidden_act": "silu"}
 _WINDOW = {"sliding_window": "sliding_window"}
 _WINDOWS = _WINDOW | {"layer_types": "layer_types"}
+_QWEN_DEFAULTS = {
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+}
 _GEMMA = {
     "hidden_act": "gelu_pytorch_tanh",
     "post_norms": True,
@@ -119,11 +124,7 @@ FAMILIES = {
         architecture="Qwen2ForCausalLM",
         flags={"attention_bias": True},
         keys=_WINDOWS,
-        defaults={
-            "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 32768,
-            "sliding_window": 4096,
-        },
+        defaults=_QWEN_DEFAULTS,
         fixed=_SILU,
         windows=_after_max_window_layers,
         switch=True,
@@ -132,12 +133,7 @@ FAMILIES = {
         architecture="Qwen3ForCausalLM",
         flags={"qk_norm": True},
         keys=_WINDOWS,
-        defaults={
-            "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 32768,
-            "head_dim": 128,
-            "sliding_window": 4096,
-        },
+        defaults=_QWEN_DEFAULTS | {"head_dim": 128},
         fixed=_SILU | {"attention_bias": False},
         windows=_after_max_window_layers,
         switch=True,
@@ -175,10 +171,8 @@ FAMILIES = {
             "norm_topk_prob": "norm_topk_prob",
             "mlp_only_layers": "mlp_only_layers",
         },
-        defaults={
-            "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 32768,
-            "sliding_window": 4096,
+        defaults=_QWEN_DEFAULTS
+        | {
             "num_key_value_heads": 4,
             "num_experts": 128,
             "num_experts_per_tok": 8,
@@ -222,23 +216,12 @@ FAMILIES = {
 }
 """Every `model_type` that can be read."""
 
+# Fields that targets and EAGLE drafts have.
+_SHARED = {field.name for field in dataclasses.fields(TransformerConfig)}
+_SHARED &= {field.name for field in dataclasses.fields(EagleConfig)}
 # Fields that every family has.
-_COMMON = {
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rope_theta",
-    "rope_scaling",
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "tie_word_embeddings",
-    "fused_mlp",
-    "model_type",
-}
+_COMMON = _SHARED - {"attention_bias"}
+_COMMON |= {"num_hidden_layers", "max_position_embeddings", "tie_word_embeddings", "model_type"}
 # Null says something else for these than absence.
 _NULLABLE = {
     "sliding_window",
@@ -247,7 +230,6 @@ _NULLABLE = {
     "head_dim",
     "num_key_value_heads",
 }
-_SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 # What a text_config leaves out that is as transformers has it (the rest is in the table).
@@ -323,16 +305,14 @@ def to_json(
 ) -> dict[str, Any]:
     """The keys that targets and EAGLE drafts have in common, and those of a target's family."""
     family = FAMILIES[model_type]
-    shared = {field.name for field in dataclasses.fields(TransformerConfig)}
-    shared &= {field.name for field in dataclasses.fields(EagleConfig)}
-    # The model type says the first; the second is a layout in memory; the third is `_rope_json`'s.
-    shared -= {"attention_bias", "fused_mlp", "rope_scaling"}
+    # The model type says the first; the second is a layout in memory; the third is `rope`'s.
+    shared = _SHARED - {"attention_bias", "fused_mlp", "rope_scaling"}
     settings = {
         "architectures": [family.architecture],
         "model_type": model_type,
         "hidden_act": family.flags.get("hidden_act", "silu"),
         **{name: getattr(config, name) for name in sorted(shared)},
-        **_rope_json(config),
+        **rope.to_json(config),
         "dtype": dtype,
         "torch_dtype": dtype,
     }
@@ -342,34 +322,16 @@ def to_json(
     return settings
 
 
-def _rope_json(config: TransformerConfig | EagleConfig | Eagle3Config) -> dict[str, Any]:
-    scaling: RopeScaling | None = getattr(config, "rope_scaling", None)
-    local: float | None = getattr(config, "rope_local_base_freq", None)
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if scaling is not None:
-        own = dataclasses.asdict(scaling)
-        read = _ROPE_KEYS[scaling.rope_type]
-        rope = {name: own[name] for name in ("rope_type", *read) if own[name] is not None}
-    # transformers 5 reads `rope_parameters` and `dtype`, older ones the others.
-    settings: dict[str, Any] = {"rope_parameters": rope | {"rope_theta": config.rope_theta}}
-    if local is not None:
-        sliding = {"rope_type": "default", "rope_theta": local}
-        settings["rope_parameters"] = {_FULL: settings["rope_parameters"], _SLIDING: sliding}
-    if rope["rope_type"] == "linear" and not isinstance(config, TransformerConfig):
-        rope = {"type": "linear", "factor": rope["factor"]}  # the official heads' code knows this
-    return settings if scaling is None else settings | {"rope_scaling": rope}
-
-
 def _layers_json(config: TransformerConfig, family: Family) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if family.switch:
         settings["use_sliding_window"] = config.sliding_window is not None
     if "layer_types" in family.keys:
         windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
-        types = [_FULL if window is None else _SLIDING for window in windows]
+        types = [rope.FULL if window is None else rope.SLIDING for window in windows]
         settings["layer_types"] = types
         if family.windows is _after_max_window_layers:
-            first = types.index(_SLIDING) if _SLIDING in types else len(types)
+            first = types.index(rope.SLIDING) if rope.SLIDING in types else len(types)
             settings["max_window_layers"] = first
     if config.num_experts and "mlp_only_layers" in family.keys:
         settings["mlp_only_layers"] = list(config.mlp_only_layers)
@@ -443,7 +405,7 @@ def _values(kind: type, settings: Mapping[str, Any], family: Family) -> dict[str
     values: dict[str, Any] = {
         "attention_bias": _attention_bias(kind, settings, family),
         "fused_mlp": False,  # a layout in memory, whatever a file says
-        **_rope(fields, settings, family),
+        **rope.from_json(fields, settings, family.defaults),
     }
     if kind is TransformerConfig:
         values |= {**family.flags, **_family_values(settings, family)}
@@ -478,7 +440,8 @@ def _family_values(settings: Mapping[str, Any], family: Family) -> dict[str, Any
     values = {name: found.get(key) for name, key in family.keys.items()}
     values |= _layer_types(settings, family, values)
     if "rope_local_base_freq" in values:
-        values["rope_local_base_freq"] = _local_base(settings, family)
+        default = family.defaults["rope_local_base_freq"]
+        values["rope_local_base_freq"] = rope.local_base(settings, default)
     if "mlp_only_layers" in values:
         values["mlp_only_layers"] = _mlp_only_layers(settings)
     return values
@@ -496,12 +459,12 @@ def _layer_types(
     types = settings.get("layer_types")
     if types is None:
         slides = family.windows
-        types = [_SLIDING if slides(settings, layer) else _FULL for layer in range(layers)]
+        types = [rope.SLIDING if slides(settings, layer) else rope.FULL for layer in range(layers)]
     if not isinstance(types, list):
         raise ValueError(f"layer_types={types!r}: must be a list with one entry per layer")
-    if all(entry == _FULL for entry in types):
+    if all(entry == rope.FULL for entry in types):
         return {"sliding_window": None, "layer_types": ()}
-    if all(entry == _SLIDING for entry in types):
+    if all(entry == rope.SLIDING for entry in types):
         types = []
     return {"sliding_window": window, "layer_types": tuple(types)}
 
@@ -535,101 +498,3 @@ def _derived(name: str, settings: Mapping[str, Any]) -> int | None:
         if type(value) is not int or value < 1:
             raise ValueError(f"{key}={value!r}: must be a whole number, at least 1")
     return width // heads
-
-
-# What each type of scaling reads, besides the base.
-_ROPE_KEYS = {
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-    "yarn": (
-        "factor",
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    ),
-}
-
-
-def _rope_parameters(settings: Mapping[str, Any], layers: str) -> Mapping[str, Any]:
-    """The rotary settings of all layers, or of those of one type where types differ."""
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise ValueError(f"rope_parameters={rope!r}: must be an object")
-    if _FULL in rope or _SLIDING in rope:
-        rope = rope.get(layers) or {}
-        if not isinstance(rope, Mapping):
-            raise ValueError(f"rope_parameters.{layers}={rope!r}: must be an object")
-        return _present(rope)
-    # Gemma 3's older files: scaling is for the full layers.
-    return _present(rope) if layers == _FULL else {}
-
-
-def _present(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the keys that are null, which is as good as absent."""
-    return {key: value for key, value in rope.items() if value is not None}
-
-
-def _base(key: str, value: Any) -> float:
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"{key}={value!r}: must be a positive number")
-    return float(value)
-
-
-def _rope(fields: Mapping[str, Any], settings: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    rope = _rope_parameters(settings, _FULL)
-    default = settings.get("rope_theta", family.defaults.get("rope_theta", 10000.0))
-    values: dict[str, Any] = {"rope_theta": _base("rope_theta", rope.get("rope_theta", default))}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    known = ("default", *_ROPE_KEYS) if "rope_scaling" in fields else ("default",)
-    if rope_type not in known:
-        names = ", ".join(repr(name) for name in known)
-        raise ValueError(f"rope_type={rope_type!r} is not supported; only {names} is")
-    if "rope_scaling" in fields:
-        values["rope_scaling"] = (
-            None if rope_type == "default" else _scaling(rope_type, rope, settings)
-        )
-    if rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1)) != 1:
-        raise ValueError("partial_rotary_factor: is not supported; only 1 is")
-    return values
-
-
-def _scaling(rope_type: str, rope: Mapping[str, Any], settings: Mapping[str, Any]) -> RopeScaling:
-    found = {name: rope[name] for name in _ROPE_KEYS[rope_type] if rope.get(name) is not None}
-    longest = settings.get("max_position_embeddings")
-    if rope_type != "linear":
-        # transformers' rules for what is left out.
-        outer = settings.get("original_max_position_embeddings", longest)
-        original = found.setdefault("original_max_position_embeddings", outer)
-        if rope_type == "yarn" and "factor" not in found and longest and original:
-            found["factor"] = longest / original
-    required = ("factor", "low_freq_factor", "high_freq_factor")
-    for name in required[: 3 if rope_type == "llama3" else 1]:
-        if name not in found:
-            raise ValueError(f"rope_scaling: has no {name}, which {rope_type!r} needs; add it")
-    floats = {f.name for f in dataclasses.fields(RopeScaling) if "float" in str(f.type)}
-    # Python's numbers compare equal, but a file's 8 and our 8.0 should not be two configurations.
-    numbers = {
-        name: float(value) if name in floats and type(value) is int else value
-        for name, value in found.items()
-    }
-    return RopeScaling(rope_type=rope_type, **numbers)  # pyright: ignore[reportArgumentType]
-
-
-def _local_base(settings: Mapping[str, Any], family: Family) -> float:
-    rope = _rope_parameters(settings, _SLIDING)
-    rope_type = rope.get("rope_type", "default")
-    if rope_type != "default":
-        raise ValueError(
-            f"rope_type={rope_type!r} is not supported in sliding layers; only 'default' is"
-        )
-    key = "rope_local_base_freq"
-    return _base(key, rope.get("rope_theta", settings.get(key, family.defaults[key])))

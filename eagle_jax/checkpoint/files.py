@@ -211,14 +211,36 @@ def write(
         ValueError: `params` don't match `config`, or an unknown dtype.
     """
     check_params(config, params, dtype)
-    tensors: dict[str, Any] = dict(tables or {})
-    for name, (disk, transposed) in on_disk(config).items():
-        array = cast(disk, lazily(params[name]), dtype)
-        tensors[disk] = array.T if transposed else array
+    tensors = {**(tables or {}), **disk_tensors(config, params, dtype)}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     safetensors.write(directory / "model.safetensors", tensors, {"format": "pt"})
     write_json(directory / "config.json", settings)
+
+
+def disk_tensors(config: DraftConfig, params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The weights of `params` by their names on disk, cast and transposed when they are read."""
+    tensors = {}
+    for name, (disk, transposed) in on_disk(config).items():
+        array = cast(disk, lazily(params[name]), dtype)
+        tensors[disk] = array.T if transposed else array
+    return tensors
+
+
+def check_counts(
+    directory: Path, settings: Mapping[str, Any], keys: Sequence[str], tensors: StoredArrays
+) -> None:
+    """Raises ValueError where `config.json` counts more of something than there are tensors.
+
+    The names and shapes that a configuration implies are compared later; a wrong number would
+    first make millions of them.
+    """
+    for key in keys:
+        if isinstance(settings.get(key), int) and settings[key] > len(tensors):
+            raise ValueError(
+                f"{directory / 'config.json'}: {key}={settings[key]}: the files have "
+                f"{len(tensors)} tensors; both must belong to the same model"
+            )
 
 
 def check_params(config: DraftConfig, params: Mapping[str, Any], dtype: str) -> None:

@@ -180,13 +180,20 @@ def kind(directory: Path) -> str:
     return drafts.kind_of(settings, files.read_tensors(directory))
 
 
-def check_fit(target_config: TransformerConfig, draft_config: DraftConfig) -> None:
+def check_fit(
+    target_config: TransformerConfig, draft_config: DraftConfig, directory: Path | None = None
+) -> None:
     """Checks that a draft was made for targets of this size.
+
+    Args:
+        target_config, draft_config: of the two.
+        directory: of the draft, for the message of an error.
 
     Raises:
         ValueError: names the first field that does not fit, with both values.
     """
     remedy = "give a draft that was trained for this target"
+    where = "" if directory is None else f"{directory}: "
     # An independent model has a width of its own.
     alone = isinstance(draft_config, TransformerConfig)
     for name in ("vocab_size",) if alone else ("hidden_size", "vocab_size"):
@@ -194,12 +201,12 @@ def check_fit(target_config: TransformerConfig, draft_config: DraftConfig) -> No
         if name == "hidden_size" and isinstance(draft_config, Eagle3Config):
             draft = draft_config.feature_size
         if target != draft:
-            raise ValueError(f"{name}: the target has {target}, the draft {draft}; {remedy}")
+            raise ValueError(f"{where}{name}: the target has {target}, the draft {draft}; {remedy}")
     if isinstance(draft_config, Eagle3Config):
         layers = target_config.num_hidden_layers
         if max(draft_config.aux_layers) > layers:
             raise ValueError(
-                f"aux_layers: the target has {layers} layers, "
+                f"{where}aux_layers: the target has {layers} layers, "
                 f"the draft reads {draft_config.aux_layers}; {remedy}"
             )
 
@@ -220,12 +227,8 @@ def _settings(directory: Path) -> dict[str, Any]:
 def _transformer(
     directory: Path, settings: Mapping[str, Any], tensors: files.StoredArrays
 ) -> tuple[TransformerConfig, files.StoredArrays]:
-    for key in ("num_hidden_layers", "num_experts", "num_local_experts"):
-        if isinstance(settings.get(key), int) and settings[key] > len(tensors):
-            raise ValueError(
-                f"{directory / 'config.json'}: {key}={settings[key]}: the files have "
-                f"{len(tensors)} tensors; both must belong to the same model"
-            )
+    counts = ("num_hidden_layers", "num_experts", "num_local_experts")
+    files.check_counts(directory, settings, counts, tensors)
     config = families.from_json(directory, TransformerConfig, settings)
     tied = ["lm_head.weight"] if config.tie_word_embeddings else []
     head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")

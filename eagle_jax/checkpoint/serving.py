@@ -23,7 +23,6 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from eagle_jax.checkpoint import drafts, files, hf, safetensors
-from eagle_jax.checkpoint.names import on_disk
 from eagle_jax.checkpoint.stored import Stored, cast, lazily
 from eagle_jax.config import DraftConfig, Eagle3Config, EagleConfig, MedusaConfig, TransformerConfig
 
@@ -307,10 +306,7 @@ def _tensors(
     config: DraftConfig, params: Mapping[str, Any], layout: str, dtype: str
 ) -> dict[str, Any]:
     """By their names on disk, tables included."""
-    tensors: dict[str, Any] = {}
-    for name, (disk, transposed) in on_disk(config).items():
-        array = cast(disk, lazily(params[name]), dtype)
-        tensors[disk] = array.T if transposed else array
+    tensors = files.disk_tensors(config, params, dtype)
     if isinstance(config, Eagle3Config):
         tensors |= drafts.eagle3_tables(config, np.asarray(params["d2t"]))
     if layout in ("sglang", "speculators") and isinstance(config, EagleConfig | Eagle3Config):

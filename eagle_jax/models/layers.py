@@ -382,19 +382,16 @@ class MixtureOfExperts(nnx.Module):
             self.experts = nnx.List(
                 MLP(config, width=width, rngs=rngs) for _ in range(config.num_experts)
             )
+        self.count = config.num_experts
         self.chosen, self.normalized = config.num_experts_per_tok, config.norm_topk_prob
         self.activation = _ACTIVATIONS[config.hidden_act]
 
     def __call__(self, x: Hidden) -> Hidden:
         flat = x.reshape(-1, x.shape[-1])
         weights, experts = self.route(flat)
-        gate_up, down = self.matrices()
         # Devices that hold different experts would have to exchange the matrices.
-        if experts.size <= gate_up.shape[0] and ways_of("experts", gate_up.shape[0]) == 1:
-            mixed = self._gathered(flat, weights, experts, gate_up, down)
-        else:
-            mixed = self._dense(flat, weights, experts, gate_up, down)
-        return mixed.reshape(x.shape)
+        few = experts.size <= self.count and ways_of("experts", self.count) == 1
+        return (self._gathered if few else self._dense)(flat, weights, experts).reshape(x.shape)
 
     def route(self, x: Float[Array, "n d"]) -> tuple[Float[Array, "n c"], Int[Array, "n c"]]:
         """The chosen experts of each token and their weights, of a softmax over all experts."""
@@ -413,30 +410,22 @@ class MixtureOfExperts(nnx.Module):
         return gate_up, jnp.stack([expert.down_proj.kernel[...] for expert in self.experts])
 
     def _gathered(
-        self,
-        x: jax.Array,
-        weights: jax.Array,
-        experts: jax.Array,
-        gate_up: jax.Array,
-        down: jax.Array,
-    ) -> jax.Array:
+        self, x: Float[Array, "n d"], weights: Float[Array, "n c"], experts: Int[Array, "n c"]
+    ) -> Float[Array, "n d"]:
         """A few tokens: only the matrices of their experts are read."""
+        gate_up, down = self.matrices()
         hidden = self._gated(jnp.einsum("nd,ncdgf->ncgf", x, gate_up[experts]))
         return jnp.einsum("ncf,ncfd,nc->nd", hidden, down[experts], weights)
 
     def _dense(
-        self,
-        x: jax.Array,
-        weights: jax.Array,
-        experts: jax.Array,
-        gate_up: jax.Array,
-        down: jax.Array,
-    ) -> jax.Array:
+        self, x: Float[Array, "n d"], weights: Float[Array, "n c"], experts: Int[Array, "n c"]
+    ) -> Float[Array, "n d"]:
         """Many tokens, which together need nearly every expert: each goes through all of them.
 
         Arithmetic is spent to read every matrix once, in place.
         """
-        chosen = experts[:, :, None] == jnp.arange(gate_up.shape[0])[None, None, :]
+        gate_up, down = self.matrices()
+        chosen = experts[:, :, None] == jnp.arange(self.count)[None, None, :]
         share = jnp.sum(jnp.where(chosen, weights[:, :, None], 0), axis=1)  # [n, x]
         hidden = self._gated(jnp.einsum("nd,xdgf->xngf", x, gate_up))
         return jnp.einsum("xnf,xfd->nd", hidden * share.T[:, :, None], down)

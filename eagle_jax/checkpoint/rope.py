@@ -1,0 +1,140 @@
+"""Rotary settings of `config.json`: bases and scalings, under transformers' new keys and old."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from eagle_jax.config import Eagle3Config, EagleConfig, RopeScaling, TransformerConfig
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+# What each type of scaling reads, besides the base.
+_ROPE_KEYS = {
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+}
+
+
+def to_json(config: TransformerConfig | EagleConfig | Eagle3Config) -> dict[str, Any]:
+    """The rotary keys of `config.json`, for transformers 5 and for older readers."""
+    scaling: RopeScaling | None = getattr(config, "rope_scaling", None)
+    local: float | None = getattr(config, "rope_local_base_freq", None)
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if scaling is not None:
+        own = dataclasses.asdict(scaling)
+        read = _ROPE_KEYS[scaling.rope_type]
+        rope = {name: own[name] for name in ("rope_type", *read) if own[name] is not None}
+    # transformers 5 reads `rope_parameters` and `dtype`, older ones the others.
+    settings: dict[str, Any] = {"rope_parameters": rope | {"rope_theta": config.rope_theta}}
+    if local is not None:
+        sliding = {"rope_type": "default", "rope_theta": local}
+        settings["rope_parameters"] = {FULL: settings["rope_parameters"], SLIDING: sliding}
+    if rope["rope_type"] == "linear" and not isinstance(config, TransformerConfig):
+        rope = {"type": "linear", "factor": rope["factor"]}  # the official heads' code knows this
+    return settings if scaling is None else settings | {"rope_scaling": rope}
+
+
+def _rope_parameters(settings: Mapping[str, Any], layers: str) -> Mapping[str, Any]:
+    """The rotary settings of all layers, or of those of one type where types differ."""
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_parameters={rope!r}: must be an object")
+    if FULL in rope or SLIDING in rope:
+        rope = rope.get(layers) or {}
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"rope_parameters.{layers}={rope!r}: must be an object")
+        return _present(rope)
+    # Gemma 3's older files: scaling is for the full layers.
+    return _present(rope) if layers == FULL else {}
+
+
+def _present(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the keys that are null, which is as good as absent."""
+    return {key: value for key, value in rope.items() if value is not None}
+
+
+def _base(key: str, value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"{key}={value!r}: must be a positive number")
+    return float(value)
+
+
+def from_json(
+    fields: Collection[str], settings: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`rope_theta` and, where `fields` has it, `rope_scaling`.
+
+    Raises:
+        ValueError: a key is wrong, missing or not supported; names it.
+    """
+    rope = _rope_parameters(settings, FULL)
+    default = settings.get("rope_theta", defaults.get("rope_theta", 10000.0))
+    values: dict[str, Any] = {"rope_theta": _base("rope_theta", rope.get("rope_theta", default))}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    known = ("default", *_ROPE_KEYS) if "rope_scaling" in fields else ("default",)
+    if rope_type not in known:
+        names = ", ".join(repr(name) for name in known)
+        raise ValueError(f"rope_type={rope_type!r} is not supported; only {names} is")
+    if "rope_scaling" in fields:
+        values["rope_scaling"] = (
+            None if rope_type == "default" else _scaling(rope_type, rope, settings)
+        )
+    if rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1)) != 1:
+        raise ValueError("partial_rotary_factor: is not supported; only 1 is")
+    return values
+
+
+def _scaling(rope_type: str, rope: Mapping[str, Any], settings: Mapping[str, Any]) -> RopeScaling:
+    found = {name: rope[name] for name in _ROPE_KEYS[rope_type] if rope.get(name) is not None}
+    longest = settings.get("max_position_embeddings")
+    if rope_type != "linear":
+        # transformers' rules for what is left out.
+        outer = settings.get("original_max_position_embeddings", longest)
+        original = found.setdefault("original_max_position_embeddings", outer)
+        if rope_type == "yarn" and "factor" not in found and longest and original:
+            found["factor"] = longest / original
+    required = ("factor", "low_freq_factor", "high_freq_factor")
+    for name in required[: 3 if rope_type == "llama3" else 1]:
+        if name not in found:
+            raise ValueError(f"rope_scaling: has no {name}, which {rope_type!r} needs; add it")
+    floats = {f.name for f in dataclasses.fields(RopeScaling) if "float" in str(f.type)}
+    # Python's numbers compare equal, but a file's 8 and our 8.0 should not be two configurations.
+    numbers = {
+        name: float(value) if name in floats and type(value) is int else value
+        for name, value in found.items()
+    }
+    return RopeScaling(rope_type=rope_type, **numbers)  # pyright: ignore[reportArgumentType]
+
+
+def local_base(settings: Mapping[str, Any], default: float) -> float:
+    """The rotary base of sliding layers, where it is their own.
+
+    Raises:
+        ValueError: it is not a positive number, or their rotation is scaled.
+    """
+    rope = _rope_parameters(settings, SLIDING)
+    rope_type = rope.get("rope_type", "default")
+    if rope_type != "default":
+        raise ValueError(
+            f"rope_type={rope_type!r} is not supported in sliding layers; only 'default' is"
+        )
+    key = "rope_local_base_freq"
+    return _base(key, rope.get("rope_theta", settings.get(key, default)))
