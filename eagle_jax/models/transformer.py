@@ -22,6 +22,7 @@ from eagle_jax.models.layers import (
     Linear,
     RMSNorm,
     bend,
+    matmul,
 )
 from eagle_jax.types import Hidden, Logits
 
@@ -103,7 +104,7 @@ class Transformer(nnx.Module):
             kernel = self.embed_tokens.embedding[...].T
         else:
             kernel = self.lm_head.kernel[...]
-        logits = jnp.matmul(features, kernel, preferred_element_type=jnp.float32)
+        logits = matmul(features, kernel, jnp.float32)
         return logits if self.softcap is None else bend(logits, self.softcap)
 
 
