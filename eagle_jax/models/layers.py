@@ -25,7 +25,17 @@ from eagle_jax.types import Hidden, KeyValue
 AttentionKernel = Literal["xla", "cudnn"]
 
 _EMBEDDING_STD = 0.02
+
+# Products of one row on GPUs, see `matmul`.
 PAD_ROW = True
+
+# An expert's parameter: its list, its number, the rest.
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
 
 
 def matmul(
@@ -42,14 +52,6 @@ def matmul(
         y = jnp.matmul(pair, kernel, preferred_element_type=dtype)[:1]
         return y.reshape(*x.shape[:-1], -1)
     return jnp.matmul(x, kernel, preferred_element_type=dtype)
-
-# An expert's parameter: its list, its number, the rest.
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
-
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-}
 
 
 class Linear(nnx.Module):
