@@ -1,6 +1,6 @@
 """Which tree suits these Medusa heads? Accuracy of every head and rank, and the best tree.
 
-    python train/medusa_tree.py --questions data/alpaca.jsonl --nodes 63
+    python train/medusa_tree.py --data data --task alpaca --nodes 63
 
 Vanilla answers the questions greedily; then head i's guess at every token is compared with the
 token that stands there. The tree takes the paths with the largest products of accuracies.

@@ -23,7 +23,7 @@ config = TrainConfig(
         ),
         target="tiny",
         feature_weight=1.0,
-        token_weight=0.1,
+        token_weight=1.0,
         noise=0.1,
     ),
     data=DataConfig(
@@ -35,7 +35,7 @@ config = TrainConfig(
     ),
     optim=OptimConfig(
         learning_rate=1e-3,
-        steps=4000,
+        steps=3500,
         warmup_steps=100,
         schedule="cosine",
         final_fraction=0.02,

@@ -13,9 +13,10 @@ from eagle_jax.config import DataConfig, MedusaConfig, MedusaTraining, OptimConf
 config = TrainConfig(
     output_dir="runs/tiny/medusa",
     objective=MedusaTraining(
-        draft=MedusaConfig(vocab_size=8192, hidden_size=512, num_heads=4, tie_lm_head=True),
+        draft=MedusaConfig(vocab_size=8192, hidden_size=512, num_heads=3, tie_lm_head=True),
         target="tiny",
         decay=0.8,
+        labels="soft",
     ),
     data=DataConfig(
         train=("data/answers.jsonl",),
@@ -26,7 +27,7 @@ config = TrainConfig(
     ),
     optim=OptimConfig(
         learning_rate=2e-3,
-        steps=4000,
+        steps=3500,
         warmup_steps=40,
         schedule="cosine",
     ),

@@ -34,7 +34,7 @@ config = TrainConfig(
     ),
     optim=OptimConfig(
         learning_rate=3e-3,
-        steps=4000,
+        steps=3500,
         warmup_steps=100,
         schedule="cosine",
         final_fraction=0.02,

@@ -23,7 +23,7 @@ class EvalConfig:
         tasks: "own" (prompts of this package), or NAME for data/NAME.jsonl. By default "own"
             without `data`, else those of mt_bench, humaneval, gsm8k, alpaca that are there.
         data: directory of question files.
-        limit: first questions of each task; 0 takes all.
+        limit: questions of each task, evenly spaced over its file; 0 takes all.
         temperatures: every one is measured by itself; 0 is greedy.
         top_p: filter of the sampled distribution; 1 is off.
         new_tokens: longest answer.
@@ -32,7 +32,8 @@ class EvalConfig:
         repeats: timed runs of every method on every prompt.
         tensor, expert: use all devices: groups of `tensor` x `expert` share the weights, groups
             share the rows of a batch. 0: one device.
-        batch_size: prompts decoded together; the last batch is padded to this size.
+        batch_size: prompts decoded together, the longest first; the last batch is padded to this
+            size.
         longest_prompt: in tokens; longer ones are skipped, as are those that leave less than
             `new_tokens` of the context. 0 is no further limit. Prompts are padded to powers of two
             from 128 on, and each size compiles its own programs, so this bounds compile time too.

@@ -53,7 +53,7 @@ class Star(Vanilla):
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """What one call decodes: a prompt, or a batch of prompts of one task, turn and padded length.
+    """What one call decodes: a prompt, or a batch of prompts of one task and turn.
 
     Attributes:
         task, category: where it is from; a batch has no category.
@@ -203,14 +203,12 @@ class Runner:
         turn: int,
         temperature: float,
     ) -> Iterator[Unit]:
-        """Rows of one padded length together, so that few shapes are compiled."""
+        """Rows of like length together, so that little is padded."""
         size = self.config.batch_size
         if size > 1:
             rows = sorted(rows, key=lambda row: -len(row[1]))  # stable
         while rows:
-            bucket = engine.bucket_prompt(len(rows[0][1]))
-            together = [row for row in rows[:size] if engine.bucket_prompt(len(row[1])) == bucket]
-            rows = rows[len(together) :]
+            together, rows = rows[:size], rows[size:]
             ids = tuple(question.id for question, _ in together)
             yield Unit(
                 task=task,

@@ -39,7 +39,7 @@ def read_tasks(names: Sequence[str], data: str = "", limit: int = 0) -> dict[str
         names: "own", or NAME for `data`/NAME.jsonl (or .jsonl.gz); none for the default: "own"
             without `data`, else those of `PUBLIC` that are there.
         data: directory of question files.
-        limit: first questions of each task; 0 takes all.
+        limit: questions of each task, evenly spaced over its file; 0 takes all.
 
     Raises:
         ValueError: unknown task (lists the valid ones), a file that is empty or malformed (names
@@ -63,7 +63,8 @@ def read_tasks(names: Sequence[str], data: str = "", limit: int = 0) -> dict[str
             where = f"data={data!r}" if data else "no data directory is given (--data DIR)"
             raise ValueError(f"tasks={name!r}: unknown; use {valid}: {where}")
         questions = _own() if name == "own" else list(_read(name, files[name]))
-        out[name] = questions[: limit or None]
+        count = min(limit or len(questions), len(questions))
+        out[name] = [questions[i * len(questions) // count] for i in range(count)]
     return out
 
 

@@ -13,7 +13,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from eagle_jax.config import Eagle3Config
-from eagle_jax.models.layers import MLP, Attention, AttentionKernel, Embedding, Linear, RMSNorm
+from eagle_jax.models.layers import (
+    MLP,
+    Attention,
+    AttentionKernel,
+    Embedding,
+    Linear,
+    RMSNorm,
+    matmul,
+)
 from eagle_jax.models.transformer import Output, Transformer
 from eagle_jax.types import Hidden, KeyValue
 
@@ -108,7 +116,7 @@ class Eagle3Draft(nnx.Module):
         """Scores over the draft vocabulary, float32, of states as `__call__` returns them."""
         del target
         normed = state if self.norm_output else self.norm(state)
-        return jnp.matmul(normed, self.lm_head.kernel[...], preferred_element_type=jnp.float32)
+        return matmul(normed, self.lm_head.kernel[...], jnp.float32)
 
     def tokens(self) -> Int[Array, " v"]:
         """The target's token of every entry of the draft vocabulary."""

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from eagle_jax.config import MedusaConfig
-from eagle_jax.models.layers import Linear
+from eagle_jax.models.layers import Linear, matmul
 from eagle_jax.models.transformer import Transformer
 from eagle_jax.types import Hidden
 
@@ -63,5 +63,5 @@ class MedusaHeads(nnx.Module):
                 scores.append(target.logits(hidden))
             else:
                 kernel = head.lm_head.kernel[...]
-                scores.append(jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32))
+                scores.append(matmul(hidden, kernel, jnp.float32))
         return scores

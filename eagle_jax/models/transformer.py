@@ -22,6 +22,7 @@ from eagle_jax.models.layers import (
     Linear,
     RMSNorm,
     bend,
+    matmul,
 )
 from eagle_jax.sharding import constrain
 from eagle_jax.types import Hidden, Logits
@@ -110,7 +111,7 @@ class Transformer(nnx.Module):
             kernel = self.embed_tokens.embedding[...].T
         else:
             kernel = self.lm_head.kernel[...]
-        logits = jnp.matmul(features, kernel, preferred_element_type=jnp.float32)
+        logits = matmul(features, kernel, jnp.float32)
         logits = constrain(logits, "batch", None, "vocab")
         return logits if self.softcap is None else bend(logits, self.softcap)
 

@@ -27,7 +27,8 @@ def test_own_prompts_need_no_file() -> None:
 
 
 def test_files_are_read_as_they_are(tmp_path) -> None:
-    """Catches a lost turn, an id that is not kept, and blank lines that count as questions."""
+    """Catches a lost turn, an id that is not kept, blank lines that count as questions, and a limit
+    that takes the first questions, which often are of one category."""
     data = write(tmp_path, "mt_bench.jsonl", json.dumps(GOOD), "", '{"turns": ["three"]}')
     (tmp_path / "mine.jsonl.gz").write_bytes(gzip.compress(b'{"turns": ["four"]}\n'))
     found = read_tasks([], data)
@@ -36,7 +37,10 @@ def test_files_are_read_as_they_are(tmp_path) -> None:
     assert (first.id, first.category, first.turns) == ("3", "a", ("one", "two"))
     assert (second.id, second.category, second.turns) == ("line 3", "", ("three",))
     assert [q.turns for q in read_tasks(["mine"], data)["mine"]] == [("four",)]
-    assert len(read_tasks(["mt_bench"], data, limit=1)["mt_bench"]) == 1
+    lines = [json.dumps({**GOOD, "question_id": i}) for i in range(5)]
+    data = write(tmp_path, "five.jsonl", *lines)
+    for limit, ids in ((1, "0"), (2, "02"), (3, "013"), (5, "01234"), (9, "01234")):
+        assert "".join(q.id for q in read_tasks(["five"], data, limit)["five"]) == ids
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,14 @@ class TrainingTimeTestObjective:
         return self.target_config.vocab_size
 
     def init(self, seed: int) -> ParamDict:
-        return init_params(Eagle3Draft, self.settings.draft, seed)
+        """Random, but for norm and head: the target's, at the rows of the draft vocabulary."""
+        tokens = np.arange(len(self.d2t)) + self.d2t
+        head = head_kernel(self.target_config, self.target)
+        return {
+            **init_params(Eagle3Draft, self.settings.draft, seed),
+            "norm.scale": jnp.asarray(self.target["norm.scale"], jnp.float32),
+            "lm_head.kernel": jnp.asarray(head, jnp.float32)[:, tokens],
+        }
 
     def frozen(self) -> Mapping[str, Any]:
         return self.target
