@@ -14,11 +14,13 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import gc
 import json
 import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,13 @@ def _reading() -> Iterator[None]:
         raise _Unreadable(_reason(error)) from error
 
 
+def _drop_loads() -> None:
+    """Collect what a failed load had not begun, whose warnings would tell the user nothing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        gc.collect()
+
+
 def _reason(error: BaseException) -> str:
     """The end of the innermost message; what comes before talks about handlers and drivers."""
     inner = error.__cause__ or error.__context__
@@ -234,6 +243,8 @@ class Checkpoints:
                 found = self._read(step, abstract)
             except _Unreadable as error:
                 reason = str(error)
+            if found is None:
+                _drop_loads()
             if not _everywhere(found is not None):
                 broken[step] = reason
                 continue

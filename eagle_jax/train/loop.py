@@ -119,7 +119,7 @@ class Trainer:
     def init(self) -> TrainState:
         """The state before the first step, on the devices."""
         # Through the host, which every process has alike: devices may span processes.
-        state = jax.device_get(_init(self.config, self.objective))
+        state = jax.device_get(_init(self.config, self.objective, self.objective.frozen()))
         return jax.device_put(state, jax.tree.map(lambda x: x.sharding, self.abstract))
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
@@ -146,8 +146,8 @@ def check_tokens(config: TrainConfig, vocab_size: int, batch: Mapping[str, np.nd
         )
 
 
-def _init(config: TrainConfig, objective: Objective) -> TrainState:
-    params: Any = objective.init(config.seed)
+def _init(config: TrainConfig, objective: Objective, frozen: Mapping[str, Any]) -> TrainState:
+    params: Any = objective.init(config.seed, frozen)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer(config.optim).init(params))
 
 
@@ -173,7 +173,7 @@ def assemble(
 ) -> Trainer:
     """The jitted functions, given the frozen weights on the mesh, or shapes with shardings."""
     dtype = jnp.dtype(config.compute_dtype)
-    shapes = jax.eval_shape(functools.partial(_init, config, objective))
+    shapes = jax.eval_shape(functools.partial(_init, config, objective), frozen)
     places = sharding.weight_shardings(mesh, shapes)
     frozen_places = jax.tree.map(lambda x: x.sharding, frozen)
     whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)

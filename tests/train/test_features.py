@@ -229,7 +229,7 @@ def read(folder, kind, place):
 def arguments(task, batch):
     """Of `task.loss`, with everything in bfloat16."""
     frozen = {name: jnp.asarray(x, jnp.bfloat16) for name, x in task.frozen().items()}
-    return cast(task.init(1), jnp.bfloat16), frozen, batch, None
+    return cast(task.init(1, task.frozen()), jnp.bfloat16), frozen, batch, None
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("eagle3", "bfloat16"), ("eagle", "int8")])

@@ -67,7 +67,7 @@ def slow_medusa(task, params, talks):
 def test_medusa_matches_the_slow_version(labels, tied):
     """A head that learns another head's token, or reads the wrong vocabulary matrix."""
     task, talks = medusa(labels, tied), conversations()
-    params = lively(task.init(0), 2)
+    params = lively(task.init(0, task.frozen()), 2)
     loss, sums = jax.jit(task.loss)(params, TARGET, three_rows(talks), None)
     want, counts, hits = slow_medusa(task, params, talks)
     assert len(set(counts)) == 3 and hits[:, 0].sum() < hits[:, 1].sum()
@@ -83,7 +83,7 @@ def test_medusa_matches_the_slow_version(labels, tied):
 def test_medusa_heads_start_as_the_target():
     """Heads that start from random vocabulary matrices, or that share one array."""
     task = medusa()
-    params = task.init(0)
+    params = task.init(0, task.frozen())
     kernels = [params[f"heads.{i}.lm_head.kernel"] for i in range(3)]
     assert all((kernel == TARGET["lm_head.kernel"]).all() for kernel in kernels)
     assert len({kernel.unsafe_buffer_pointer() for kernel in kernels}) == 3
@@ -111,7 +111,7 @@ def slow_distillation(params, talks):
 def test_distillation_matches_the_slow_version():
     """The target's distribution of another row, or the target's head on the draft's features."""
     talks = conversations()
-    params = lively(DISTILLATION.init(0), 2)
+    params = lively(DISTILLATION.init(0, DISTILLATION.frozen()), 2)
     # Head and embedding are one matrix: of standard deviation one it would be all certain.
     params["embed_tokens.embedding"] = 0.3 * params["embed_tokens.embedding"]
     loss, sums = jax.jit(DISTILLATION.loss)(params, TARGET, three_rows(talks), None)
@@ -130,7 +130,7 @@ def test_gradient_step_lowers_the_loss(name):
     """A gradient that is cut, or of the wrong sign."""
     task = TASKS[name]
     batch = three_rows(conversations())
-    params = lively(task.init(0), 1)
+    params = lively(task.init(0, task.frozen()), 1)
     step = jax.jit(jax.value_and_grad(lambda p: task.loss(p, TARGET, batch, None)[0]))
     before, gradient = step(params)
     assert all(np.any(x) for x in gradient.values())
@@ -141,7 +141,7 @@ def test_gradient_step_lowers_the_loss(name):
 def test_packing_changes_nothing(name):
     """Rows of one conversation learn from the next one's tokens."""
     task, talks = TASKS[name], conversations(1)
-    params, loss = lively(task.init(0), 1), jax.jit(task.loss)
+    params, loss = lively(task.init(0, task.frozen()), 1), jax.jit(task.loss)
     together = loss(params, TARGET, three_rows(talks), None)
     alone = loss(params, TARGET, packed([[talk] for talk in talks]), None)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), together, alone)
@@ -152,14 +152,14 @@ def test_nothing_marked_gives_zero(name):
     """0 / 0 in the mean of a head without rows."""
     task = TASKS[name]
     batch = three_rows(conversations()) | {"loss_mask": jnp.zeros((3, 24))}
-    loss, sums = jax.jit(task.loss)(task.init(0), TARGET, batch, None)
+    loss, sums = jax.jit(task.loss)(task.init(0, task.frozen()), TARGET, batch, None)
     assert loss == 0.0 and not any(means(sums).values())
 
 
 def test_remat_agrees():
     """Recomputation that computes something else."""
     batch = three_rows(conversations())
-    params = lively(DISTILLATION.init(0), 1)
+    params = lively(DISTILLATION.init(0, DISTILLATION.frozen()), 1)
     saving = dataclasses.replace(DISTILLATION, remat=True)
     one, two = (
         jax.jit(jax.grad(lambda p, task=task: task.loss(p, TARGET, batch, None)[0]))(params)

@@ -83,7 +83,7 @@ def test_exports_load(target, draft):
     hf.check_fit(config, draft_config)
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in draft_params.values())
     # The export is the last state, not the first.
-    first = loop.objectives.NextTokenObjective(config).init(0)
+    first = loop.objectives.NextTokenObjective(config).init(0, {})
     assert not np.allclose(
         np.asarray(params["lm_head.kernel"], np.float32), first["lm_head.kernel"]
     )

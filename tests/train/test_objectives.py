@@ -148,7 +148,7 @@ def test_noise_is_on_the_inputs_only_and_fresh_per_key():
 @pytest.mark.parametrize("objective", [NEXT, FEATURES], ids=["next", "features"])
 def test_gradient_step_lowers_the_loss_and_remat_agrees(objective):
     batch = three_rows(conversations())
-    params = objective.init(3)
+    params = objective.init(3, objective.frozen())
     saving = dataclasses.replace(objective, remat=True)
 
     def value_and_grad(objective):

@@ -129,7 +129,7 @@ def test_vocabulary_of_a_run(base, capsys):
     assert task.coverage == pytest.approx(share) and 0.3 < share < 1
     assert f"draft vocabulary: 9 of 260 tokens cover {share:.2%}" in capsys.readouterr().err
     folder = Path(config.output_dir).parent / "export9"
-    task.export(folder, task.init(0), "float32", Path(config.data.tokenizer))
+    task.export(folder, task.init(0, task.frozen()), "float32", Path(config.data.tokenizer))
     _, params = hf.load_draft(folder, base[0].objective.model)
     assert list(np.asarray(params["d2t"]) + np.arange(9)) == expected
     assert str(share)[:8] in (folder / "config.json").read_text()

@@ -124,6 +124,15 @@ def test_signal_saves_the_step_in_flight(number, finished, folder, monkeypatch, 
     assert_same_run(config, finished)
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt; the workers of a parallel test run ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_second_signal_acts_as_ever():
     with Preemption() as preemption:
         assert not preemption.reached(1)

@@ -44,7 +44,7 @@ def objective(chunk=chain.CHUNK, draft=None, **settings):
 
 
 def weights(task):
-    return lively(task.init(0), 1)
+    return lively(task.init(0, task.frozen()), 1)
 
 
 # --- The slow implementation -----------------------------------------------------------------

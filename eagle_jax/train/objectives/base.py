@@ -30,8 +30,13 @@ class Objective(Protocol):
         """Tokens must be below it."""
         ...
 
-    def init(self, seed: int) -> ParamDict:
-        """Random float32 parameters to train."""
+    def init(self, seed: int, frozen: Mapping[str, Any]) -> ParamDict:
+        """The float32 parameters before the first step, random where `frozen` gives none.
+
+        Args:
+            seed: of the random ones.
+            frozen: as `frozen()` returns it, or traced.
+        """
         ...
 
     def frozen(self) -> Mapping[str, Any]:

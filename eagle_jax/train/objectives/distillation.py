@@ -54,7 +54,8 @@ class DistillationObjective:
     def vocab_size(self) -> int:
         return self.target_config.vocab_size
 
-    def init(self, seed: int) -> ParamDict:
+    def init(self, seed: int, frozen: Mapping[str, Any]) -> ParamDict:
+        del frozen
         return init_params(Transformer, self.settings.draft, seed)
 
     def frozen(self) -> Mapping[str, Any]:

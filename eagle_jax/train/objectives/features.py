@@ -55,7 +55,8 @@ class FeatureRegressionObjective:
     def vocab_size(self) -> int:
         return self.target_config.vocab_size
 
-    def init(self, seed: int) -> ParamDict:
+    def init(self, seed: int, frozen: Mapping[str, Any]) -> ParamDict:
+        del frozen
         return init_params(EagleDraft, self.settings.draft, seed)
 
     def frozen(self) -> Mapping[str, Any]:

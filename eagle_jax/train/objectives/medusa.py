@@ -58,13 +58,13 @@ class MedusaObjective:
     def vocab_size(self) -> int:
         return self.target_config.vocab_size
 
-    def init(self, seed: int) -> ParamDict:
+    def init(self, seed: int, frozen: Mapping[str, Any]) -> ParamDict:
         """Residual blocks are the identity, and own vocabulary heads copies of the target's."""
         params = init_params(MedusaHeads, self.settings.draft, seed)
         if self.settings.draft.tie_lm_head:
             return params
         ends = ("embed_tokens.embedding", "lm_head.kernel")
-        held = {name: jnp.asarray(self.target[name]) for name in ends if name in self.target}
+        held = {name: jnp.asarray(frozen[name]) for name in ends if name in frozen}
         head = head_kernel(self.target_config, held).astype(jnp.float32)
         return {
             # A copy each: the optimizer's step consumes its arrays.

@@ -58,7 +58,8 @@ class NextTokenObjective:
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
-    def init(self, seed: int) -> ParamDict:
+    def init(self, seed: int, frozen: Mapping[str, Any]) -> ParamDict:
+        del frozen
         return init_params(Transformer, self.config, seed)
 
     def frozen(self) -> Mapping[str, Any]:

@@ -25,7 +25,7 @@ Settings = (
     | configs.Distillation
 )
 # All that is needed of a target whose features are stored.
-ENDS = ("embed_tokens.embedding", "lm_head.kernel")
+ENDS = ("embed_tokens.embedding", "norm.scale", "lm_head.kernel")
 _LARGEST = 127  # of int8, both ways
 
 

@@ -124,14 +124,18 @@ class TrainingTimeTestObjective:
     def vocab_size(self) -> int:
         return self.target_config.vocab_size
 
-    def init(self, seed: int) -> ParamDict:
+    def init(self, seed: int, frozen: Mapping[str, Any]) -> ParamDict:
         """Random, but for norm and head: the target's, at the rows of the draft vocabulary."""
         tokens = np.arange(len(self.d2t)) + self.d2t
-        head = head_kernel(self.target_config, self.target)
+        ends = {name: jnp.asarray(frozen[name]) for name in target.ENDS if name in frozen}
+        scale = ends["norm.scale"].astype(jnp.float32)
+        if self.target_config.unit_offset_norm:
+            scale = scale + 1.0
+        head = head_kernel(self.target_config, ends)
         return {
             **init_params(Eagle3Draft, self.settings.draft, seed),
-            "norm.scale": jnp.asarray(self.target["norm.scale"], jnp.float32),
-            "lm_head.kernel": jnp.asarray(head, jnp.float32)[:, tokens],
+            "norm.scale": scale,
+            "lm_head.kernel": head[:, tokens].astype(jnp.float32),
         }
 
     def frozen(self) -> Mapping[str, Any]:
@@ -240,7 +244,7 @@ class TrainingTimeTestObjective:
 
     def flops_per_token(self, sequence_length: int) -> float:
         settings, draft = self.settings, self.settings.draft
-        shapes = jax.eval_shape(lambda: self.init(0))
+        shapes = jax.eval_shape(lambda: init_params(Eagle3Draft, draft, 0))
         fuse = float(2 * shapes["fc.kernel"].size)
         attention = attention_flops(draft.layer(), sequence_length)
         step = 2.0 * matrices(shapes) - fuse + attention
