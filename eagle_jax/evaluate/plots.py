@@ -35,40 +35,49 @@ def plot(folder: Path, rows: Sequence[Row], steps: Sequence[Row], title: str) ->
     return written
 
 
-def _panels(rows: Sequence[Row], key: str, width: float, title: str) -> tuple[Any, list[Any]]:
-    """A figure with one panel per value of `key`, side by side."""
+def _panels(
+    rows: Sequence[Row], key: str, size: tuple[float, float], title: str
+) -> tuple[Any, list[Any]]:
+    """A figure with one panel of `size` per value of `key`, side by side."""
     from matplotlib.figure import Figure
 
     values = list(dict.fromkeys(row[key] for row in rows))
-    figure = Figure(figsize=(max(6.0, width * len(values)), 4.2), layout="constrained")
+    figure = Figure(figsize=(size[0] * len(values), size[1]), layout="constrained")
     figure.suptitle(title, fontsize=9)
     axes = figure.subplots(1, len(values), squeeze=False, sharey=True)[0]
     return figure, list(zip(values, axes, strict=True))
 
 
 def _speedup(image: Path, rows: Sequence[Row], title: str) -> None:
+    """A line per method, a dot per task, the interval of the last: all tasks together."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     names = list(dict.fromkeys(row["method"] for row in rows))
     methods = [name for name in names if name != BASELINE] or names  # the baseline is a line
-    width = 0.8 / len(methods)
-    size = max(5.0, 0.22 * len(tasks) * len(methods) + 2)
-    figure, panels = _panels(rows, "temperature", size, title)
+    figure, panels = _panels(rows, "temperature", (5.0, 0.26 * len(methods) + 1.8), title)
     for temperature, axes in panels:
-        for index, method in enumerate(methods):
-            own = [r for r in rows if r["method"] == method and r["temperature"] == temperature]
-            places = [tasks.index(r["task"]) + (index + 0.5) * width - 0.4 for r in own]
-            heights = [r["speedup"] for r in own]
-            hatch = "//" if index > 9 else None  # there are ten colours
-            axes.bar(
-                places, heights, width * 0.9, label=method, color=f"C{index % 10}", hatch=hatch
-            )
+        for index, task in enumerate(tasks):
+            own = [
+                row
+                for row in rows
+                if (row["task"], row["temperature"]) == (task, temperature)
+                and row["method"] in methods
+            ]
+            places = [methods.index(row["method"]) for row in own]
+            last = task == tasks[-1]
+            color = "black" if last else f"C{index}"
             for place, row in zip(places, own, strict=True):
-                if row["speedup_interval"]:
-                    axes.plot([place] * 2, row["speedup_interval"], color="black", linewidth=0.8)
-        axes.axhline(1.0, color="gray", linewidth=0.8)
-        axes.set_xticks(range(len(tasks)), tasks)
-        axes.set(title=f"temperature {temperature:g}", ylabel="decode speedup over vanilla")
-    _legend(figure, panels, len(methods))
+                if last and row["speedup_interval"]:
+                    axes.plot(row["speedup_interval"], [place] * 2, color=color, linewidth=1.2)
+            marker = {"marker": "D", "s": 34} if last else {"marker": "o", "s": 20}
+            speedups = [row["speedup"] for row in own]
+            axes.scatter(speedups, places, color=color, label=task, zorder=2 + last, **marker)
+        axes.axvline(1.0, color="gray", linewidth=0.8)
+        axes.set_yticks(range(len(methods)), methods)
+        axes.set(title=f"temperature {temperature:g}", xlabel="decode speedup over vanilla")
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+    panels[0][1].invert_yaxis()  # the first method on top; panels share the axis
+    _legend(figure, panels, len(tasks))
     figure.savefig(image, dpi=120)
 
 
@@ -76,7 +85,7 @@ def _acceptance(image: Path, rows: Sequence[Row], title: str) -> None:
     """Over all tasks."""
     last = rows[-1]["task"]  # all tasks together stand last
     rows = [row for row in rows if row["task"] == last]
-    figure, panels = _panels(rows, "temperature", 5.0, title)
+    figure, panels = _panels(rows, "temperature", (6.0, 4.2), title)
     names = list(dict.fromkeys(row["method"] for row in rows if row["method"] != BASELINE))
     for temperature, axes in panels:
         for row in rows:
