@@ -193,11 +193,10 @@ def test_an_answer_file_has_one_writer(model, tmp_path):
 
 
 @pytest.mark.parametrize(("preemptible", "status"), [(False, -signal.SIGTERM), (True, 0)])
-def test_sigterm_ends_what_does_not_ask_for_it(preemptible, status, tmp_path):
+def test_sigterm_ends_what_does_not_ask_for_it(preemptible, status):
     """Catches JAX's runtime hearing it, and a server or an evaluation that nobody can end."""
-    program = tmp_path / "program.py"
-    program.write_text(SIGTERM.format(preemptible=preemptible))
-    assert subprocess.run([sys.executable, program], cwd=ROOT).returncode == status
+    command = [sys.executable, "-c", SIGTERM.format(preemptible=preemptible)]
+    assert subprocess.run(command, cwd=ROOT).returncode == status
 
 
 @pytest.mark.parametrize(
