@@ -45,6 +45,7 @@ config = EvalConfig(
         ("speculative rejection", Speculative(5, rule=Rejection())),
         ("lookahead", Lookahead(ngram=5, window=7, guesses=7)),
         ("lookahead plain", Lookahead(ngram=5, window=7, guesses=7, coupled=False)),
+        ("lookahead paper", Lookahead(5, 7, 7, prompt_pool=False, coupled=False)),
         ("prompt lookup", PromptLookup()),
         ("recycling", Recycling()),
     ),

@@ -3,9 +3,9 @@
     python -m eagle_jax.train --config configs/tiny/medusa.py \\
         --set "data.train=('data/answers.jsonl',)"
 
-Medusa-1's recipe: cross-entropy to the text with weights 0.8^i, the target frozen, learning rate
-2e-3 with 40 steps of warm-up and cosine decay. Text that the target generated is what the heads
-will meet.
+Medusa-1's recipe: weights 0.8^i, the target frozen, learning rate 2e-3 with 40 steps of warm-up and
+cosine decay; but the labels are the target's distribution instead of the text. Text that the target
+generated is what the heads will meet.
 """
 
 from eagle_jax.config import DataConfig, MedusaConfig, MedusaTraining, OptimConfig, TrainConfig

@@ -31,6 +31,7 @@ from eagle_jax.decode.methods.vanilla import Vanilla
 from eagle_jax.decode.sampling import Sampling, sampling
 from eagle_jax.decode.tree import (
     MC_SIM_7B_63,
+    MOST_NODES,
     DynamicTree,
     StaticTree,
     best_tree,
@@ -380,6 +381,11 @@ def _method(method: str | Method, params: Params) -> Method:
         raise ValueError(
             f"method {type(method).__name__}: needs a draft of kind {method.draft!r}, and params "
             f"has {', '.join(sorted(params.drafts)) or 'none'}; load one with draft=DIR"
+        )
+    if max(method.nodes, method.depth + 1) > MOST_NODES:
+        raise ValueError(
+            f"method {type(method).__name__}: {method.nodes} nodes to depth {method.depth}; a "
+            f"round takes at most {MOST_NODES} either way, use smaller settings"
         )
     method.check(params)
     return method

@@ -220,27 +220,32 @@ def best_tree(accuracy: Sequence[Sequence[float]], nodes: int) -> StaticTree:
     return static_tree(chosen)
 
 
+# Of a proposal: one mask of t x t fits any memory, and no device verifies that many for nothing.
+MOST_NODES = 1024
+
+
 def static_tree(paths: Iterable[Sequence[int]]) -> StaticTree:
     """A checked tree from rank paths in any order; a path's prefixes must be given too."""
     try:
         given = [tuple(operator.index(rank) for rank in path) for path in paths]
     except TypeError as error:
         raise ValueError(f"tree={paths!r}: give paths of whole numbers, [[0], [0, 0]]") from error
-    chosen = sorted(set(given), key=lambda path: (len(path), path))
+    known = set(given)
+    chosen = sorted(known, key=lambda path: (len(path), path))
     if len(chosen) != len(given):
         raise ValueError(f"tree={given}: a path stands twice; give each once")
     for path in chosen:
         if not path or min(path) < 0:
             raise ValueError(f"tree path {path}: must hold ranks of 0 or more, and at least one")
-        if path[:-1] and path[:-1] not in chosen:
+        if path[:-1] and path[:-1] not in known:
             raise ValueError(f"tree path {path}: its parent {path[:-1]} is missing; add it")
     return StaticTree(tuple(chosen))
 
 
 def chain(depth: int) -> StaticTree:
     """`depth` drafted tokens in a row, each the best candidate."""
-    if depth < 1:
-        raise ValueError(f"chain depth={depth}: must be at least 1")
+    if not 1 <= depth < MOST_NODES:
+        raise ValueError(f"chain depth={depth}: must be from 1 to {MOST_NODES - 1}")
     return static_tree([(0,) * d for d in range(1, depth + 1)])
 
 

@@ -184,7 +184,7 @@ def _fixed(config: EvalConfig, params: Any, around: dict[str, Any]) -> dict[str,
     """What all samples of an output directory share; tasks, temperatures and limits may grow."""
     from eagle_jax.evaluate.runner import with_baseline
 
-    names = ("model", "drafts", "top_p", "new_tokens", "ignore_eos", "seed", "repeats")
+    names = ("model", "drafts", "top_p", "new_tokens", "ignore_eos", "seed", "repeats", "warm_up")
     return {
         **{name: getattr(config, name) for name in (*names, "batch_size", "tensor", "expert")},
         "methods": {name: repr(method) for name, method in with_baseline(config.methods).items()},

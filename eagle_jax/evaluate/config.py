@@ -30,6 +30,8 @@ class EvalConfig:
         ignore_eos: decode all answers to `new_tokens`.
         seed: of the sampling noise; each question's own seed is derived from it.
         repeats: timed runs of every method on every prompt.
+        warm_up: run every shape once before anything is timed. Off, for acceptance and equality
+            alone, takes half as long; times then hold what a first run costs.
         tensor, expert: use all devices: groups of `tensor` x `expert` share the weights, groups
             share the rows of a batch. 0: one device.
         batch_size: prompts decoded together, the longest first; the last batch is padded to this
@@ -56,6 +58,7 @@ class EvalConfig:
     ignore_eos: bool = False
     seed: int = 0
     repeats: int = 3
+    warm_up: bool = True
     tensor: int = 0
     expert: int = 1
     batch_size: int = 1

@@ -155,7 +155,9 @@ class Runner:
         with self._bar("measuring", total, total - len(todo)) as bar:
             for job, repeat in todo:
                 bar.set_postfix_str(f"{job.unit.task}, {job.name}", refresh=False)
-                self.samples.add(job.key(repeat), self._run(job))
+                run = self._run(job)
+                self._compiled(job.shape(), run["compile"])
+                self.samples.add(job.key(repeat), run)
                 bar.update()
 
     def _units(self, task: str, questions: list[Question], temperature: float) -> Iterator[Unit]:
@@ -247,7 +249,7 @@ class Runner:
         for job in jobs:
             if job.shape() not in self._warm:
                 shapes.setdefault(job.shape(), job)
-        if not shapes:
+        if not shapes or not self.config.warm_up:
             return
         # Several processes must run the same programs in the same order.
         threads = 1 if jax.process_count() > 1 else self.config.compile_threads
@@ -255,13 +257,15 @@ class Runner:
             runs = {pool.submit(self._run, job): shape for shape, job in shapes.items()}
             try:
                 for run in self._bar("compiling", len(runs), items=as_completed(runs)):
-                    shape, seconds = runs[run], run.result()["compile"]
-                    if self.samples.get(shape) is None:
-                        self.samples.add(shape, {"seconds": seconds})
-                    self._warm.add(shape)
+                    self._compiled(runs[run], run.result()["compile"])
             except BaseException:  # an error or Ctrl-C: what has not begun is not waited for
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+    def _compiled(self, shape: str, seconds: float) -> None:
+        if self.samples.get(shape) is None:
+            self.samples.add(shape, {"seconds": seconds})
+        self._warm.add(shape)
 
     def _run(self, job: Job) -> dict[str, Any]:
         """One call of `generate`, as a sample."""

@@ -9,7 +9,10 @@ import pytest
 from eagle_jax.decode import (
     DynamicTree,
     Eagle,
+    Lookahead,
     Medusa,
+    PromptLookup,
+    Recycling,
     Rejection,
     Speculative,
     Typical,
@@ -48,6 +51,10 @@ WRONG: dict[str, tuple[Method, str]] = {
     ),
     "dynamic, medusa": (Medusa(DynamicTree(2, 2, 2)), "tree=DynamicTree(depth=2"),  # pyright: ignore[reportArgumentType]
     "rejection, medusa": (Medusa(chain(2), rule=Rejection()), "rule=Rejection()"),
+    "dynamic, recycling": (Recycling(DynamicTree(2, 2, 2)), "tree=DynamicTree(depth=2"),  # pyright: ignore[reportArgumentType]
+    "nodes, lookahead": (Lookahead(ngram=9999), "139972 nodes to depth 10003; a round takes at"),
+    "depth, dynamic": (Eagle(DynamicTree(2000, 2, 59)), "60 nodes to depth 2000; a round takes at"),
+    "nodes, lookup": (PromptLookup(length=2000), "2001 nodes to depth 2000; a round takes at"),
     "length": (Speculative(0), "length=0: must be a whole number, at least 1"),
 }
 
@@ -64,6 +71,12 @@ def test_half_a_token_cannot_be_drafted() -> None:
     """Catches a TypeError from inside jit. (The tests' type checker stops it before generate.)"""
     with pytest.raises(ValueError, match=re.escape("length=2.5: must be a whole number")):
         Speculative(2.5).check(decoding.random_pair())  # pyright: ignore[reportArgumentType]
+
+
+def test_a_chain_has_an_end() -> None:
+    """Catches a tree whose mask takes minutes to build."""
+    with pytest.raises(ValueError, match=re.escape("chain depth=99999: must be from 1 to 1023")):
+        named_tree("chain-99999")
 
 
 def test_a_missing_draft_is_named() -> None:

@@ -248,6 +248,16 @@ def test_other_settings_do_not_mix(finished, arguments, tmp_path, changed, said)
     assert (tmp_path / SAMPLES).read_bytes() == before
 
 
+def test_without_warm_up_every_answer_is_decoded_once(finished, arguments, tmp_path, calls) -> None:
+    """Catches a warm-up that goes on, and other answers."""
+    once = ["--set", "warm_up=False", "--set", "repeats=1"]
+    assert main([*arguments, *once, "--output", str(tmp_path)]) == 0
+    decoded = [record for record in records(tmp_path) if record["key"][0] != "compile"]
+    assert len(calls) == len(decoded)
+    rows = results(tmp_path)["rows"]
+    assert timeless(rows) == timeless(results(finished)["rows"])
+
+
 def test_restart_measures_anew(finished, arguments, tmp_path) -> None:
     """Catches --restart that keeps the old samples or deletes what is not ours."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)

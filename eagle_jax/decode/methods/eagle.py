@@ -57,7 +57,7 @@ class Eagle:
         head: which draft: "eagle" (of EAGLE-1 and EAGLE-2) or "eagle3".
         coupled: rank children under the noise that the target will draw with, so that at
             temperature > 0 the draft follows the target's draw; without it by likelihood alone, at
-            temperature 1, as the papers do.
+            temperature 1, as EAGLE-2 and EAGLE-3 do (EAGLE-1 draws children from its law).
         sharpness: how much a dynamic tree trusts a lead under noise: a child's score is its share
             in the softmax of `sharpness` times the perturbed logits.
     """

@@ -127,7 +127,7 @@ class Lookahead:
         window: W, columns of the window: n-grams found per round.
         guesses: G, n-grams verified per round, and kept per first token.
         prompt_pool: put the n-grams of the prompt and of the answer into the pool too, which
-            includes what prompt lookup finds.
+            includes what prompt lookup finds; the authors leave it off by default.
         coupled: the window goes on with the target's draw under the noise of each slot's position,
             so that at temperature > 0 the trajectory settles on the text that will be sampled, as
             long as rounds commit one token each; without it with the likeliest token, as the

@@ -71,6 +71,8 @@ class Recycling:
         vocab, width = params.target_config.vocab_size, self.width
         if not isinstance(width, int) or isinstance(width, bool) or not 0 < width <= vocab:
             raise ValueError(f"width={width!r}: must be a whole number from 1 to {vocab}")
+        if not isinstance(self.tree, StaticTree):
+            raise ValueError(f"tree={self.tree}: recycling fills a static tree; give rank paths")
         if self.tree.depth < 1:
             raise ValueError("tree=(): no drafted node; give at least one path")
         widest = int(self.tree.ranks.max())
