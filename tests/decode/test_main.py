@@ -80,7 +80,7 @@ def test_a_prompt_from_standard_input(program, params, monkeypatch) -> None:
     [
         (["Hi", "--method", "eagel"], "method='eagel': unknown; use one of vanilla, eagle"),
         (["Hi", "--tree", "mc_sim"], "tree='mc_sim': unknown; use mc_sim_7b_63, chain-N, dynamic-"),
-        (["Hi", "--tree", "chain-0"], "chain depth=0: must be at least 1"),
+        (["Hi", "--tree", "chain-0"], "chain depth=0: must be from 1 to 1023"),
         (["Hi", "--tree", "00"], "tree path (0, 0): its parent (0,) is missing; add it"),
         (["Hi", "--temperature", "-1"], "temperature=-1.0: must be 0 (greedy) or a positive"),
         (["Hi", "--temperature", "nan"], "temperature=nan: must be 0 (greedy) or a positive"),

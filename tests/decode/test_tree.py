@@ -100,7 +100,7 @@ def test_names() -> None:
         ("mc_sim", "tree='mc_sim': unknown; use mc_sim_7b_63, chain-N"),
         ("", "tree='': unknown"),
         ("chain-", "tree='chain-': unknown"),
-        ("chain-0", "chain depth=0: must be at least 1"),
+        ("chain-0", "chain depth=0: must be from 1 to 1023"),
         ("0 00 11", "tree path (1, 1): its parent (1,) is missing"),
         ("0 0", "a path stands twice"),
         ("0 x", "tree='0 x': unknown"),
