@@ -69,8 +69,8 @@ class Slots:
 class Rounds:
     """Rounds of a method in the engine's own loop, again and again from the same length.
 
-    No prompt is read: `used` tokens count as committed (on average over the rounds), caches are
-    noise. Drafts are random and hardly ever right, which a round's cost does not depend on.
+    No prompt is read: `used` tokens count as committed (on average over rounds that commit one
+    each), caches are noise. What is accepted says nothing; a round's cost does not depend on it.
 
     Attributes:
         tau: committed tokens per round of the last call.
@@ -119,9 +119,9 @@ class Rounds:
         """Milliseconds of a round."""
         seconds, state = self._advance(self.place.take(), self.rounds)
         self.place.give(state.cache)
-        done = int(state.rounds[0])
-        self.tau = (int(state.length[0]) - self.start) / done
-        return 1e3 * seconds / done
+        rounds = np.asarray(state.rounds)
+        self.tau = float(np.sum(np.asarray(state.length) - self.start) / rounds.sum())
+        return 1e3 * seconds / int(rounds.max())  # a row at the end of the cache is done sooner
 
     def _advance(self, cache: Cache, rounds: int) -> tuple[float, engine.State]:
         b, clock = self.place.batch, engine.Clock()

@@ -3,10 +3,12 @@
     python benchmarks/round.py --shape 7b
     python benchmarks/round.py --shape 8b --methods eagle3 lookahead --temperature 1
 
-Random target and drafts: hardly a draft is accepted (with a temperature some are, by the noise that
-target and draft share), but the cost of a round does not depend on that: shapes are fixed. `cost`
-is the round over vanilla's; a method is faster than vanilla decoding if it commits more tokens a
-round than that. The parts come from variants of the same loop, each leaving one thing more out:
+Target and drafts are random. Heads are hardly ever right then, methods that copy text often are (a
+random model repeats itself), and with a temperature some drafts pass by the noise that they share
+with the target: `tau` is no merit here. The cost of a round does not depend on it, as shapes are
+fixed. `cost` is the round over vanilla's; a method is faster than vanilla decoding if it commits
+more tokens a round than that. The parts come from variants of the same loop, each leaving one thing
+more out:
 
     round                                     the method
     - draft  = the same tree without a draft  (a fixed tree of as many nodes, as deep)
