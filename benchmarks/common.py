@@ -1,0 +1,145 @@
+"""What all benchmarks share: the command line, medians of interleaved runs, the report."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+# A 13B model and its caches need most of 80 GB; JAX takes three quarters unless told otherwise.
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from eagle_jax import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = ("tiny", "1b", "7b", "8b", "13b")
+_COPIES = 16  # passes over the buffer whose copy is timed
+
+
+def default_dtype() -> Any:
+    """Of weights and arithmetic: bfloat16, on CPUs float32."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def interleave(jobs: Mapping[Any, Callable[[], float]], repeats: int) -> dict[Any, float]:
+    """Medians of what the jobs return: A B C, A B C, ..., after a turn that does not count."""
+    found: dict[Any, list[float]] = {name: [] for name in jobs}
+    for turn in tqdm(range(repeats + 1), "measuring", file=sys.stderr):
+        for name, job in jobs.items():
+            value = job()
+            if turn:
+                found[name].append(value)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def copy_bandwidth(repeats: int = 9) -> float:
+    """Bytes/s, read plus written, of passes over a large buffer; the median. What memory gives."""
+    size = 2**22 if jax.default_backend() == "cpu" else 2**29  # of four bytes
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def copies(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, _COPIES, lambda i, x: x ^ i, x)
+
+    x, seconds = copies(jnp.arange(size, dtype=jnp.int32)), []
+    for _ in range(repeats):
+        jax.block_until_ready(x)
+        begin = time.perf_counter()
+        x = jax.block_until_ready(copies(x))
+        seconds.append(time.perf_counter() - begin)
+    return 2 * x.nbytes * _COPIES / statistics.median(seconds)
+
+
+# --- Command line and report -------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above 0")
+    return int(text)
+
+
+def parser(doc: str | None, *names: str) -> argparse.ArgumentParser:
+    """A command line whose help is the program's docstring, with these of the shared options."""
+    out = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    shared: dict[str, dict[str, Any]] = {
+        "--shape": {"choices": SHAPES, "default": "7b", "help": "of the target"},
+        "--batch": {"type": positive, "default": 1, "help": "rows decoded together"},
+        "--rounds": {"type": positive, "default": 32, "help": "rounds of one timed call"},
+        "--repeats": {"type": positive, "default": 5, "help": "timed calls; medians are taken"},
+        "--quantize": {"help": "int8, where this version has it: the target's matrices"},
+        "--threads": {"type": positive, "default": 4, "help": "programs compiled at a time"},
+    }
+    for name in names:
+        out.add_argument(name, **shared[name])
+    return out
+
+
+def environment() -> dict[str, Any]:
+    """Device and versions."""
+    names = ("jax", "jaxlib", "flax")
+    return {
+        "device": jax.devices()[0].device_kind,
+        "dtype": np.dtype(default_dtype()).name,
+        **{name: version(name) for name in names},
+        "driver": driver(),
+    }
+
+
+def driver() -> str | None:
+    """The NVIDIA driver's version, if there is one."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.split("\n")[0].strip() or None
+
+
+def report(rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
+    """Prints rows as a table, then everything as one line of JSON."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+    print(json.dumps({**more, "rows": list(rows)}), flush=True)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def last_json(text: str) -> dict[str, Any]:
+    """The JSON line that a program's output ends in."""
+    return json.loads(text.strip().splitlines()[-1])
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """As `cli.run`; what the device refuses (memory, mostly) is one line as well."""
+
+    def guarded() -> int | None:
+        try:
+            return main()
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError(str(error).strip().splitlines()[0]) from error
+
+    cli.run(guarded)

@@ -1,0 +1,151 @@
+"""A larger pair trained by the clock on one 80 GB GPU, then every method measured with it.
+
+    python benchmarks/large_pair.py --data data/open.jsonl.gz --validation data/open_val.jsonl \\
+        --eval data --output runs/large --target-minutes 10 --draft-minutes 3
+
+1. measures the speed of every training (benchmarks/train.py, random weights), writes into plan.json
+   how many steps fit into its minutes, so that every schedule is finished, and the configurations;
+2. train/pair.py: the target, its own answers, EAGLE-1, EAGLE-3 and Medusa on them, evaluation;
+3. benchmarks/pair.py: the table, and EAGLE over Lookahead and over Medusa.
+
+Start the same command again after an interruption: it goes on where it was. SIGTERM and Ctrl-C save
+the step in flight first. Options that are not listed go to train/pair.py (`--prompts 2000`, ...).
+The disk gets one checkpoint of each training (9 GB of the target's; two while one is written).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import common
+
+from eagle_jax import settings
+from eagle_jax.config import TrainConfig
+
+_USED = 0.9  # of the minutes: the rest is compilation, validation, checkpoints
+_ANSWERS = ["--prompts", "6000", "--batch-size", "512", "--new-tokens", "256"]
+_EVAL = ["limit=5", "longest_prompt=256", "repeats=2"]
+_CONFIG = """from eagle_jax import settings
+from eagle_jax.config import TrainConfig
+from eagle_jax.evaluate import EvalConfig
+
+config = settings.load({path!r}, {overrides!r}, kind={kind})
+"""
+
+
+def call(*command: str) -> str:
+    """Runs one of our programs, echoing what it prints, and returns that.
+
+    Signals go to all of its processes; the end of its output is the end of the last of them.
+    """
+    print("$", " ".join(command), flush=True)
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=common.ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+
+    def forward(number: int, frame: Any) -> None:
+        del frame
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line)
+    status = process.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if status:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(status if status > 0 else 128 - status)
+    return "".join(lines)
+
+
+def planned(steps: int) -> list[str]:
+    """Overrides for a training of so many steps: four validations, three checkpoints."""
+    often = {"eval_every": steps // 4, "checkpoint_every": steps // 3}
+    return [f"optim.steps={steps}", *(f"{name}={max(1, n)}" for name, n in often.items())]
+
+
+def plan(names: list[str], args: Any) -> dict[str, int]:
+    """Steps of each training; what was planned before stays."""
+    path = args.output / "plan.json"
+    steps: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
+    for name in names:
+        if name in steps:
+            continue
+        minutes = args.target_minutes if name == "target" else args.draft_minutes
+        command = ["benchmarks/train.py", "--config", str(args.configs / f"{name}.py")]
+        command += ["--target-config", str(args.configs / "target.py"), "--repeats", "2"]
+        command += [word for item in args.set for word in ("--set", item)]
+        ms = common.last_json(call(*command))["rows"][0]["ms"]
+        steps[name] = max(1, int(_USED * minutes * 60e3 / ms))
+        path.write_text(json.dumps(steps) + "\n")
+    return steps
+
+
+def write_configs(folder: Path, steps: dict[str, int], args: Any) -> None:
+    """The trainings' configurations with their steps, and the evaluation's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in steps.items():
+        source = args.configs / f"{name}.py"
+        settings.load(source, planned(count), kind=TrainConfig)  # a mistake is told now
+        text = _CONFIG.format(path=str(source), overrides=planned(count), kind="TrainConfig")
+        (folder / f"{name}.py").write_text(text)
+    source = str(args.eval_config.resolve())
+    overrides = args.eval_set or _EVAL
+    (folder / "eval.py").write_text(
+        _CONFIG.format(path=source, overrides=overrides, kind="EvalConfig")
+    )
+
+
+def main() -> None:
+    """Plan, train, measure."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--data", required=True, help="conversations, JSONL or JSONL.gz")
+    parser.add_argument("--validation", required=True, help="held-out conversations")
+    parser.add_argument("--eval", help="directory of question files; default: our own prompts")
+    parser.add_argument("--output", default=Path("runs/large"), type=Path)
+    parser.add_argument("--configs", default=common.ROOT / "configs/large", type=Path)
+    parser.add_argument("--eval-config", default=common.ROOT / "configs/eval/tiny.py", type=Path)
+    parser.add_argument("--target-minutes", default=10.0, type=float)
+    parser.add_argument("--draft-minutes", default=3.0, type=float, help="each")
+    parser.add_argument("--drafts", nargs="+", default=["eagle", "eagle3", "medusa"])
+    parser.add_argument("--set", action="append", default=[], help="override, for all trainings")
+    help_eval = f"override, for the evaluation; by default {' '.join(_EVAL)}"
+    parser.add_argument("--eval-set", action="append", default=[], help=help_eval)
+    args, further = parser.parse_known_args()
+    args.output, args.configs = args.output.resolve(), args.configs.resolve()
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    steps = plan(["target", *args.drafts], args)
+    configs, model = args.output / "configs", args.output / "model"
+    write_configs(configs, steps, args)
+    left = [name for name in args.drafts if not (model / name).is_dir()] or args.drafts[-1:]
+    command = ["train/pair.py", "--configs", str(configs), "--eval-config", f"{configs}/eval.py"]
+    for name in ("data", "validation", "eval"):
+        if value := getattr(args, name):
+            command += [f"--{name}", str(Path(value).resolve())]
+    command += ["--output", str(args.output), "--drafts", *left]
+    if (args.output / "target" / "export").is_dir():
+        command += ["--target", str(args.output / "target" / "export")]
+    command += [word for item in args.set for word in ("--set", item)]
+    call(*command, *_ANSWERS, *further)
+    call("benchmarks/pair.py", "--results", str(args.output / "evaluation" / "results.json"))
+
+
+if __name__ == "__main__":
+    common.run(main)

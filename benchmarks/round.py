@@ -1,0 +1,210 @@
+"""What does a round of each method cost, and which part of it takes how long?
+
+    python benchmarks/round.py --shape 7b
+    python benchmarks/round.py --shape 8b --methods eagle3 lookahead --temperature 1
+
+Target and drafts are random. Heads are hardly ever right then, methods that copy text often are (a
+random model repeats itself), and with a temperature some drafts pass by the noise that they share
+with the target: `tau` is no merit here. The cost of a round does not depend on it, as shapes are
+fixed. `cost` is the round over vanilla's; a method is faster than vanilla decoding if it commits
+more tokens a round than that. The parts come from variants of the same loop, each leaving one thing
+more out:
+
+    round                                     the method
+    - draft  = the same tree without a draft  (a fixed tree of as many nodes, as deep)
+    - accept = that, and no walk through it   (a rule that keeps no token)
+    - commit = the target's pass by itself    (nothing written)
+    - verify = nothing
+
+so draft is propose and update, verify the pass, its head and the argmax, commit the writing of the
+cache and of the tokens. They add up to the round by construction; a part of some microseconds may
+come out below zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import common
+import jax
+import jax.numpy as jnp
+import loops
+import shapes
+from jax import Array
+from loops import Rounds, Slots
+
+from eagle_jax.decode import (
+    MC_SIM_7B_63,
+    DynamicTree,
+    Eagle,
+    Exact,
+    Lookahead,
+    Medusa,
+    PromptLookup,
+    Recycling,
+    Speculative,
+    Vanilla,
+)
+from eagle_jax.decode.method import Accepted, Context, Method, Models, Rule
+from eagle_jax.decode.sampling import argmax
+from eagle_jax.decode.tree import Proposal, StaticTree
+from eagle_jax.models import Transformer, bind
+from eagle_jax.params import Params
+
+_EAGLE2 = DynamicTree(depth=6, k=10, drafted=59)
+METHODS: dict[str, Method] = {
+    "vanilla": Vanilla(),
+    "eagle": Eagle(MC_SIM_7B_63),
+    "eagle2": Eagle(_EAGLE2),
+    "eagle3": Eagle(_EAGLE2, head="eagle3"),
+    "medusa": Medusa(),
+    "speculative": Speculative(5),
+    "lookahead": Lookahead(5, 7, 7),
+    "prompt_lookup": PromptLookup(),
+    "recycling": Recycling(),
+}
+
+
+def fixed_tree(nodes: int, depth: int) -> StaticTree:
+    """A chain of `depth` nodes, the others children of the root."""
+    chain = tuple((0,) * d for d in range(1, depth + 1))
+    return StaticTree(tuple(sorted((*chain, *((r,) for r in range(1, nodes - depth))), key=len)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed(Vanilla):
+    """A tree of a method's size, always the same and hardly ever right: a round without draft."""
+
+    nodes: int = 2
+    depth: int = 1
+    rule: Rule = Exact()
+
+    def propose(
+        self, models: Models, context: Context, state: tuple[()]
+    ) -> tuple[Proposal, tuple[()]]:
+        del models
+        root = context.root()
+        tokens = jnp.zeros((root.shape[0], self.nodes), root.dtype).at[:, 0].set(root)
+        return Proposal(tokens, fixed_tree(self.nodes, self.depth).shape(root.shape[0])), state
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing:
+    """A rule that looks at no drafted token: the root's successor is committed."""
+
+    lossless: ClassVar[bool] = True
+    seeded: ClassVar[bool] = True
+
+    def __call__(
+        self, proposal: Proposal, logits: Array, targets: Array, context: Context
+    ) -> Accepted:
+        del proposal, logits
+        first = jnp.broadcast_to(targets[:, :1], (targets.shape[0], context.longest))
+        # All zeros, but for the compiler data: it writes a cache from known places differently.
+        path = (first < 0).astype(jnp.int32)
+        return Accepted(path, path[:, 0], first)
+
+
+class Passes:
+    """The target's pass over a fixed tree, its head and the argmax; nothing is written."""
+
+    def __init__(
+        self, params: Params, nodes: int, depth: int, place: Slots, used: int, rounds: int
+    ) -> None:
+        self.params, self.place, self.rounds = params.target, place, rounds
+        self.start = jnp.full(place.batch, used - rounds // 2, jnp.int32)
+        self.tokens = jnp.zeros((place.batch, nodes), jnp.int32)
+        shape, config = fixed_tree(nodes, depth).shape(place.batch), params.target_config
+
+        @jax.jit
+        def loop(params: Any, cache: Any, tokens: Array, length: Array, count: Array) -> Array:
+            target = bind(Transformer, config, params)
+
+            def body(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+                tokens, length = carry
+                places = length[:, None] - 1 + shape.depth
+                output = target(tokens, places, shape.ancestors, cache=cache, lengths=length - 1)
+                return argmax(target.logits(output.features)), length + 1
+
+            return jax.lax.fori_loop(0, count, body, (tokens, length))[0]
+
+        self.loop = loop
+
+    def warm(self) -> None:
+        self._run(self.place.new(), 0)
+
+    def __call__(self) -> float:
+        """Milliseconds of a pass."""
+        cache = self.place.take()
+        begin = time.perf_counter()
+        self._run(cache, self.rounds)
+        seconds = time.perf_counter() - begin
+        self.place.give(cache)
+        return 1e3 * seconds / self.rounds
+
+    def _run(self, cache: Any, count: int) -> None:
+        args = (self.params, cache, self.tokens, self.start, jnp.int32(count))
+        jax.block_until_ready(self.loop(*args))
+
+
+def jobs_of(
+    params: Params, methods: dict[str, Method], make: Callable[[Method], Rounds], args: Any
+) -> dict[Any, Any]:
+    """Every method, and the variants of every size of tree."""
+    jobs: dict[Any, Any] = {name: make(method) for name, method in methods.items()}
+    place = jobs["vanilla"].place
+    sizes = {(m.nodes, m.depth) for m in methods.values() if m.nodes > 1}
+    for size in sorted(sizes) if not args.no_parts else ():
+        jobs["fixed", *size] = make(Fixed(*size))
+        jobs["bare", *size] = make(Fixed(*size, rule=Nothing()))
+        jobs["pass", *size] = Passes(params, *size, place, args.used, args.rounds)
+    return jobs
+
+
+def main() -> None:
+    """Measure rounds and their parts."""
+    names = ("--shape", "--batch", "--rounds", "--repeats", "--quantize", "--threads")
+    parser = common.parser(__doc__, *names)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M")
+    parser.add_argument("--cache", type=common.positive, default=1024, help="allocated slots")
+    parser.add_argument("--used", type=common.positive, default=512, help="slots with tokens")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--no-parts", action="store_true", help="rounds only: fewer programs")
+    args = parser.parse_args()
+
+    methods = {name: METHODS[name] for name in dict.fromkeys(["vanilla", *args.methods])}
+    kinds = sorted({m.draft for m in methods.values() if m.draft is not None})
+    params = shapes.random_params(args.shape, kinds, args.quantize)
+    place = Slots(params.target_config, args.cache, args.batch)
+
+    def make(method: Method) -> Rounds:
+        return Rounds(params, method, place, args.used, args.rounds, args.temperature)
+
+    jobs = jobs_of(params, methods, make, args)
+    loops.compile_all(list(jobs.values()), place, args.threads)
+    ms = common.interleave(jobs, args.repeats)
+    rows = []
+    for name, method in methods.items():
+        size = method.nodes, method.depth
+        row = {"method": name, "nodes": method.nodes, "ms": ms[name]}
+        row |= {"cost": ms[name] / ms["vanilla"], "tau": jobs[name].tau}
+        if ("pass", *size) in ms:
+            fixed, bare, verify = (ms[kind, *size] for kind in ("fixed", "bare", "pass"))
+            row |= {"draft": ms[name] - fixed, "verify": verify}
+            row |= {"accept": fixed - bare, "commit": bare - verify}
+        rows.append(row)
+    common.report(
+        rows,
+        benchmark="round",
+        **{name: getattr(args, name) for name in ("shape", "batch", "cache", "used")},
+        temperature=args.temperature,
+        quantize=args.quantize,
+        **common.environment(),
+    )
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,145 @@
+"""Shapes of well-known models, and random models of these shapes made on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import common  # before JAX: how much memory that takes
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from eagle_jax.config import (
+    DraftConfig,
+    Eagle3Config,
+    EagleConfig,
+    MedusaConfig,
+    TransformerConfig,
+)
+from eagle_jax.decode import Medusa
+from eagle_jax.models import DRAFTS, Transformer, param_shapes
+from eagle_jax.params import Draft, Params
+from eagle_jax.types import ParamDict
+
+_DRAFT_VOCABULARY = 32000  # of published EAGLE-3 heads
+
+
+def _llama(
+    hidden: int, layers: int, heads: int, kv: int, ffn: int, vocab: int, theta: float = 1e4
+) -> TransformerConfig:
+    return TransformerConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        head_dim=hidden // heads,
+        rope_theta=theta,
+        max_position_embeddings=2**16,
+    )
+
+
+# TinyLlama 1.1B, Llama-2 7B, Llama-3 8B, Llama-2 13B.
+SHAPES = {
+    "tiny": _llama(64, 2, 4, 2, 96, 256),
+    "1b": _llama(2048, 22, 32, 4, 5632, 32000),
+    "7b": _llama(4096, 32, 32, 32, 11008, 32000),
+    "8b": _llama(4096, 32, 32, 8, 14336, 128256, 5e5),
+    "13b": _llama(5120, 40, 40, 40, 13824, 32000),
+}
+# Independent small models with the same vocabulary: Llama-160M's shape, Llama-3.2 1B's.
+_SMALL = {
+    "tiny": _llama(32, 1, 2, 2, 48, 256),
+    "8b": _llama(2048, 16, 32, 8, 8192, 128256, 5e5),
+}
+_SMALL_OTHERWISE = _llama(768, 12, 12, 12, 3072, 32000)
+
+
+def draft_configs(shape: str) -> dict[str, DraftConfig]:
+    """A draft of every kind for a target of `shape`, as wide as published ones."""
+    target = SHAPES[shape]
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+    names += ("num_key_value_heads", "head_dim", "rope_theta")
+    own = {name: getattr(target, name) for name in names}
+    layers, vocab = target.num_hidden_layers, target.vocab_size
+    drafts = (
+        EagleConfig(**own),
+        Eagle3Config(
+            **own,
+            draft_vocab_size=min(_DRAFT_VOCABULARY, vocab),
+            aux_layers=(2, layers // 2, layers - 3) if layers > 5 else (0, 1, layers),
+        ),
+        MedusaConfig(vocab, target.hidden_size, num_heads=Medusa().depth),
+        _SMALL.get(shape, _SMALL_OTHERWISE),
+    )
+    return {draft.kind: draft for draft in drafts}
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def draw(key: jax.Array, shape: tuple[int, ...], mean: float, std: float, dtype: Any) -> jax.Array:
+    """Normally distributed, made on the device."""
+    return (mean + std * jax.random.normal(key, shape)).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _bytes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.randint(key, shape, -127, 128, jnp.int8)
+
+
+def random_weights(
+    cls: type[nnx.Module], config: Hashable, seed: int = 0, dtype: Any = None
+) -> ParamDict:
+    """Random weights, drawn on the device array by array: seconds for 7B, no host memory.
+
+    Of unit gain, so that nothing overflows; never zeros, on which matrix products run faster.
+    """
+    like = param_shapes(cls, config)
+    dtype = dtype or common.default_dtype()
+    keys = jax.random.split(jax.random.key(seed), len(like))
+    out = {}
+    for key, name in zip(keys, sorted(like), strict=True):
+        shape, kernel = like[name].shape, like.get(name.removesuffix("_scale"))
+        if like[name].dtype == jnp.int8:
+            out[name] = _bytes(key, shape)
+        elif jnp.issubdtype(like[name].dtype, jnp.integer):  # EAGLE-3's table
+            out[name] = jnp.asarray(offsets(getattr(config, "vocab_size", 0), *shape))
+        elif kernel is not None and kernel.dtype == jnp.int8:  # its scales stay float32
+            std = (3 / kernel.shape[0]) ** 0.5 / 127
+            out[name] = draw(key, shape, std, 0.1 * std, jnp.float32)
+        elif len(shape) == 1:
+            out[name] = draw(key, shape, float(name.endswith("scale")), 0.1, dtype)
+        else:
+            std = 1.0 if name.endswith("embedding") else shape[0] ** -0.5
+            out[name] = draw(key, shape, 0.0, std, dtype)
+    return jax.block_until_ready(out)
+
+
+def offsets(vocab: int, size: int) -> np.ndarray:
+    """EAGLE-3's table for a draft vocabulary spread evenly over the target's."""
+    index = np.arange(size, dtype=np.int32)
+    return index * (vocab // size) - index
+
+
+def random_params(shape: str, kinds: Sequence[str] = (), quantize: str | None = None) -> Params:
+    """A target of `shape` laid out for decoding, with drafts of these kinds.
+
+    Raises:
+        ValueError: this version of the package cannot store weights as `quantize` says.
+    """
+    target = dataclasses.replace(SHAPES[shape], fused_mlp=True)
+    if quantize is not None:
+        if "quantize" not in {field.name for field in dataclasses.fields(target)}:
+            raise ValueError(f"--quantize {quantize}: this version of eagle_jax cannot quantise")
+        target = dataclasses.replace(target, **{"quantize": quantize})
+    drafts = {}
+    for kind in kinds:
+        config = draft_configs(shape)[kind]
+        if not isinstance(config, MedusaConfig):
+            config = dataclasses.replace(config, fused_mlp=True)
+        drafts[kind] = Draft(random_weights(DRAFTS[kind], config, 1), config)
+    return Params(random_weights(Transformer, target), drafts, target)

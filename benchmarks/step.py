@@ -1,0 +1,76 @@
+"""How long does the target take over T tokens? ms, GB/s, share of what a copy reaches.
+
+    python benchmarks/step.py --shape 7b
+    python benchmarks/step.py --shape 8b --tokens 1 60 --cache 4096 16384 --used 512 3800
+
+Random weights; the pass runs inside the engine's compiled loop, as `generate` runs it: T = 1 is
+vanilla decoding, more tokens are the root and its T - 1 children. GB/s counts the bytes that a pass
+must read, all weights once and the used part of the cache; the share is of the bandwidth of a large
+copy on this device (bytes read and written), which is measured first: 100 % is as fast as memory
+allows. `--cache` allocates, `--used` fills; what does not fit together is left out.
+"""
+
+import common
+import loops
+import shapes
+from loops import Rounds, Slots
+
+from eagle_jax.decode import Vanilla
+from eagle_jax.evaluate.metrics import kv_bytes, weight_bytes
+from eagle_jax.evaluate.runner import Star
+
+
+def main() -> None:
+    """Measure every combination."""
+    names = ("--shape", "--batch", "--rounds", "--repeats", "--quantize", "--threads")
+    parser = common.parser(__doc__, *names)
+    number = {"type": common.positive, "nargs": "+"}
+    parser.add_argument("--tokens", default=[1, 2, 4, 8, 16, 32, 64, 128], **number)
+    parser.add_argument("--cache", default=[1024, 4096, 16384], help="allocated slots", **number)
+    parser.add_argument("--used", default=[512], help="slots with tokens in them", **number)
+    args = parser.parse_args()
+
+    copy = common.copy_bandwidth()
+    params = shapes.random_params(args.shape, quantize=args.quantize)
+    weights, kv = weight_bytes(params.target), kv_bytes(params)
+    rows = []
+    for slots in args.cache:
+        place = Slots(params.target_config, slots, args.batch)
+        jobs = {
+            (t, used): Rounds(params, Star(t) if t > 1 else Vanilla(), place, used, args.rounds)
+            for t in args.tokens
+            for used in args.used
+            if used + args.rounds + 2 < slots or len(args.cache) == 1
+        }
+        if not jobs:
+            continue
+        programs = {t: job for (t, _), job in jobs.items()}.values()
+        loops.compile_all(list(programs), place, args.threads)
+        for (t, used), ms in common.interleave(jobs, args.repeats).items():
+            read = weights + args.batch * used * kv
+            rows.append(
+                {
+                    "tokens": t,
+                    "cache": slots,
+                    "used": used,
+                    "ms": ms,
+                    "GB/s": read / ms / 1e6,
+                    "of copy": read / ms * 1e3 / copy,
+                    "floor ms": 1e3 * read / copy,
+                }
+            )
+    common.report(
+        rows,
+        benchmark="step",
+        shape=args.shape,
+        batch=args.batch,
+        quantize=args.quantize,
+        weight_bytes=weights,
+        kv_bytes_per_token=kv,
+        copy_GBps=copy / 1e9,
+        **common.environment(),
+    )
+
+
+if __name__ == "__main__":
+    common.run(main)

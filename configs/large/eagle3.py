@@ -1,0 +1,46 @@
+"""The EAGLE-3 draft of `configs/large/target.py`; benchmarks/large_pair.py trains it.
+
+Objective as in `configs/tiny/eagle3.py`; the fused layers are the official rule's: 2, L // 2,
+L - 3.
+"""
+
+from eagle_jax.config import DataConfig, Eagle3Config, OptimConfig, TrainConfig, TrainingTimeTest
+
+config = TrainConfig(
+    output_dir="runs/large/eagle3",
+    objective=TrainingTimeTest(
+        draft=Eagle3Config(
+            vocab_size=8192,
+            draft_vocab_size=5120,
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            aux_layers=(2, 8, 13),
+            fc_norm=True,
+            norm_output=True,
+        ),
+        target="runs/large/model/target",
+        steps=7,
+        decay=0.8,
+    ),
+    data=DataConfig(
+        train=("data/answers.jsonl",),
+        validation=("data/open_val.jsonl",),
+        tokenizer="eagle_jax/pretrained/tiny/target",
+        sequence_length=1024,
+        batch_size=16,
+    ),
+    optim=OptimConfig(
+        learning_rate=1e-3,
+        steps=1000,
+        warmup_steps=50,
+        schedule="cosine",
+        final_fraction=0.02,
+        clip_norm=0.5,
+    ),
+    attention="cudnn",
+    eval_batches=8,
+    keep_checkpoints=1,
+)

@@ -1,0 +1,46 @@
+"""A target of 0.77 billion parameters, whose pass one GPU's memory bounds and not its launches.
+
+    python benchmarks/large_pair.py --data data/open.jsonl.gz --validation data/open_val.jsonl
+
+trains it on one 80 GB GPU by the clock (ten minutes by default), with its drafts: `optim.steps`
+here is replaced by what fits. A pair to measure speed with; 14 M tokens of text make no good chat
+model of this size. Not trained yet: learning rates are guesses from the shipped pair's.
+"""
+
+from eagle_jax.config import DataConfig, NextToken, OptimConfig, TrainConfig, TransformerConfig
+
+config = TrainConfig(
+    output_dir="runs/large/target",
+    objective=NextToken(
+        model=TransformerConfig(
+            vocab_size=8192,
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_hidden_layers=16,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+        )
+    ),
+    data=DataConfig(
+        train=("data/open.jsonl.gz",),
+        validation=("data/open_val.jsonl",),
+        tokenizer="eagle_jax/pretrained/tiny/target",
+        sequence_length=1024,
+        batch_size=16,
+    ),
+    optim=OptimConfig(
+        learning_rate=6e-4,
+        steps=2500,
+        warmup_steps=100,
+        schedule="cosine",
+        final_fraction=0.05,
+        weight_decay=0.1,
+        clip_norm=1.0,
+    ),
+    attention="cudnn",
+    eval_batches=8,
+    keep_checkpoints=1,
+)

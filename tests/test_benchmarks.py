@@ -1,0 +1,231 @@
+"""Every program of benchmarks/ runs at a tiny size and ends in a line of JSON that makes sense."""
+
+import importlib
+import json
+import subprocess
+import sys
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny_pair
+
+from eagle_jax import settings
+from eagle_jax.config import TrainConfig
+from eagle_jax.evaluate import EvalConfig
+
+ROOT = tiny_pair.ROOT
+FOLDER = ROOT / "benchmarks"
+HELPERS = ("common", "shapes", "loops", "torch_worker")
+SMALL = ("--shape", "tiny", "--repeats", "2")
+SLOTS = ("--cache", "128", "--used", "40", "--rounds", "4")
+
+
+def run(name: str, *options: str) -> dict[str, Any]:
+    """The JSON line of a benchmark; whatever it measures, it names device and versions."""
+    out = tiny_pair.run_program(f"benchmarks/{name}.py", *options)
+    result = json.loads(out.splitlines()[-1])
+    assert result["benchmark"] == name and len(out.splitlines()) >= len(result["rows"]) + 2
+    assert {"device", "jax", "jaxlib", "flax", "driver"} <= set(result)
+    return result
+
+
+@pytest.fixture
+def module(monkeypatch) -> Any:
+    """Imports a benchmark as a module."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def load(name: str) -> ModuleType:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return importlib.import_module(name)
+
+    return load
+
+
+def test_step() -> None:
+    """A row for each combination that fits; what is read is weights and used cache."""
+    options = ["--tokens", "1", "4", "--cache", "32", "128", "--used", "20", "80", "--rounds", "12"]
+    result = run("step", *SMALL, *options)
+    combinations = [(row["tokens"], row["cache"], row["used"]) for row in result["rows"]]
+    assert combinations == [(tokens, 128, used) for tokens in (1, 4) for used in (20, 80)]
+    assert result["copy_GBps"] > 0
+    for row in result["rows"]:
+        read = result["weight_bytes"] + row["used"] * result["kv_bytes_per_token"]
+        assert row["GB/s"] == pytest.approx(read / row["ms"] / 1e6)
+        assert row["ms"] > row["floor ms"] > 0
+        assert row["of copy"] == pytest.approx(row["floor ms"] / row["ms"])
+
+
+def test_what_does_not_fit_is_one_line() -> None:
+    command = [sys.executable, "benchmarks/step.py", "--shape", "tiny", "--cache", "32"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --used 512: 32 slots hold ")
+
+
+def test_round() -> None:
+    """The parts add up to the round, at a temperature as well."""
+    methods = ["eagle", "speculative"]
+    result = run("round", *SMALL, *SLOTS, "--temperature", "1", "--methods", *methods)
+    vanilla, *rows = result["rows"]
+    assert vanilla["method"] == "vanilla" and vanilla["cost"] == 1
+    assert [row["method"] for row in rows] == methods
+    assert [row["nodes"] for row in rows] == [26, 6]
+    for row in rows:
+        parts = [row[name] for name in ("draft", "verify", "accept", "commit")]
+        assert sum(parts) == pytest.approx(row["ms"])
+        assert row["verify"] > 0
+        assert row["cost"] == pytest.approx(row["ms"] / vanilla["ms"])
+        assert 1 <= row["tau"] <= 6
+
+
+def test_every_method_has_a_state(module) -> None:
+    """Of the right shapes, before any program is compiled: length and cache are as asked for."""
+    programs, loops, shapes = module("round"), module("loops"), module("shapes")
+    kinds = {m.draft for m in programs.METHODS.values()} - {None}
+    params = shapes.random_params("tiny", sorted(kinds))
+    place = loops.Slots(params.target_config, 128, batch=2)
+    assert sum(x.nbytes for pair in place.new() for x in pair) == place.nbytes
+    for method in programs.METHODS.values():
+        method.check(params)
+        rounds = loops.Rounds(params, method, place, used=40, rounds=8)
+        assert rounds.state.tokens.shape == (2, 128) and rounds.start == 36
+        assert all(x.shape[0] == 2 for x in jax.tree.leaves(rounds.state.method))
+
+
+def test_a_fixed_tree_has_the_size_it_is_asked_for(module) -> None:
+    fixed_tree = module("round").fixed_tree
+    for nodes, depth in ((1, 0), (2, 1), (6, 5), (26, 5), (60, 6)):
+        tree = fixed_tree(nodes, depth)
+        assert (tree.nodes, tree.depth) == (nodes, depth)
+        assert all(tree.parents <= np.arange(nodes))
+
+
+def test_train() -> None:
+    options = ["--sequence", "16", "--batch", "2", "--steps", "1"]
+    result = run("train", *SMALL, *options, "--objectives", "eagle", "medusa")
+    assert [row["objective"] for row in result["rows"]] == ["eagle", "medusa"]
+    for row in result["rows"]:
+        assert row["tokens/s"] == pytest.approx(32e3 / row["ms"])
+        assert row["TFLOP/s"] > 0 and row["MFU"] is None  # no peak is known of CPUs
+
+
+def test_baselines() -> None:
+    """Processes of their own, in turn; one that cannot run is left out."""
+    contenders = ["--contenders", "eagle-jax", "torch-eager"]
+    result = run("baselines", *SMALL, *SLOTS, *contenders)
+    ours, torch = result["rows"]
+    assert ours["over ours"] == 1 and torch["over ours"] == pytest.approx(torch["ms"] / ours["ms"])
+    assert "jax" in ours["versions"] and "torch" in torch["versions"]
+
+
+def test_a_missing_torch_is_one_line(tmp_path) -> None:
+    """-S: an interpreter without any installed package."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    command = [sys.executable, "benchmarks/baselines.py", "--shape", "tiny"]
+    command += ["--contenders", "torch-eager", "--torch-python", str(python)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    left_out, error = done.stderr.splitlines()[-2:]
+    assert left_out.startswith("left out torch-eager: error: torch is not installed for ")
+    assert error == "error: no contender ran; the lines above say why"
+
+
+def row(method: str, speedup: float, **more: Any) -> dict[str, Any]:
+    same = {"task": "own", "category": "", "temperature": 0.0, "guarantee": "exact"}
+    return {**same, "method": method, "speedup": speedup, **more}
+
+
+def test_pair_compares_the_best_of_each_family(tmp_path) -> None:
+    """Lossy methods, other families and single categories do not count."""
+    methods = {
+        "a": "Eagle(tree=...)",
+        "b": "Eagle(tree=..., head='eagle3')",
+        "c": "EagleLookup(...)",
+        "d": "Medusa(...)",
+        "e": "Medusa(rule=Typical())",
+        "f": "Lookahead(...)",
+    }
+    rows = [row(name, speed) for name, speed in zip("abcf", (2.0, 3.0, 9.0, 1.5), strict=True)]
+    rows += [row("a", 8.0, category="math"), row("e", 7.0, guarantee="lossy"), row("d", 2.0)]
+    rows += [row("a", 1.2, temperature=1.0), row("f", 1.5, temperature=1.0)]
+    versions = dict.fromkeys(("device", "dtype", "jax", "jaxlib", "flax"), "x")
+    result = {"config": {"methods": methods, "model": "m"}, "rows": rows, "lossless": True}
+    (tmp_path / "results.json").write_text(json.dumps(result | {"environment": versions}))
+    greedy, sampled = run("pair", "--results", str(tmp_path / "results.json"))["rows"]
+    assert (greedy["eagle"], greedy["lookahead"], greedy["medusa"]) == ("b", "f", "d")
+    assert (greedy["over lookahead"], greedy["over medusa"]) == (2.0, 1.5)
+    assert sampled["over lookahead"] == pytest.approx(0.8) and sampled["over medusa"] is None
+
+
+def test_large_pair_plans_by_the_clock_and_goes_on(module, tmp_path, monkeypatch) -> None:
+    """Trainings whose speed is known are not measured again, what is trained is not repeated."""
+    large_pair = module("large_pair")
+    calls: list[list[str]] = []
+
+    def call(*command: str) -> str:
+        calls.append(list(command))
+        return json.dumps({"rows": [{"ms": 540.0}]})
+
+    monkeypatch.setattr(large_pair, "call", call)
+    out = tmp_path / "out"
+    options = ["--data", "text.jsonl", "--validation", "held_out.jsonl", "--output", str(out)]
+    options += ["--target-minutes", "6", "--draft-minutes", "3", "--set", "attention=xla"]
+    monkeypatch.setattr(sys, "argv", ["large_pair.py", *options, "--prompts", "7"])
+
+    large_pair.main()
+    assert [command[0] for command in calls] == ["benchmarks/train.py"] * 4 + [
+        "train/pair.py",
+        "benchmarks/pair.py",
+    ]
+    assert calls[4][-2:] == ["--prompts", "7"] and "--target" not in calls[4]
+    config = settings.load(out / "configs" / "target.py", kind=TrainConfig)
+    assert (config.optim.steps, config.eval_every, config.checkpoint_every) == (600, 150, 200)
+    assert settings.load(out / "configs" / "eagle3.py", kind=TrainConfig).optim.steps == 300
+    assert settings.load(out / "configs" / "eval.py", kind=EvalConfig).limit == 5
+
+    calls.clear()
+    (out / "target" / "export").mkdir(parents=True)
+    (out / "model" / "eagle").mkdir(parents=True)
+    large_pair.main()
+    assert [command[0] for command in calls] == ["train/pair.py", "benchmarks/pair.py"]
+    drafts = calls[0].index("--drafts")
+    assert calls[0][drafts + 1 : drafts + 3] == ["eagle3", "medusa"]
+    assert calls[0][calls[0].index("--target") + 1] == str(out / "target" / "export")
+
+
+def test_what_is_stopped_saves_first(module, tmp_path) -> None:
+    """A signal reaches grandchildren, and the end of the last of them is waited for."""
+    slow = "import signal, sys, time, pathlib\n"
+    slow += "def stop(*_): time.sleep(0.5); print('saved', flush=True); sys.exit(143)\n"
+    slow += "signal.signal(signal.SIGTERM, stop)\nprint('ready', flush=True)\ntime.sleep(60)\n"
+    (tmp_path / "slow.py").write_text(slow)
+    middle = "import subprocess, sys\nsubprocess.run([sys.executable, sys.argv[1]])\n"
+    (tmp_path / "middle.py").write_text(middle)
+    outer = f"import sys\nsys.path.insert(0, {str(FOLDER)!r})\nimport large_pair\n"
+    outer += f"large_pair.call(*{[str(tmp_path / f'{x}.py') for x in ('middle', 'slow')]!r})\n"
+    lines = []
+    command = [sys.executable, "-c", outer]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.strip())
+            if line.strip() == "ready":
+                process.terminate()
+    assert lines[1:] == ["ready", "saved"] and process.returncode == 143
+
+
+def test_every_benchmark_teaches() -> None:
+    """--help is the docstring, which begins with what is measured and how to call it."""
+    programs = set(FOLDER.glob("*.py")) - {FOLDER / f"{name}.py" for name in HELPERS}
+    assert len(programs) == 6
+    for path in programs:
+        assert any(f"python benchmarks/{path.name}" in x for x in path.read_text().splitlines()[:8])
+    done = subprocess.run(
+        [sys.executable, "benchmarks/step.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "How long does the target take over T tokens?" in done.stdout and not done.stderr
