@@ -194,7 +194,8 @@ def generate(
         seed,
         raw,
     )
-    session.advance()
+    while not session.finished():
+        session.advance()
     session.warn()
     return session.result()
 
@@ -304,7 +305,11 @@ class _Session:
         self.prompts, self.batched = _encode(params, prompt, raw)
         context = params.target_config.max_position_embeddings
         limits = [min(len(p) + options.max_new_tokens, context) for p in self.prompts]
-        self.program = options.program(params, self.method, max(map(len, self.prompts)))
+        longest = max(map(len, self.prompts))
+        self.program = options.program(params, self.method, longest)
+        self.slots = self.program.slots
+        slots = engine.opening(engine.bucket_prompt(longest), self.slots, self.method.depth)
+        self.program = dataclasses.replace(self.program, slots=slots)
         self.params = params.only(self.method.draft)
         self.warned = False
         self.clock = engine.Clock()
@@ -329,6 +334,10 @@ class _Session:
             )
 
     def advance(self, max_rounds: int = 2**31 - 1) -> None:
+        """At most `max_rounds`; fewer where the cache has to grow."""
+        self.program, self.state = engine.grow(
+            self.program, self.params, self.state, self.slots, self.clock
+        )
         self.state = engine.advance(
             self.program, self.params, self.state, self.settings, self.clock, max_rounds
         )

@@ -30,16 +30,18 @@ from jaxtyping import Array, Bool, Int, UInt32
 from eagle_jax import sharding
 from eagle_jax.config import DraftConfig, TransformerConfig
 from eagle_jax.decode.method import Context, Method, Models, Prompt, Verified
+from eagle_jax.decode.prefill import fill
 from eagle_jax.decode.sampling import Sampling, argmax, perturb, position_noise
 from eagle_jax.models import DRAFTS, Cache, Transformer, bind
 from eagle_jax.models import cache as caches
-from eagle_jax.models.transformer import packed_mask
 from eagle_jax.params import Params
 from eagle_jax.types import Tokens
 
 # Attention reads every slot of the cache, so a few sizes are compiled, not one per length.
 _PROMPT_BUCKET = 128
 _SLOT_BUCKET = 256
+_FINE = 1024  # from here on, the half steps between powers of two are sizes too
+_GROWING = 2048  # caches that need more slots begin with fewer and grow
 
 
 @jax.tree_util.register_dataclass
@@ -96,14 +98,23 @@ class Program:
 
 
 def bucket_prompt(length: int) -> int:
-    """Padded prompt length: a power of two, at least 128."""
-    return max(_PROMPT_BUCKET, 1 << (length - 1).bit_length())
+    """Padded prompt length: a power of two, at least 128; of long ones three quarters too."""
+    size = 1 << (length - 1).bit_length()
+    if size > _FINE and length <= size // 4 * 3:
+        size = size // 4 * 3
+    return max(_PROMPT_BUCKET, size)
 
 
 def capacity(prompt_bucket: int, new_tokens: int, depth: int) -> int:
     """Slots for prompt and answer, with slack: a round writes `depth + 1` slots past the end."""
     needed = prompt_bucket + new_tokens + depth + 1
     return -(-needed // _SLOT_BUCKET) * _SLOT_BUCKET
+
+
+def opening(prompt_bucket: int, slots: int, depth: int) -> int:
+    """Slots to begin with where `slots` may be needed in the end: the cost of a round follows the
+    text that there is, not the longest that there may be. See `grow`."""
+    return min(slots, max(_GROWING, bucket_prompt(prompt_bucket + depth + 2)))
 
 
 def prefill(
@@ -117,21 +128,21 @@ def prefill(
     """State before the first round: caches filled from right-padded prompts [b, t]."""
     models = program.models(params)
     b, t = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
-    mask = packed_mask(jnp.zeros((b, t), jnp.int32))  # causal; padding comes last, nobody sees it
-    output = models.target(tokens, positions, mask)
-    keys = output.block[0][0]
-    empty = caches.empty(
-        len(output.block), b, keys.shape[1], program.slots, keys.shape[3], keys.dtype
-    )
-    prompt = Prompt(tokens, length, output)
+    read = getattr(models.draft, "features", None)  # other drafts read nothing
+
+    def run(tokens, positions, mask, cache, lengths):
+        output = models.target(tokens, positions, mask, cache=cache, lengths=lengths)
+        return None if read is None else read(output), output.block
+
+    features, cache = fill(run, tokens, program.slots)
+    prompt = Prompt(tokens, length, features)
     state = State(
         tokens=jnp.pad(tokens, ((0, 0), (0, program.slots - t))),
         length=length,
         limit=limit,
         done=length >= limit,
         seeds=seeds,
-        cache=caches.write(empty, output.block, jnp.zeros(b, jnp.int32)),
+        cache=cache,
         method=program.method.init(models, prompt, program.slots),
         rounds=jnp.zeros(b, jnp.int32),
         accepted=jnp.zeros((b, program.method.depth + 1), jnp.int32),
@@ -147,12 +158,13 @@ def decode(
     max_rounds: Int[Array, ""],
     enough: Int[Array, ""],
 ) -> State:
-    """Rounds until `enough` rows are done, `max_rounds` at most."""
+    """Rounds until `enough` rows are done or one has no room for a round, `max_rounds` at most."""
     models = program.models(params)
 
     def unfinished(carry: tuple[jax.Array, State]) -> jax.Array:
         count, state = carry
-        return (count < max_rounds) & (jnp.sum(state.done) < enough)
+        more = (count < max_rounds) & (jnp.sum(state.done) < enough)
+        return more & (jnp.max(state.length) + program.method.depth + 1 <= program.slots)
 
     def body(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
         count, state = carry
@@ -172,6 +184,20 @@ def _readable(state: State) -> State:
     return dataclasses.replace(
         state, **{name: sharding.constrain(getattr(state, name)) for name in read}
     )
+
+
+def widen(program: Program, params: Params, state: State) -> State:
+    """`state` of a program with fewer slots, with those of `program`; the new ones are zero."""
+    rows = state.length.shape
+    whole = jnp.zeros(rows, jnp.int32)
+    wanted = jax.eval_shape(
+        functools.partial(prefill, program), params, whole[:, None], whole, whole, state.seeds
+    )
+
+    def pad(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, like.shape, strict=True)])
+
+    return jax.tree.map(pad, state, wanted)
 
 
 def insert(
@@ -316,8 +342,8 @@ def _compiled(
         if run is None:
             start = time.perf_counter()
             mesh, donate, places = sharding.mesh_of(args[0].target), (), None
-            if function is not prefill:  # the state is consumed
-                donate = (1,)
+            if function is not prefill:
+                donate = () if function is widen else (1,)  # the state is consumed
                 if mesh is not None:  # and what takes its place lies where it lay
                     places = jax.tree.map(lambda x: x.sharding, args[1])
             # A function of its own, so that jit's caches let go of the program with it.
@@ -403,6 +429,22 @@ def advance(
     state = jax.block_until_ready(run(*args))
     clock.decode += time.perf_counter() - begin
     return state
+
+
+def grow(
+    program: Program, params: Params, state: State, slots: int, clock: Clock
+) -> tuple[Program, State]:
+    """If a row has no room for a round, the program and state with more slots, at most `slots`."""
+    longest, needed = int(np.max(state.length)), program.method.depth + 1
+    if longest + needed <= program.slots:
+        return program, state
+    larger = min(slots, bucket_prompt(max(longest + needed, program.slots) + 1))
+    program = dataclasses.replace(program, slots=larger)
+    run = _compiled(widen, program, (params, state), clock)
+    begin = time.perf_counter()
+    state = jax.block_until_ready(run(params, state))
+    clock.decode += time.perf_counter() - begin
+    return program, state
 
 
 def replace_rows(

@@ -17,7 +17,7 @@ from eagle_jax.decode.sampling import Sampling
 from eagle_jax.decode.tree import Proposal
 from eagle_jax.models import Output, Transformer
 from eagle_jax.params import Params
-from eagle_jax.types import Logits, Tokens
+from eagle_jax.types import Hidden, Logits, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +41,14 @@ class Prompt:
     Attributes:
         tokens: [b, t] right-padded prompts.
         length: [b] their lengths.
-        output: the target's pass; of the last prompt token nothing is committed yet, since the
-            first round scores it as its root.
+        features: [b, t, ·] what the method's draft reads of the target's pass (its `features`), if
+            it reads anything. The last prompt token's are not known yet to a round: it is the first
+            round's root.
     """
 
     tokens: Tokens
     length: Int[Array, " b"]
-    output: Output
+    features: Hidden | None
 
 
 @jax.tree_util.register_dataclass

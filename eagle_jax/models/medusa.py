@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from eagle_jax.config import MedusaConfig
 from eagle_jax.models.layers import Linear, matmul
-from eagle_jax.models.transformer import Transformer
+from eagle_jax.models.transformer import Output, Transformer
 from eagle_jax.types import Hidden
 
 
@@ -54,6 +54,10 @@ class MedusaHeads(nnx.Module):
     def __call__(self, features: Hidden) -> list[Hidden]:
         """What each head's vocabulary matrix reads, [b, t, d] per head."""
         return [head(features) for head in self.heads]
+
+    def features(self, output: Output) -> Hidden:
+        """What is read of a target pass: its features."""
+        return output.features
 
     def logits(self, features: Hidden, target: Transformer) -> list[Float[Array, "b t v"]]:
         """Scores of every head, float32."""

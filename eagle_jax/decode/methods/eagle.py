@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from eagle_jax.config import Eagle3Config
 from eagle_jax.decode.accept import Exact
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
+from eagle_jax.decode.prefill import fill
 from eagle_jax.decode.sampling import argmax, perturb, top_k
 from eagle_jax.decode.tree import MC_SIM_7B_63, DynamicTree, Proposal, StaticTree, rerank
 from eagle_jax.models import cache as caches
@@ -97,23 +98,24 @@ class Eagle:
 
     def init(self, models: Models, prompt: Prompt, slots: int) -> EagleState:
         """Run the draft over the prompt: pair i is (feature i, token i+1)."""
-        b, t = prompt.tokens.shape
+        features = prompt.features
+        assert features is not None
+
+        def run(pairs, positions, mask, cache, lengths):
+            tokens, read = pairs
+            prefix = None if cache is None else cache[0]
+            embeddings, read = models.draft.embed(tokens, models.target), models.draft.fuse(read)
+            _, block = models.draft(
+                embeddings, read, positions, mask, prefix=prefix, lengths=lengths
+            )
+            return (), (block,)
+
         following = jnp.roll(prompt.tokens, -1, axis=1)  # the last pair is rewritten by catch-up
-        positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
-        features = models.draft.features(prompt.output)
-        _, block = models.draft(
-            models.draft.embed(following, models.target),
-            models.draft.fuse(features),
-            positions,
-            packed_mask(jnp.zeros((b, t), jnp.int32)),
-        )
-        heads, width = block[0].shape[1], block[0].shape[3]
-        (empty,) = caches.empty(1, b, heads, slots, width, block[0].dtype)
-        (cache,) = caches.write((empty,), (block,), jnp.zeros(b, jnp.int32))
+        _, (cache,) = fill(run, (following, features), slots)
         # Pair length-2 (the newest: its token is the root) is read by the first catch-up.
         newest = jnp.maximum(prompt.length - 2, 0)[:, None, None]
         features = jnp.take_along_axis(features, newest, axis=1, mode="clip")
-        padding = jnp.zeros((b, self.depth, features.shape[-1]), features.dtype)
+        padding = jnp.zeros((len(newest), self.depth, features.shape[-1]), features.dtype)
         count = jnp.minimum(prompt.length - 1, 1)  # a prompt of one token leaves no pair at all
         return EagleState(cache, jnp.concatenate([features, padding], axis=1), count)
 

@@ -70,8 +70,9 @@ class Medusa:
     def init(self, models: Models, prompt: Prompt, slots: int) -> Float[Array, "b d"]:
         """The state is the feature of the token before the root; zeros if there is none."""
         del models, slots
+        assert prompt.features is not None
         before = jnp.maximum(prompt.length - 2, 0)[:, None, None]
-        feature = jnp.take_along_axis(prompt.output.features, before, axis=1, mode="clip")[:, 0]
+        feature = jnp.take_along_axis(prompt.features, before, axis=1, mode="clip")[:, 0]
         return jnp.where((prompt.length > 1)[:, None], feature, jnp.zeros_like(feature))
 
     def propose(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from eagle_jax.decode.accept import Exact, Rejection
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
+from eagle_jax.decode.prefill import fill
 from eagle_jax.decode.sampling import argmax, draft_noise, perturb
 from eagle_jax.decode.tree import Proposal, chain
 from eagle_jax.models import Cache
@@ -48,13 +49,11 @@ class Speculative:
 
     def init(self, models: Models, prompt: Prompt, slots: int) -> Cache:
         """The state is the draft's cache: valid up to the last token but two."""
-        b, t = prompt.tokens.shape
-        positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
-        mask = packed_mask(jnp.zeros((b, t), jnp.int32))
-        block = models.draft(prompt.tokens, positions, mask).block
-        keys = block[0][0]
-        empty = caches.empty(len(block), b, keys.shape[1], slots, keys.shape[3], keys.dtype)
-        return caches.write(empty, block, jnp.zeros(b, jnp.int32))
+
+        def run(tokens, positions, mask, cache, lengths):
+            return (), models.draft(tokens, positions, mask, cache=cache, lengths=lengths).block
+
+        return fill(run, prompt.tokens, slots)[1]
 
     def propose(self, models: Models, context: Context, state: Cache) -> tuple[Proposal, Cache]:
         b = context.length.shape[0]
