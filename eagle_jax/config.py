@@ -81,6 +81,8 @@ class TransformerConfig:
         attention_bias: biases on the q, k and v projections (Qwen2).
         fused_mlp: gate and up projections are one matrix, the experts of a layer one stack; in
             memory only, `eagle_jax.load` sets it.
+        quantize: how the matrices of the layers and of the head are stored
+            (`eagle_jax.models.quantize`); in memory only, `eagle_jax.load` sets it.
         rope_scaling: of the rotary embedding, for long contexts.
         rope_local_base_freq: base of the rotary embedding, unscaled, in sliding layers (Gemma 3);
             by default they have that of the others.
@@ -116,6 +118,7 @@ class TransformerConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     fused_mlp: bool = False
+    quantize: Literal["int8"] | None = None
     rope_scaling: RopeScaling | None = None
     rope_local_base_freq: float | None = None
     sliding_window: int | None = None

@@ -23,7 +23,9 @@ from eagle_jax.config import (
     MedusaConfig,
     TransformerConfig,
 )
+from eagle_jax.models import quantize as quantisation
 from eagle_jax.models.layers import fuse_mlp, fused_parts
+from eagle_jax.models.quantize import Quantization
 from eagle_jax.sharding import check_tensor, replicated, weight_shardings
 from eagle_jax.text import Tokenizer
 from eagle_jax.types import ParamDict
@@ -57,6 +59,16 @@ class Params:
     target_config: TransformerConfig = dataclasses.field(metadata={"static": True})
     tokenizer: Tokenizer | None = dataclasses.field(metadata={"static": True}, default=None)
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the target's arithmetic, and of all its weights that are not quantised."""
+        return self.target["embed_tokens.embedding"].dtype
+
+    @property
+    def quantize(self) -> str | None:
+        """How the target's matrices are stored: "int8", or None as floats."""
+        return self.target_config.quantize
+
     def only(self, kind: str | None) -> Params:
         """Without the drafts of other kinds, which would be arguments of a program for nothing."""
         kept = {name: draft for name, draft in self.drafts.items() if name == kind}
@@ -69,6 +81,7 @@ def load(
     draft: str | Path | Sequence[str | Path] | None = None,
     dtype: Any = None,
     sharding: Mesh | Sharding | None = None,
+    quantize: str | None = None,
 ) -> Params:
     """Load a target, its tokenizer and its drafts.
 
@@ -88,6 +101,10 @@ def load(
             expert groups hold a part each (of a draft that they do not divide, all of it) and
             whose other groups share a batch's rows; or one
             sharding for all weights. By default whole to the default device.
+        quantize: "int8" stores the matrices of the target's layers and its head in eight bits, with
+            a scale for every output (`eagle_jax.models.quantize`). It is then another target, whose
+            text every method keeps. Embeddings, norms, biases and drafts stay as they are; a head
+            that is the embedding becomes a matrix of its own.
 
     Raises:
         ValueError: unknown name, broken or incomplete files, files that differ from the
@@ -97,6 +114,7 @@ def load(
     Warns:
         UserWarning: a draft's file has another embedding than the target.
     """
+    quantization = quantisation.checked(quantize)
     root = find(name_or_path)
     target_dir = root / "target" if (root / "target").is_dir() else root
     on_cpu = jax.default_backend() == "cpu"
@@ -118,13 +136,14 @@ def load(
         if directories is own and parts:
             native.check_kinds(root, {path.name: parts[path.name] for path in own}, found)
         for kind, (config, params) in found.items():
-            config, params = _for_decoding(config, params, on_cpu)
+            config, params = _for_decoding(config, params, untied=on_cpu)
             drafts[kind] = Draft(_place(params, dtype, _draft_place(config, sharding)), config)
-    target_config, target = _for_decoding(target_config, target, on_cpu)
+    untied = on_cpu or quantization is not None
+    target_config, target = _for_decoding(target_config, target, untied=untied)
     return Params(
-        target=_place(target, dtype, sharding),
+        target=_place(target, dtype, sharding, quantization),
         drafts=drafts,
-        target_config=target_config,
+        target_config=dataclasses.replace(target_config, quantize=quantization),
         tokenizer=tokenizer,
     )
 
@@ -240,13 +259,14 @@ def _tokens(path: Path) -> dict[int, str]:
 
 
 def _for_decoding(
-    config: DraftConfig, params: Mapping[str, Stored], on_cpu: bool
+    config: DraftConfig, params: Mapping[str, Stored], *, untied: bool
 ) -> tuple[Any, Mapping[str, Stored]]:
     """The same model laid out for speed; gate and up are joined when they are placed."""
     if isinstance(config, MedusaConfig):
         return config, params
-    if isinstance(config, TransformerConfig) and config.tie_word_embeddings and on_cpu:
-        # A head stored [d, v] multiplies a few rows twice as fast there as the [v, d] embedding.
+    if isinstance(config, TransformerConfig) and config.tie_word_embeddings and untied:
+        # On CPUs a head stored [d, v] multiplies a few rows twice as fast as the [v, d] embedding;
+        # a quantised one is a copy anyway, since embeddings stay as they are.
         embedding = params["embed_tokens.embedding"]
         head = Stored(
             embedding.shape[::-1],
@@ -294,19 +314,38 @@ def find(name_or_path: str | Path) -> Path:
 
 
 def _place(
-    params: Mapping[str, Stored], dtype: jnp.dtype, sharding: Mesh | Sharding | None
+    params: Mapping[str, Stored],
+    dtype: jnp.dtype,
+    sharding: Mesh | Sharding | None,
+    quantize: Quantization | None = None,
 ) -> ParamDict:
     """Reads, casts and places one array after the other, gate and up projections joined."""
     placed = {}
     for parts in fused_parts(params).values():
         names = [name for joined in parts for name in joined]
         for name, array in fuse_mlp({name: np.asarray(params[name]) for name in names}).items():
-            if not np.issubdtype(array.dtype, np.integer):  # a table of token ids is no weight
+            small = quantize is not None and quantisation.quantised(name)
+            # A table of token ids is no weight; what becomes int8 is read with all its bits.
+            if not small and not np.issubdtype(array.dtype, np.integer):
                 array = array.astype(dtype, copy=False)
-            where = _sharding(name, array, sharding)
+            placed[name] = jax.device_put(array, _sharding(name, array, sharding))
+            if small:
+                placed |= _quantised(name, placed[name], sharding)
             # Waited for, so that the host's copy of one is gone before the next is read.
-            placed[name] = jax.block_until_ready(jax.device_put(array, where))
+            jax.block_until_ready(placed[name])
     return placed
+
+
+def _quantised(name: str, kernel: jax.Array, sharding: Mesh | Sharding | None) -> ParamDict:
+    """A matrix and its scales, made on the devices that hold it."""
+    names, axis = (name, name + quantisation.SCALE), quantisation.input_axis(name)
+    shapes = jax.eval_shape(lambda x: quantisation.quantize(x, axis), kernel)
+    where: Any = sharding
+    if isinstance(sharding, Mesh):
+        places = weight_shardings(sharding, dict(zip(names, shapes, strict=True)), stored=False)
+        where = tuple(places[name] for name in names)
+    run = jax.jit(quantisation.quantize, static_argnames="axis", out_shardings=where)
+    return dict(zip(names, run(kernel, axis=axis), strict=True))
 
 
 def _draft_place(config: DraftConfig, sharding: Mesh | Sharding | None) -> Mesh | Sharding | None:

@@ -54,6 +54,14 @@ WEIGHTS: dict[str, tuple[str | None, ...]] = {
     "*down_proj.kernel": ("mlp", None),
     "*embed_tokens.embedding": ("vocab", None),
     "*lm_head.kernel": (None, "vocab"),
+    # Scales of int8 kernels lie as the outputs that they are of.
+    "*experts.gate_up_proj.kernel_scale": ("experts", None, None),
+    "*experts.down_proj.kernel_scale": ("experts", None),
+    "*[qkv]_proj.kernel_scale": ("heads",),
+    "*gate_up_proj.kernel_scale": (None, "mlp"),
+    "*gate_proj.kernel_scale": ("mlp",),
+    "*up_proj.kernel_scale": ("mlp",),
+    "*lm_head.kernel_scale": ("vocab",),
 }
 
 

@@ -196,12 +196,14 @@ def _weights(mesh: Any, cls: Any, config: Any) -> dict[str, Any]:
 
     from eagle_jax import sharding
     from eagle_jax.models import param_shapes
+    from eagle_jax.models.quantize import SCALE
 
     shapes = param_shapes(cls, config)
     places = sharding.weight_shardings(mesh, shapes, stored=False)
 
     def one(name: str, x: Any) -> jax.ShapeDtypeStruct:
-        dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.integer) else jnp.bfloat16
+        kept = jnp.issubdtype(x.dtype, jnp.integer) or name.endswith(f".kernel{SCALE}")
+        dtype = x.dtype if kept else jnp.bfloat16
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=places[name])
 
     return {name: one(name, x) for name, x in shapes.items()}
@@ -223,7 +225,8 @@ def _training(config: AotConfig, run: TrainConfig, where: list[Any]) -> Iterator
         )
     mesh = sharding.make_mesh(run.fsdp, tensor=run.tensor, expert=run.expert, devices=where)
     sharding.check_batch(mesh, run.data.batch_size)
-    shapes = param_shapes(Transformer, config.target)
+    target = dataclasses.replace(config.target, quantize=None)  # that is for decoding
+    shapes = param_shapes(Transformer, target)
     places = sharding.weight_shardings(mesh, shapes)
     frozen = {
         name: jax.ShapeDtypeStruct(x.shape, jnp.dtype(run.compute_dtype), sharding=places[name])
@@ -234,7 +237,7 @@ def _training(config: AotConfig, run: TrainConfig, where: list[Any]) -> Iterator
         del data  # which tokens they are changes no program
         return np.zeros(draft.draft_vocab_size, np.int32), None
 
-    objective = objectives.assemble(run, config.target, frozen, vocabulary)
+    objective = objectives.assemble(run, target, frozen, vocabulary)
     trainer = loop.assemble(run, objective, mesh, frozen)
     shape, rows = (run.data.batch_size, run.data.sequence_length), sharding.batch_sharding(mesh)
     dtypes = dict.fromkeys(("tokens", "positions", "segment_ids"), jnp.int32)

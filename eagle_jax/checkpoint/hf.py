@@ -48,8 +48,13 @@ def save_target(
         eos_token_id: ends a text, one or several, or none.
 
     Raises:
-        ValueError: `params` don't match `config`, or an unknown dtype.
+        ValueError: `params` don't match `config`, are quantised, or an unknown dtype.
     """
+    if config.quantize is not None:
+        raise ValueError(
+            f"quantize={config.quantize!r}: quantised weights are not written; give the model as "
+            "it was before, load(..., quantize=None)"
+        )
     family = families.family_of(config)
     settings = families.to_json(config, family, dtype) | {
         "num_hidden_layers": config.num_hidden_layers,

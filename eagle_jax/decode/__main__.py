@@ -71,6 +71,9 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--expert", type=int, default=1, metavar="N", help="groups that share experts")
     out.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: by device")
+    out.add_argument(
+        "--quantize", choices=("int8",), help="store the target's matrices in eight bits"
+    )
     out.add_argument("--json", action="store_true", help="print one JSON line only")
     files = out.add_argument_group("a file of prompts")
     files.add_argument("--input", metavar="JSONL", help="one conversation a line (plain or gzip)")
@@ -94,7 +97,9 @@ def main(argv: list[str] | None = None) -> None:
     from eagle_jax.sharding import decoding_mesh
 
     mesh = decoding_mesh(args.tensor, args.expert)
-    params = load(args.model, draft=args.draft, dtype=args.dtype, sharding=mesh)
+    params = load(
+        args.model, draft=args.draft, dtype=args.dtype, sharding=mesh, quantize=args.quantize
+    )
     options: dict[str, Any] = {
         "method": _method(args),
         "max_new_tokens": args.max_new_tokens,

@@ -84,6 +84,8 @@ def answer_file(
         "top_k": shared.top_k,
         "top_p": shared.top_p,
     }
+    if params.quantize is not None:
+        settings["quantize"] = params.quantize  # another target, whose answers are not mixed in
     prompts = list(itertools.islice(read_prompts(source), limit))
     encoded = [params.tokenizer.chat(prompt) for prompt in prompts]
     room = context - max_new_tokens

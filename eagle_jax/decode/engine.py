@@ -349,7 +349,7 @@ def _compiled(
             # A function of its own, so that jit's caches let go of the program with it.
             bound = _on(mesh, functools.partial(function, program))
             # TPUs and GPUs multiply float32 in fewer bits unless told otherwise.
-            exact = next(iter(args[0].target.values())).dtype == jnp.float32
+            exact = args[0].dtype == jnp.float32
             with jax.default_matmul_precision("highest" if exact else "default"):
                 jitted = jax.jit(bound, donate_argnums=donate, out_shardings=places)
                 run = jitted.lower(*args).compile()

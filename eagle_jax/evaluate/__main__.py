@@ -13,6 +13,9 @@ from typing import Any
 from eagle_jax import cli, distributed, settings
 from eagle_jax.evaluate.config import EvalConfig
 
+# Of the environment, what the samples of a directory have in common.
+_AROUND = ("device", "devices", "dtype", "quantize", "jax", "eagle_jax")
+
 _EPILOG = """\
 what is measured
   Every method decodes every prompt in turn, A B C, A B C, after a warm-up of each shape. The
@@ -61,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="a=b",
         dest="overrides",
-        help="override one field, e.g. limit=10, batch_size=8, dtype=bfloat16; repeatable",
+        help="override one field, e.g. limit=10, batch_size=8, quantize=int8; repeatable",
     )
     out.add_argument("--restart", action="store_true", help="delete the samples of an earlier run")
     distributed.add_arguments(out)
@@ -104,7 +107,13 @@ def evaluate(config: EvalConfig, restart: bool = False, strict: bool = True) -> 
 
     questions = tasks.read_tasks(config.tasks, config.data, config.limit)
     mesh = decoding_mesh(config.tensor, config.expert)
-    params = load(config.model, draft=config.drafts, dtype=config.dtype, sharding=mesh)
+    params = load(
+        config.model,
+        draft=config.drafts,
+        dtype=config.dtype,
+        sharding=mesh,
+        quantize=config.quantize,
+    )
     if not strict:
         config = with_drafts(config, params)
     runner.check_methods(params, config)
@@ -173,7 +182,8 @@ def environment(params: Any) -> dict[str, Any]:
         "devices": len(devices),
         "backend": jax.default_backend(),
         "processor": platform.processor() or platform.machine(),
-        "dtype": str(next(iter(params.target.values())).dtype),
+        "dtype": str(params.dtype),
+        "quantize": params.quantize,
         "python": platform.python_version(),
         **{name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
         "eagle_jax": eagle_jax.__version__,
@@ -188,7 +198,7 @@ def _fixed(config: EvalConfig, params: Any, around: dict[str, Any]) -> dict[str,
     return {
         **{name: getattr(config, name) for name in (*names, "batch_size", "tensor", "expert")},
         "methods": {name: repr(method) for name, method in with_baseline(config.methods).items()},
-        **{name: around[name] for name in ("device", "devices", "dtype", "jax", "eagle_jax")},
+        **{name: around[name] for name in _AROUND},
         "weights": _fingerprint(params),
     }
 
@@ -210,7 +220,8 @@ def _plot(folder: Path, result: dict[str, Any]) -> None:
     from eagle_jax.evaluate import plots
 
     around = result["environment"]
-    title = f"{result['config']['model']}, {around['dtype']}, {around['device']}"
+    weights = f"{around['quantize']}, " if around["quantize"] else ""
+    title = f"{result['config']['model']}, {weights}{around['dtype']}, {around['device']}"
     try:
         plots.plot(folder, result["rows"], result["step_times"], title)
     except ModuleNotFoundError as error:
@@ -229,6 +240,7 @@ def summary(result: dict[str, Any], output: str) -> dict[str, Any]:
         "output": output,
         "device": result["environment"]["device"],
         "dtype": result["environment"]["dtype"],
+        "quantize": result["environment"]["quantize"],
         "rows": [
             {name: _short(row[name]) for name in kept}
             for row in rows

@@ -20,6 +20,8 @@ class EvalConfig:
         model: "tiny" or a directory that `eagle_jax.load` reads.
         drafts: further directories of drafts.
         dtype: of weights and arithmetic; by default the device's (`eagle_jax.load`).
+        quantize: "int8" stores the target's matrices in eight bits (`eagle_jax.load`); the baseline
+            is vanilla decoding of that same target.
         tasks: "own" (prompts of this package), or NAME for data/NAME.jsonl. By default "own"
             without `data`, else those of mt_bench, humaneval, gsm8k, alpaca that are there.
         data: directory of question files.
@@ -49,6 +51,7 @@ class EvalConfig:
     model: str = "tiny"
     drafts: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16"] | None = None
+    quantize: Literal["int8"] | None = None
     tasks: tuple[str, ...] = ()
     data: str = ""
     limit: int = 0

@@ -86,8 +86,8 @@ def weight_bytes(params: ParamDict) -> int:
 def kv_bytes(params: Params) -> int:
     """Bytes of the target's keys and values of one token."""
     config = params.target_config
-    size = next(iter(params.target.values())).dtype.itemsize
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+    width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return width * params.dtype.itemsize
 
 
 def bandwidth_share(read: float, seconds: float, peak: float | None) -> float | None:

@@ -11,10 +11,10 @@ import functools
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from eagle_jax.models.quantize import SCALE
 from eagle_jax.types import ParamDict
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -55,7 +55,10 @@ def init_params(cls: Callable[..., nnx.Module], config: Hashable, seed: int) -> 
 
 
 def cast(params: ParamDict, dtype: Any) -> ParamDict:
-    """`params` with every floating array in `dtype`."""
-    return jax.tree.map(
-        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params
-    )
+    """`params` with every floating array in `dtype`, but for scales of int8 matrices."""
+    return {
+        name: x.astype(dtype)
+        if jnp.issubdtype(x.dtype, jnp.floating) and not name.endswith(f".kernel{SCALE}")
+        else x
+        for name, x in params.items()
+    }

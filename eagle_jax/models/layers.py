@@ -10,20 +10,25 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from eagle_jax.config import RopeScaling, TransformerConfig
+from eagle_jax.models import quantize
+from eagle_jax.models.quantize import Quantization
 from eagle_jax.sharding import constrain, ways_of
 from eagle_jax.types import Hidden, KeyValue
 
 AttentionKernel = Literal["xla", "cudnn"]
+
+# A kernel and, if it is int8, the scales of its outputs.
+Weight = tuple[jax.Array, jax.Array | None]
 
 _EMBEDDING_STD = 0.02
 
@@ -40,19 +45,46 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def matmul(
-    x: Float[Array, "*lead i"], kernel: Float[Array, "i o"], dtype: DTypeLike | None = None
-) -> Float[Array, "*lead o"]:
+    x: Float[Array, "*lead i"],
+    kernel: Num[Array, "i ..."],
+    dtype: DTypeLike | None = None,
+    scale: Float[Array, "..."] | None = None,
+) -> Float[Array, "..."]:
     """`x @ kernel`, in the result dtype `dtype`; the last axis of any array.
+
+    An int8 kernel comes with its `scale` and may have several axes of outputs (`quantize`).
 
     On GPUs XLA makes a reduction of its own of one row by a matrix, which reads weights more slowly
     than the library's product of two rows: a single row gets a row of zeros beside it.
     """
+    if scale is not None:
+        return quantize.product(x, kernel, scale, dtype)
     if PAD_ROW and x.size == x.shape[-1] and jax.default_backend() == "gpu":
         row = x.reshape(1, -1)
         pair = jnp.concatenate([row, jnp.zeros_like(row)])
         y = jnp.matmul(pair, kernel, preferred_element_type=dtype)[:1]
         return y.reshape(*x.shape[:-1], -1)
     return jnp.matmul(x, kernel, preferred_element_type=dtype)
+
+
+def _matrix(
+    shape: tuple[int, ...],
+    std: float,
+    quantization: Quantization | None,
+    rngs: nnx.Rngs,
+    axis: int = 0,
+) -> tuple[nnx.Param[Any], nnx.Param[Any] | None]:
+    """A random kernel, and its scales if it is quantised; `axis` is the input's."""
+    kernel = std * jax.random.normal(rngs.params(), shape)
+    if quantization is None:
+        return nnx.Param(kernel), None
+    kernel, scale = quantize.quantize(kernel, axis)
+    return nnx.Param(kernel), nnx.Param(scale)
+
+
+def _weight(module: Linear | Stack) -> Weight:
+    scale = module.kernel_scale
+    return module.kernel[...], None if scale is None else scale[...]
 
 
 class Linear(nnx.Module):
@@ -63,17 +95,31 @@ class Linear(nnx.Module):
     """
 
     def __init__(
-        self, d_in: int, d_out: int, *, bias: bool = False, zero: bool = False, rngs: nnx.Rngs
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        bias: bool = False,
+        zero: bool = False,
+        quantization: Quantization | None = None,
+        rngs: nnx.Rngs,
     ) -> None:
         std = 0.0 if zero else d_in**-0.5
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (d_in, d_out)))
+        self.kernel, self.kernel_scale = _matrix((d_in, d_out), std, quantization, rngs)
         self.bias = nnx.Param(jnp.zeros(d_out)) if bias else None
 
     def __call__(self, x: Float[Array, "*lead i"]) -> Float[Array, "*lead o"]:
-        y = matmul(x, self.kernel[...])
+        y = self.product(x)
         if self.bias is None:
             return y
         return y + jnp.broadcast_to(self.bias[...], y.shape)
+
+    def product(
+        self, x: Float[Array, "*lead i"], dtype: DTypeLike | None = None
+    ) -> Float[Array, "*lead o"]:
+        """Without the bias, in the result dtype `dtype`."""
+        kernel, scale = _weight(self)
+        return matmul(x, kernel, dtype, scale)
 
 
 class Embedding(nnx.Module):
@@ -256,11 +302,12 @@ class Attention(nnx.Module):
     ) -> None:
         d, e = inputs * config.hidden_size, config.head_dim
         h, k = config.num_attention_heads, config.num_key_value_heads
-        bias = config.attention_bias
-        self.q_proj = Linear(d, h * e, bias=bias, rngs=rngs)
-        self.k_proj = Linear(d, k * e, bias=bias, rngs=rngs)
-        self.v_proj = Linear(d, k * e, bias=bias, rngs=rngs)
-        self.o_proj = Linear(h * e, config.hidden_size, zero=True, rngs=rngs)
+        bias, quantization = config.attention_bias, config.quantize
+        self.q_proj = Linear(d, h * e, bias=bias, quantization=quantization, rngs=rngs)
+        self.k_proj = Linear(d, k * e, bias=bias, quantization=quantization, rngs=rngs)
+        self.v_proj = Linear(d, k * e, bias=bias, quantization=quantization, rngs=rngs)
+        out = config.hidden_size
+        self.o_proj = Linear(h * e, out, zero=True, quantization=quantization, rngs=rngs)
         self.q_norm = _norm(config, e, rngs) if config.qk_norm else None
         self.k_norm = _norm(config, e, rngs) if config.qk_norm else None
         self.head_dim = e
@@ -353,18 +400,23 @@ class MLP(nnx.Module):
         self, config: TransformerConfig, *, width: int | None = None, rngs: nnx.Rngs
     ) -> None:
         d, f = config.hidden_size, width or config.intermediate_size
+        quantization = config.quantize
         if config.fused_mlp:
-            self.gate_up_proj = Stack((d, 2, f), fan_in=d, rngs=rngs)
+            self.gate_up_proj = Stack((d, 2, f), quantization=quantization, rngs=rngs)
         else:
-            self.gate_proj = Linear(d, f, rngs=rngs)
-            self.up_proj = Linear(d, f, rngs=rngs)
-        self.down_proj = Linear(f, d, zero=True, rngs=rngs)
+            self.gate_proj = Linear(d, f, quantization=quantization, rngs=rngs)
+            self.up_proj = Linear(d, f, quantization=quantization, rngs=rngs)
+        self.down_proj = Linear(f, d, zero=True, quantization=quantization, rngs=rngs)
         self.fused = config.fused_mlp
         self.activation = _ACTIVATIONS[config.hidden_act]
 
     def __call__(self, x: Hidden) -> Hidden:
         if self.fused:
-            both = jnp.einsum("btd,dgf->btgf", x, self.gate_up_proj.kernel[...])
+            kernel, scale = _weight(self.gate_up_proj)
+            if scale is None:
+                both = jnp.einsum("btd,dgf->btgf", x, kernel)
+            else:
+                both = matmul(x, kernel, scale=scale)
             gate, up = both[:, :, 0], both[:, :, 1]
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
@@ -372,13 +424,19 @@ class MLP(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """Matrices of the same input side by side in one array."""
+    """Matrices of the same shape in one array; `axis` is that of their inputs."""
 
     def __init__(
-        self, shape: tuple[int, ...], *, zero: bool = False, fan_in: int, rngs: nnx.Rngs
+        self,
+        shape: tuple[int, ...],
+        *,
+        axis: int = 0,
+        zero: bool = False,
+        quantization: Quantization | None,
+        rngs: nnx.Rngs,
     ) -> None:
-        std = 0.0 if zero else fan_in**-0.5
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape))
+        std = 0.0 if zero else shape[axis] ** -0.5
+        self.kernel, self.kernel_scale = _matrix(shape, std, quantization, rngs, axis)
 
 
 class StackedExperts(nnx.Module):
@@ -386,8 +444,9 @@ class StackedExperts(nnx.Module):
 
     def __init__(self, config: TransformerConfig, width: int, *, rngs: nnx.Rngs) -> None:
         experts, d = config.num_experts, config.hidden_size
-        self.gate_up_proj = Stack((experts, d, 2, width), fan_in=d, rngs=rngs)
-        self.down_proj = Stack((experts, width, d), zero=True, fan_in=width, rngs=rngs)
+        more: dict[str, Any] = {"axis": 1, "quantization": config.quantize, "rngs": rngs}
+        self.gate_up_proj = Stack((experts, d, 2, width), **more)
+        self.down_proj = Stack((experts, width, d), zero=True, **more)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -421,21 +480,28 @@ class MixtureOfExperts(nnx.Module):
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         return weights.astype(x.dtype), experts
 
-    def matrices(self) -> tuple[Float[Array, "x d 2 f"], Float[Array, "x f d"]]:
-        """Gate and up side by side, and down, of all experts."""
+    def matrices(self) -> tuple[Weight, Weight]:
+        """Gate and up side by side [x, d, 2, f], and down [x, f, d], of all experts."""
         if isinstance(self.experts, StackedExperts):
-            return self.experts.gate_up_proj.kernel[...], self.experts.down_proj.kernel[...]
-        both = [(expert.gate_proj.kernel, expert.up_proj.kernel) for expert in self.experts]
-        gate_up = jnp.stack([jnp.stack([g[...], u[...]], axis=1) for g, u in both])
-        return gate_up, jnp.stack([expert.down_proj.kernel[...] for expert in self.experts])
+            return _weight(self.experts.gate_up_proj), _weight(self.experts.down_proj)
+
+        def stack(*weights: Weight, axis: int = 0) -> Weight:
+            return jax.tree.map(lambda *arrays: jnp.stack(arrays, axis), *weights)
+
+        experts = list(self.experts)
+        gate_up = [stack(_weight(e.gate_proj), _weight(e.up_proj), axis=-2) for e in experts]
+        return stack(*gate_up), stack(*(_weight(expert.down_proj) for expert in experts))
 
     def _gathered(
         self, x: Float[Array, "n d"], weights: Float[Array, "n c"], experts: Int[Array, "n c"]
     ) -> Float[Array, "n d"]:
         """A few tokens: only the matrices of their experts are read."""
-        gate_up, down = self.matrices()
-        hidden = self._gated(jnp.einsum("nd,ncdgf->ncgf", x, gate_up[experts]))
-        return jnp.einsum("ncf,ncfd,nc->nd", hidden, down[experts], weights)
+        gate_up, (down, scale) = jax.tree.map(lambda array: array[experts], self.matrices())
+        hidden = self._gated(quantize.einsum("nd,ncdgf->ncgf", x, *gate_up))
+        if scale is None:
+            return jnp.einsum("ncf,ncfd,nc->nd", hidden, down, weights)
+        left = quantize.einsum("ncf,ncfd->ncd", hidden, down, scale)
+        return jnp.einsum("ncd,nc->nd", left, weights)
 
     def _dense(
         self, x: Float[Array, "n d"], weights: Float[Array, "n c"], experts: Int[Array, "n c"]
@@ -444,11 +510,17 @@ class MixtureOfExperts(nnx.Module):
 
         Arithmetic is spent to read every matrix once, in place.
         """
-        gate_up, down = self.matrices()
+        (gate_up, gate_up_scale), (down, scale) = self.matrices()
+        if gate_up_scale is not None:
+            gate_up_scale = gate_up_scale[:, None]
         chosen = experts[:, :, None] == jnp.arange(self.count)[None, None, :]
         share = jnp.sum(jnp.where(chosen, weights[:, :, None], 0), axis=1)  # [n, x]
-        hidden = self._gated(jnp.einsum("nd,xdgf->xngf", x, gate_up))
-        return jnp.einsum("xnf,xfd->nd", hidden * share.T[:, :, None], down)
+        hidden = self._gated(quantize.einsum("nd,xdgf->xngf", x, gate_up, gate_up_scale))
+        hidden = hidden * share.T[:, :, None]
+        if scale is None:
+            return jnp.einsum("xnf,xfd->nd", hidden, down)
+        # Experts have scales of their own: their results are summed after them.
+        return jnp.sum(quantize.einsum("xnf,xfd->xnd", hidden, down, scale[:, None]), axis=0)
 
     def _gated(self, gate_up: jax.Array) -> jax.Array:
         return self.activation(gate_up[..., 0, :]) * gate_up[..., 1, :]

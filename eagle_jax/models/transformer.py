@@ -65,7 +65,7 @@ class Transformer(nnx.Module):
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else Linear(config.hidden_size, config.vocab_size, rngs=rngs)
+            else Linear(d, config.vocab_size, quantization=config.quantize, rngs=rngs)
         )
         self.softcap = config.final_logit_softcapping
 
@@ -108,10 +108,9 @@ class Transformer(nnx.Module):
     def logits(self, features: Hidden) -> Logits:
         """The vocabulary head, float32 out."""
         if self.lm_head is None:
-            kernel = self.embed_tokens.embedding[...].T
+            logits = matmul(features, self.embed_tokens.embedding[...].T, jnp.float32)
         else:
-            kernel = self.lm_head.kernel[...]
-        logits = matmul(features, kernel, jnp.float32)
+            logits = self.lm_head.product(features, jnp.float32)
         logits = constrain(logits, "batch", None, "vocab")
         return logits if self.softcap is None else bend(logits, self.softcap)
 

@@ -41,6 +41,14 @@ def program(tiny_model: Path, capsys, monkeypatch):
     return run
 
 
+def test_a_quantised_target(program, tiny_model) -> None:
+    """Catches an option that is parsed and dropped."""
+    status, out, _ = program("Hi", "--quantize", "int8", "--method", "vanilla", "--json")
+    params = eagle_jax.load(tiny_model, quantize="int8")
+    whole = generate(params, "Hi", max_new_tokens=NEW, method="vanilla")
+    assert (status, json.loads(out)["text"]) == (0, whole.text)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [

@@ -140,6 +140,11 @@ def _check_same(name: str, draft: int, target: int) -> None:
 
 def _check_head(field: str, model: configs.TransformerConfig) -> None:
     """Losses and labels are plain products of features and vocabulary matrix."""
+    if model.quantize is not None:
+        raise ValueError(
+            f"{field}: has quantize={model.quantize!r}, which is for decoding; train with the "
+            "target as it was before, quantize=None"
+        )
     if model.final_logit_softcapping is not None:
         raise ValueError(
             f"{field}: has final_logit_softcapping={model.final_logit_softcapping}, which training "
