@@ -37,7 +37,6 @@ from jax import Array
 from loops import Rounds, Slots
 
 from eagle_jax.decode import (
-    MC_SIM_7B_63,
     DynamicTree,
     Eagle,
     Exact,
@@ -50,7 +49,7 @@ from eagle_jax.decode import (
 )
 from eagle_jax.decode.method import Accepted, Context, Method, Models, Rule
 from eagle_jax.decode.sampling import argmax
-from eagle_jax.decode.tree import Proposal, StaticTree
+from eagle_jax.decode.tree import MC_SIM_7B_63, Proposal, StaticTree
 from eagle_jax.models import Transformer, bind
 from eagle_jax.params import Params
 

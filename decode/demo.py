@@ -1,6 +1,8 @@
 """The same answer from vanilla decoding and from EAGLE, timed side by side: `make demo`.
 
 python decode/demo.py ["your prompt"] [--temperature 1.0 --seed 7]
+
+After `python -m eagle_jax.tune`, the method found there takes EAGLE's place.
 """
 
 import argparse
@@ -11,7 +13,7 @@ import jax
 
 import eagle_jax
 from eagle_jax import cli
-from eagle_jax.decode import generate, stream
+from eagle_jax.decode import generate, stream, tuned
 
 PROMPT = (
     "Anna reads 20 pages a day for 5 days, then 30 a day for 3 days. How many pages is that in all?"
@@ -43,7 +45,8 @@ def main():
     }
     params = eagle_jax.load(args.model)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\nprompt: {args.prompt}")
-    methods = ("vanilla", "eagle")
+    fast = "auto" if tuned.find(params, 1, args.temperature) else "eagle"
+    methods = ("vanilla", fast)
     for method in methods:
         show(params, args.prompt, method, **options)
 
@@ -51,17 +54,17 @@ def main():
     for _ in range(REPEATS):
         for method in methods:
             runs[method].append(generate(params, args.prompt, method=method, **options))
-    vanilla, eagle = (
+    vanilla, seconds = (
         statistics.median(run.statistics.decode_seconds for run in runs[method])
         for method in methods
     )
-    last = runs["eagle"][-1]
+    last = runs[fast][-1]
     same = list(last.tokens) == list(runs["vanilla"][-1].tokens)
     tokens, tau = len(last.tokens), last.statistics.tau
     print(f"\nsame text: {'yes' if same else 'NO'} ({tokens} tokens)")
     print(f"vanilla:   {tokens / vanilla:7.1f} tokens/s")
-    print(f"eagle:     {tokens / eagle:7.1f} tokens/s")
-    print(f"speedup:   {vanilla / eagle:7.2f}x (medians of {REPEATS} interleaved runs)")
+    print(f"{fast + ':':10} {tokens / seconds:7.1f} tokens/s ({last.statistics.method})")
+    print(f"speedup:   {vanilla / seconds:7.2f}x (medians of {REPEATS} interleaved runs)")
     print(f"mean acceptance length: {tau:.2f} tokens a pass, bonus token included")
     if not same:
         # In bfloat16 near-ties may fall differently; in float32 this would be a defect.

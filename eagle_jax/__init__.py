@@ -22,6 +22,7 @@ _MODULES = (
     "testing",
     "text",
     "train",
+    "tune",
 )
 _HOME = {
     "Params": "eagle_jax.params",

@@ -52,12 +52,14 @@ class Params:
         drafts: by kind: "eagle", "eagle3", "medusa", "model"; one of each at most.
         target_config: the target's architecture.
         tokenizer: the target's; none for models that only see token ids.
+        directory: that it was loaded from, for what is stored beside it.
     """
 
     target: ParamDict
     drafts: Mapping[str, Draft]
     target_config: TransformerConfig = dataclasses.field(metadata={"static": True})
     tokenizer: Tokenizer | None = dataclasses.field(metadata={"static": True}, default=None)
+    directory: Path | None = dataclasses.field(metadata={"static": True}, default=None)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -70,9 +72,10 @@ class Params:
         return self.target_config.quantize
 
     def only(self, kind: str | None) -> Params:
-        """Without the drafts of other kinds, which would be arguments of a program for nothing."""
+        """Without what would be arguments of a program for nothing: drafts of other kinds, and the
+        place, which is no part of a program at all."""
         kept = {name: draft for name, draft in self.drafts.items() if name == kind}
-        return dataclasses.replace(self, drafts=kept)
+        return dataclasses.replace(self, drafts=kept, directory=None)
 
 
 def load(
@@ -145,6 +148,7 @@ def load(
         drafts=drafts,
         target_config=dataclasses.replace(target_config, quantize=quantization),
         tokenizer=tokenizer,
+        directory=root.resolve(),
     )
 
 
@@ -281,6 +285,11 @@ def _for_decoding(
 def shipped() -> list[str]:
     """Names of the pairs that come with the package."""
     return sorted(path.name for path in _SHIPPED.iterdir() if (path / "target").is_dir())
+
+
+def shipped_name(directory: Path) -> str:
+    """What to call a model's directory: a shipped pair by its name."""
+    return directory.name if directory.parent == _SHIPPED.resolve() else str(directory)
 
 
 def _dtype(dtype: Any) -> jnp.dtype:

@@ -11,13 +11,13 @@ import dataclasses
 import json
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from eagle_jax.decode import engine
+from eagle_jax.decode import engine, tuned
 from eagle_jax.decode.accept import Exact, Rejection, Typical
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.methods.eagle import Eagle
@@ -28,9 +28,9 @@ from eagle_jax.decode.methods.prompt_lookup import PromptLookup
 from eagle_jax.decode.methods.recycling import Recycling
 from eagle_jax.decode.methods.speculative import Speculative
 from eagle_jax.decode.methods.vanilla import Vanilla
+from eagle_jax.decode.named import AUTO, METHODS, default_tree, spell, unknown
 from eagle_jax.decode.sampling import Sampling, sampling
 from eagle_jax.decode.tree import (
-    MC_SIM_7B_63,
     MOST_NODES,
     DynamicTree,
     StaticTree,
@@ -68,29 +68,6 @@ __all__ = [
     "stream",
 ]
 
-# One level wide on CPUs, where every draft step costs a third of a target pass and every verified
-# token costs arithmetic (python -m eagle_jax.evaluate compares); the paper's tree elsewhere.
-_CPU_TREE = static_tree([[0], [1], [2]])
-
-
-def default_tree() -> StaticTree:
-    """The tree that `method="eagle"` uses on this backend."""
-    return _CPU_TREE if jax.default_backend() == "cpu" else MC_SIM_7B_63
-
-
-METHODS: Mapping[str, Callable[[], Method]] = {
-    "vanilla": Vanilla,
-    "eagle": lambda: Eagle(default_tree()),
-    "eagle2": lambda: Eagle(DynamicTree()),
-    "eagle3": lambda: Eagle(DynamicTree(depth=8), head="eagle3"),
-    "eagle_lookup": lambda: EagleLookup(Eagle(default_tree())),
-    "medusa": Medusa,
-    "speculative": Speculative,
-    "lookahead": Lookahead,
-    "prompt_lookup": PromptLookup,
-    "recycling": Recycling,
-}
-
 # A draft that gets hardly a token accepted in so many rounds is hardly one for this target.
 _FIRST_ROUNDS = 32
 _HARDLY = 1.05
@@ -120,6 +97,7 @@ class Statistics:
         compile_seconds, prefill_seconds, decode_seconds: wall clock, apart from each other.
         tokens_per_second: committed tokens of all rows over `decode_seconds`.
         device: what it ran on.
+        method: what decoded, as options of `python -m eagle_jax.decode`.
     """
 
     new_tokens: tuple[int, ...]
@@ -131,6 +109,7 @@ class Statistics:
     decode_seconds: float
     tokens_per_second: float
     device: str
+    method: str
 
     def json(self) -> str:
         """One line of JSON."""
@@ -171,7 +150,9 @@ def generate(
         params: from `eagle_jax.load`.
         prompt: a string (a user's message, if the tokenizer has a chat template), a chat (list of
             `{"role", "content"}`), token ids, or a list of any of these: a batch.
-        method: a name of `METHODS`, or an instance such as `Eagle(tree=chain(5))`.
+        method: a name of `METHODS`, an instance such as `Eagle(tree=chain(5))`, or "auto": what
+            `python -m eagle_jax.tune` found the fastest for this model on this machine; the
+            statistics say which.
         max_new_tokens: longest answer; the model's context may end it sooner.
         temperature: 0 is greedy.
         top_k, top_p: filters of the sampled distribution; 0 and 1 switch them off.
@@ -268,13 +249,16 @@ class Options:
     top_p: float = 1.0
     ignore_eos: bool = False
 
-    def check(self, params: Params) -> tuple[Sampling, Method]:
-        """The sampling settings and the method; a ValueError names what cannot be."""
+    def check(self, params: Params, rows: int = 1) -> tuple[Sampling, Method]:
+        """Sampling settings and the method for `rows` rows; a ValueError names what cannot be."""
         settings = sampling(self.temperature, self.top_k, self.top_p)
         new = self.max_new_tokens
         if not isinstance(new, int | np.integer) or isinstance(new, bool) or new < 1:
             raise ValueError(f"max_new_tokens={new!r}: must be a whole number above 0")
-        return settings, _method(self.method, params)
+        method = self.method
+        if isinstance(method, str) and method == AUTO:
+            method = tuned.method(params, rows, self.temperature)
+        return settings, _method(method, params)
 
     def program(self, params: Params, method: Method, longest: int) -> engine.Program:
         """What decodes prompts of up to `longest` tokens."""
@@ -301,8 +285,8 @@ class _Session:
         raw: bool,
     ) -> None:
         self.params = params
-        self.settings, self.method = options.check(params)
         self.prompts, self.batched = _encode(params, prompt, raw)
+        self.settings, self.method = options.check(params, len(self.prompts))
         context = params.target_config.max_position_embeddings
         limits = [min(len(p) + options.max_new_tokens, context) for p in self.prompts]
         longest = max(map(len, self.prompts))
@@ -369,6 +353,7 @@ class _Session:
             decode_seconds=self.clock.decode,
             tokens_per_second=sum(new) / max(self.clock.decode, 1e-9),
             device=engine.device_name(),
+            method=spell(self.method),
         )
 
     def result(self) -> Generation:
@@ -382,7 +367,7 @@ class _Session:
 def _method(method: str | Method, params: Params) -> Method:
     if isinstance(method, str):
         if method not in METHODS:
-            raise ValueError(f"method={method!r}: unknown; use one of {', '.join(METHODS)}")
+            raise ValueError(unknown(method))
         method = METHODS[method]()
     if isinstance(method, type) or not isinstance(method, Method):
         raise ValueError(f"method={method!r}: give a name ({', '.join(METHODS)}) or an instance")

@@ -14,6 +14,7 @@ from typing import Any
 
 from eagle_jax import distributed
 from eagle_jax.cli import run
+from eagle_jax.decode import named
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,31 +29,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--draft", action="append", help="directory of another draft for the same target"
     )
-    out.add_argument(
-        "--method",
-        default="eagle",
-        help="eagle (default), eagle2, eagle3, eagle_lookup, medusa, speculative, lookahead, "
-        "prompt_lookup, recycling, vanilla",
-    )
-    out.add_argument(
-        "--tree",
-        help="of the method: mc_sim_7b_63, chain-N, dynamic-DEPTH-K-DRAFTED, or rank paths such "
-        "as '0 1 00 01'",
-    )
-    out.add_argument("--plain", action="store_true", help="draft without the noise coupling")
-    out.add_argument(
-        "--rule",
-        choices=("exact", "rejection", "typical"),
-        help="rejection: speculative sampling's own rule, same law, other texts; typical: "
-        "Medusa's, LOSSY (default: exact)",
-    )
-    out.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a=b",
-        help="another setting of the method, e.g. length=7 or ngram=4; repeatable",
-    )
+    named.add_arguments(out)
     out.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     out.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     out.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off")
@@ -101,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         args.model, draft=args.draft, dtype=args.dtype, sharding=mesh, quantize=args.quantize
     )
     options: dict[str, Any] = {
-        "method": _method(args),
+        "method": named.method_of(args),
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
         "top_k": args.top_k,
@@ -126,31 +103,6 @@ def main(argv: list[str] | None = None) -> None:
     _answer(params, prompt, show=not args.json, seed=args.seed, **options)
 
 
-def _method(args: argparse.Namespace) -> Any:
-    from eagle_jax.decode import METHODS, Exact, Rejection, Typical, named_tree
-    from eagle_jax.settings import override
-
-    if args.method not in METHODS:
-        raise ValueError(f"method={args.method!r}: unknown; use one of {', '.join(METHODS)}")
-    method: Any = METHODS[args.method]()
-    changes: dict[str, Any] = {}
-    if args.tree:
-        changes["tree"] = named_tree(args.tree)
-    if args.plain:
-        changes["coupled"] = False
-    if args.rule:
-        rules = {"exact": Exact, "rejection": Rejection, "typical": Typical}
-        changes["rule"] = rules[args.rule]()
-    own = [field.name for field in dataclasses.fields(method) if field.init]
-    for name in changes:
-        if name not in own:
-            raise ValueError(
-                f"{name}: is no setting of method {args.method!r}, which has "
-                f"{', '.join(own) or 'none'}"
-            )
-    return override(dataclasses.replace(method, **changes), args.set)
-
-
 def _answer(params: Any, prompt: str, show: bool, **options: Any) -> None:
     from eagle_jax.decode import stream
 
@@ -165,10 +117,11 @@ def _answer(params: Any, prompt: str, show: bool, **options: Any) -> None:
         return
     if not distributed.first():
         return
+    chosen = f", auto: {last.method}" if options["method"] == named.AUTO else ""
     print()
     print(
         f"[{sum(last.new_tokens)} tokens, {last.tokens_per_second:.1f} tokens/s, "
-        f"acceptance length {last.tau:.2f} (bonus token included), {last.device}]",
+        f"acceptance length {last.tau:.2f} (bonus token included), {last.device}{chosen}]",
         file=sys.stderr,
     )
 

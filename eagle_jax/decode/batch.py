@@ -8,6 +8,7 @@ shows at once); a run that was stopped goes on where it ended.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import json
 import os
@@ -72,7 +73,8 @@ def answer_file(
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed}: must be at least 0 and below 2**32")
     shared = Options(max_new_tokens=max_new_tokens, **options)
-    shared.check(params)
+    # One method for all groups of prompts, also where the last has fewer rows.
+    shared = dataclasses.replace(shared, method=shared.check(params, batch_size)[1])
     context = params.target_config.max_position_embeddings
     if max_new_tokens >= context:
         raise ValueError(f"max_new_tokens={max_new_tokens}: the context is {context}; use less")

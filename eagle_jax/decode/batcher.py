@@ -147,7 +147,7 @@ class Batcher:
         if isinstance(method, Mapping):
             method = method_for(method, rows)
         options = Options(method, max_new_tokens, temperature, top_k, top_p, ignore_eos)
-        self._settings, self.method = options.check(params)
+        self._settings, self.method = options.check(params, rows)
         self._context = params.target_config.max_position_embeddings
         self._max_prompt = min(max_prompt, self._context - 1)
         self._max_new_tokens = int(max_new_tokens)

@@ -176,15 +176,20 @@ def rerank(
     """
 
     def one_row(tokens, scores, parents, root):
-        # `top_k` ranks -0.0 below 0.0: a child could be chosen without its parent.
-        _, best = jax.lax.top_k(jnp.where(scores == 0, 0.0, scores), tree.drafted)
-        chosen = jnp.sort(best)  # parents first
+        chosen = kept(scores, tree)
         place = jnp.zeros(tree.pool + 1, jnp.int32).at[chosen + 1].set(jnp.arange(1, tree.nodes))
         above = jnp.concatenate([jnp.zeros(1, jnp.int32), place[parents[chosen]]])
         return jnp.concatenate([root[None], tokens[chosen]]), grow(above, tree.depth)
 
     tokens, shape = jax.vmap(one_row)(tokens, scores, parents, root)
     return Proposal(tokens, shape)
+
+
+def kept(scores: Float[Array, " p"], tree: DynamicTree) -> Int[Array, " n"]:
+    """The candidates of one row's pool that stay, parents first."""
+    # `top_k` ranks -0.0 below 0.0: a child could be chosen without its parent.
+    _, best = jax.lax.top_k(jnp.where(scores == 0, 0.0, scores), tree.drafted)
+    return jnp.sort(best)
 
 
 def grow(parents: Int[Array, " t"], depth: int) -> Shape:
@@ -268,3 +273,14 @@ def named_tree(name: str) -> StaticTree | DynamicTree:
         f"tree={name!r}: unknown; use mc_sim_7b_63, chain-N, dynamic-DEPTH-K-DRAFTED, or rank "
         "paths such as '0 1 00 01'"
     )
+
+
+def tree_name(tree: StaticTree | DynamicTree) -> str:
+    """The name by which `named_tree` finds `tree`, or its rank paths (of ranks up to 9)."""
+    if isinstance(tree, DynamicTree):
+        return f"dynamic-{tree.depth}-{tree.k}-{tree.drafted}"
+    if tree == MC_SIM_7B_63:
+        return "mc_sim_7b_63"
+    if tree.depth and tree == chain(tree.depth):
+        return f"chain-{tree.depth}"
+    return " ".join("".join(map(str, path)) for path in tree.paths)

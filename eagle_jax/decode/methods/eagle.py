@@ -161,7 +161,8 @@ class Eagle:
     ) -> Proposal:
         """Draft a tree below the root, whose predicted state is `feature` [b, 1, d]."""
         if isinstance(self.tree, DynamicTree):
-            return self._dynamic(self.tree, models, context, state, feature)
+            pool = self.pool(self.tree, models, context, state, feature)
+            return rerank(*pool, context.root(), self.tree)
         tokens = self._static(self.tree, models, context, state, feature)
         return Proposal(tokens, self.tree.shape(tokens.shape[0]))
 
@@ -204,15 +205,15 @@ class Eagle:
             parents = level[inner]
         return jnp.concatenate(tokens, axis=1)
 
-    def _dynamic(
+    def pool(
         self,
         tree: DynamicTree,
         models: Models,
         context: Context,
         state: EagleState,
         feature: Float[Array, "b 1 d"],
-    ) -> Proposal:
-        """Grow a pool of candidates from a frontier of the k best, and keep the best of all."""
+    ) -> tuple[Int[Array, "b p"], Float[Array, "b p"], Int[Array, "b p"]]:
+        """Tokens, scores and parents of the candidates found from a frontier of the k best."""
         b, k = feature.shape[0], tree.k
         own = jnp.broadcast_to(jnp.eye(k, dtype=bool)[None], (b, k, k))
         scores, tokens = self._best(models, self._log_scores(models, context, feature, 1), k)
@@ -239,7 +240,7 @@ class Eagle:
             seen = jnp.take_along_axis(seen, above[:, :, None], axis=1)
             seen = jnp.concatenate([seen, own], axis=2)
         found, total, above = (jnp.concatenate(parts, axis=1) for parts in zip(*pool, strict=True))
-        return rerank(found, total, above, context.root(), tree)
+        return found, total, above
 
     def _feed(
         self,

@@ -22,7 +22,8 @@ from eagle_jax.params import Params
 
 # A model, no measurement: the best candidate is right 0.45 of the time, each lower rank half as
 # often as the one before, at every depth. The last of 60 drafted nodes adds 0.01 tokens a round.
-_TREE = best_tree([[0.45 * 0.5**rank for rank in range(8)]] * 6, 60)
+ACCURACY = (tuple(0.45 * 0.5**rank for rank in range(8)),) * 6
+_TREE = best_tree(ACCURACY, 60)
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,208 @@
+"""Methods by name, and any method as options of a command line: `--method eagle --tree chain-3`.
+
+`spell` and `parse` are each other's inverse, so that a method can be stored, read and pasted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NoReturn
+
+import jax
+
+from eagle_jax.decode.accept import Exact, Rejection, Typical
+from eagle_jax.decode.method import Method
+from eagle_jax.decode.methods.eagle import Eagle
+from eagle_jax.decode.methods.eagle_lookup import EagleLookup
+from eagle_jax.decode.methods.lookahead import Lookahead
+from eagle_jax.decode.methods.medusa import Medusa
+from eagle_jax.decode.methods.prompt_lookup import PromptLookup
+from eagle_jax.decode.methods.recycling import Recycling
+from eagle_jax.decode.methods.speculative import Speculative
+from eagle_jax.decode.methods.vanilla import Vanilla
+from eagle_jax.decode.tree import (
+    MC_SIM_7B_63,
+    DynamicTree,
+    StaticTree,
+    named_tree,
+    static_tree,
+    tree_name,
+)
+from eagle_jax.settings import override
+
+AUTO: Literal["auto"] = "auto"
+
+# One level wide on CPUs, where every draft step costs a third of a target pass and every verified
+# token costs arithmetic (python -m eagle_jax.evaluate compares); the paper's tree elsewhere.
+_CPU_TREE = static_tree([[0], [1], [2]])
+
+
+def default_tree() -> StaticTree:
+    """The tree that `method="eagle"` uses on this backend."""
+    return _CPU_TREE if jax.default_backend() == "cpu" else MC_SIM_7B_63
+
+
+METHODS: Mapping[str, Callable[[], Method]] = {
+    "vanilla": Vanilla,
+    "eagle": lambda: Eagle(default_tree()),
+    "eagle2": lambda: Eagle(DynamicTree()),
+    "eagle3": lambda: Eagle(DynamicTree(depth=8), head="eagle3"),
+    "eagle_lookup": lambda: EagleLookup(Eagle(default_tree())),
+    "medusa": Medusa,
+    "speculative": Speculative,
+    "lookahead": Lookahead,
+    "prompt_lookup": PromptLookup,
+    "recycling": Recycling,
+}
+_RULES = {"exact": Exact, "rejection": Rejection, "typical": Typical}
+_SHORT = 24  # letters of a tree that a label still shows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say a method."""
+    parser.add_argument(
+        "--method",
+        default="eagle",
+        help="eagle (default), eagle2, eagle3, eagle_lookup, medusa, speculative, lookahead, "
+        "prompt_lookup, recycling, vanilla; auto: what python -m eagle_jax.tune found the fastest",
+    )
+    parser.add_argument(
+        "--tree",
+        help="of the method: mc_sim_7b_63, chain-N, dynamic-DEPTH-K-DRAFTED, or rank paths such "
+        "as '0 1 00 01'",
+    )
+    parser.add_argument("--plain", action="store_true", help="draft without the noise coupling")
+    parser.add_argument(
+        "--rule",
+        choices=tuple(_RULES),
+        help="rejection: speculative sampling's own rule, same law, other texts; typical: "
+        "Medusa's, LOSSY (default: exact)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a=b",
+        help="another setting of the method, e.g. length=7 or ngram=4; repeatable",
+    )
+
+
+def method_of(args: argparse.Namespace) -> Any:
+    """The method of parsed options, or "auto"; a ValueError names what cannot be."""
+    if args.method == AUTO:
+        if args.tree or args.plain or args.rule or args.set:
+            raise ValueError("method='auto': has its settings from the tuning; give it no others")
+        return AUTO
+    if args.method not in METHODS:
+        raise ValueError(unknown(args.method))
+    method: Any = METHODS[args.method]()
+    changes: dict[str, Any] = {}
+    if args.tree:
+        changes["tree"] = named_tree(args.tree)
+    if args.plain:
+        changes["coupled"] = False
+    if args.rule:
+        changes["rule"] = _RULES[args.rule]()
+    inner = _drafter(method)
+    own = [field.name for field in dataclasses.fields(inner) if field.init]
+    for name in changes:
+        if name not in own:
+            raise ValueError(
+                f"{name}: is no setting of method {args.method!r}, which has "
+                f"{', '.join(own) or 'none'}"
+            )
+    inner = dataclasses.replace(inner, **changes)
+    method = dataclasses.replace(method, eagle=inner) if _has_drafter(method) else inner
+    return override(method, args.set)
+
+
+def unknown(name: str) -> str:
+    """What to say of a name that is no method's."""
+    return f"method={name!r}: unknown; use one of {', '.join((*METHODS, AUTO))}"
+
+
+def parse(text: str) -> Any:
+    """The method that `text` spells.
+
+    Raises:
+        ValueError: it spells none; one line.
+    """
+    parser = _Parser(add_help=False)
+    add_arguments(parser)
+    return method_of(parser.parse_args(shlex.split(text)))
+
+
+@functools.lru_cache(maxsize=256)
+def spell(method: Method) -> str:
+    """The options that say `method`; its `repr` if none do (a method of one's own)."""
+    found = []
+    for name, make in METHODS.items():
+        base = make()
+        if type(base) is type(method):
+            words = [f"--method {name}", *_words(base, method)]
+            kinds = [type(getattr(_drafter(x), "tree", None)) for x in (base, method)]
+            found.append((len(words), kinds[0] is not kinds[1], " ".join(words)))
+    for _, _, text in sorted(found):
+        try:
+            if parse(text) == method:
+                return text
+        except ValueError:  # a tree that has no name, say
+            continue
+    return repr(method)
+
+
+def label(method: Method) -> str:
+    """`spell` for tables: no option names, and a large tree as its number of nodes."""
+    text = spell(method)
+    if not text.startswith("--method "):
+        return text
+    words = shlex.split(text.removeprefix("--method "))
+    tree = words[words.index("--tree") + 1] if "--tree" in words else ""
+    if len(tree) > _SHORT:
+        words = [f"{method.nodes} nodes" if word == tree else word for word in words]
+    short = (word.removeprefix("--") for word in words if word not in ("--tree", "--set"))
+    return " ".join(short)
+
+
+def _has_drafter(method: Any) -> bool:
+    return isinstance(method, EagleLookup)
+
+
+def _drafter(method: Any) -> Any:
+    """What `--tree` and `--plain` are about."""
+    return method.eagle if _has_drafter(method) else method
+
+
+def _words(base: Any, method: Any) -> Iterator[str]:
+    """Options that make `method` of `base`, a method of the same type."""
+    inner = _drafter(method)
+    if hasattr(inner, "tree"):  # always: the default depends on the backend
+        yield f"--tree {shlex.quote(tree_name(inner.tree))}"
+    if getattr(_drafter(base), "coupled", False) and not inner.coupled:
+        yield "--plain"
+    if method.rule != base.rule:
+        yield f"--rule {type(method.rule).__name__.lower()}"
+    for key, value in _differing(base, method, ""):
+        yield f"--set {shlex.quote(f'{key}={value}')}"
+
+
+def _differing(base: Any, method: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(method):
+        old, new = getattr(base, field.name), getattr(method, field.name)
+        if old == new or not field.init or isinstance(new, StaticTree | DynamicTree):
+            continue
+        if isinstance(new, Eagle | PromptLookup):
+            yield from _differing(old, new, f"{prefix}{field.name}.")
+        elif field.name not in ("coupled", "rule"):
+            yield prefix + field.name, new
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes are a ValueError, not the program's end."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"method: {message}")

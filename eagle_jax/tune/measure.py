@@ -1,0 +1,329 @@
+"""Runs on the device: times of the target's pass, records of wide trees, finalists beside vanilla.
+
+Methods take turns on every prompt, and seconds count as shares of what vanilla took on the same
+prompt at the same time: other work on the machine slows all of them.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from eagle_jax.decode import (
+    DynamicTree,
+    Eagle,
+    Medusa,
+    Options,
+    Recycling,
+    Speculative,
+    Vanilla,
+    best_tree,
+    chain,
+    engine,
+)
+from eagle_jax.decode.method import Method
+from eagle_jax.decode.methods import medusa, recycling
+from eagle_jax.evaluate import metrics
+from eagle_jax.evaluate.runner import Star
+from eagle_jax.params import Params
+from eagle_jax.tune.acceptance import Copies, Pools, Probe, Ranks, Record, Recorder, static
+from eagle_jax.tune.predict import Evidence, Prediction, Steps, Times
+
+VANILLA = Vanilla()
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+_STAR = Star(2)
+_STEP_TOKENS = 24  # rounds of one run of a star
+_THREADS = 4  # programs compiled at a time, as in eagle_jax.evaluate
+_CHAIN = 3  # of the run that tells what a draft's step costs
+_LENGTH = 6  # of a small model's chain
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Prompts decoded together: token ids and seeds of each row."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    seeds: tuple[int, ...]
+
+
+def units(
+    params: Params, prompts: Sequence[Sequence[int]], rows: int, new_tokens: int
+) -> list[Unit]:
+    """Prompts of the commonest padded size, `rows` at a time: one shape, few programs.
+
+    Raises:
+        ValueError: no two units, or no prompt that leaves room for an answer.
+    """
+    room = params.target_config.max_position_embeddings - new_tokens
+    fitting = [tuple(int(token) for token in prompt) for prompt in prompts if len(prompt) <= room]
+    if not fitting:
+        raise ValueError(
+            f"new_tokens={new_tokens}: none of {len(prompts)} prompts leaves room for so many in "
+            "the context; use less or shorter prompts"
+        )
+    sizes = collections.Counter(engine.bucket_prompt(len(prompt)) for prompt in fitting)
+    commonest = sizes.most_common(1)[0][0]
+    fitting = [p for p in fitting if engine.bucket_prompt(len(p)) == commonest]
+    if len(fitting) < 2 * rows:
+        raise ValueError(
+            f"prompts: {len(fitting)} of one padded size ({commonest} tokens), an interval needs "
+            f"twice batch_size={rows}; give more"
+        )
+    return [
+        Unit(tuple(fitting[start : start + rows]), tuple(range(start, start + rows)))
+        for start in range(0, len(fitting) - rows + 1, rows)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One decoding of a unit: seconds, rounds of the slowest row, rounds and answers of all."""
+
+    seconds: float
+    passes: int
+    rounds: int
+    answers: tuple[tuple[int, ...], ...]
+    state: Any
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.answers))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Where runs are made: a model, prompts, the longest answer, and whether there is a bar."""
+
+    params: Params
+    units: Sequence[Unit]
+    new_tokens: int
+    quiet: bool = False
+
+    def run(self, method: Method, unit: Unit, temperature: float) -> Run:
+        """Decode; a star goes on where any star's prefill ends, which then is compiled once."""
+        star = isinstance(method, Star)
+        new = min(_STEP_TOKENS, self.new_tokens) if star else self.new_tokens
+        options = Options(method, new, temperature, ignore_eos=star)
+        settings, _ = options.check(self.params)
+        longest = max(map(len, unit.prompts))
+        program = options.program(self.params, method, longest)
+        first = options.program(self.params, _STAR, longest) if star else program
+        context = self.params.target_config.max_position_embeddings
+        prompts = [np.array(prompt, np.int32) for prompt in unit.prompts]
+        limits = [min(len(prompt) + new, context) for prompt in prompts]
+        only, clock = self.params.only(method.draft), engine.Clock()
+        state = engine.start(first, only, prompts, limits, list(unit.seeds), clock)
+        state = engine.advance(program, only, state, settings, clock)
+        tokens, length, rounds = jax.device_get((state.tokens, state.length, state.rounds))
+        rows = zip(tokens, prompts, length, strict=True)
+        return Run(
+            clock.decode,
+            int(rounds.max()),
+            int(rounds.sum()),
+            tuple(tuple(row[len(prompt) : end].tolist()) for row, prompt, end in rows),
+            jax.device_get(state.method) if isinstance(method, Recorder | Probe) else None,
+        )
+
+    def interleaved(
+        self, methods: Sequence[Method], units: Sequence[Unit], temperature: float, what: str
+    ) -> list[list[Run]]:
+        """[units][methods] runs in turn, after every method has been compiled and run once."""
+        threads = 1 if jax.process_count() > 1 else _THREADS
+        with ThreadPoolExecutor(threads) as pool:
+            # A star's prefill first, for all of them.
+            runs = [pool.submit(self.run, m, units[0], temperature) for m in methods]
+            try:
+                for run in self.bar(as_completed(runs), len(runs), f"compiling, {what}"):
+                    run.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        out = []
+        for unit in self.bar(units, len(units), what):
+            out.append([self.run(method, unit, temperature) for method in methods])
+        return out
+
+    def bar(self, items: Any, total: int, what: str) -> Any:
+        return tqdm(items, total=total, desc=what, file=sys.stderr, disable=self.quiet)
+
+
+def pass_times(bench: Bench, units: Sequence[Unit]) -> dict[int, float]:
+    """Seconds of the target's pass over `SIZES` tokens, greedy."""
+    methods: list[Method] = [VANILLA, *(Star(size) for size in SIZES[1:])]
+    runs = bench.interleaved(methods, units, 0.0, "target's pass")
+    base = float(np.median([row[0].seconds / row[0].passes for row in runs]))
+    times = {size: base * _relative(runs, i) for i, size in enumerate(SIZES)}
+    # More tokens never take less: what looks so is noise, or a wider kernel that all may use.
+    largest = 0.0
+    for size in SIZES:
+        largest = times[size] = max(largest, times[size]) if size > 1 else times[size]
+    return times
+
+
+def _relative(runs: Sequence[Sequence[Run]], i: int) -> float:
+    """Seconds a pass of method `i` over vanilla's (method 0), median over units."""
+    own = [row[i].seconds / row[i].passes for row in runs]
+    base = [row[0].seconds / row[0].passes for row in runs]
+    return float(np.median(np.array(own) / np.array(base)))
+
+
+def calibrate(
+    bench: Bench,
+    units: Sequence[Unit],
+    passes: Mapping[int, float],
+    temperature: float,
+    steps: Mapping[str, Steps] | None = None,
+) -> Evidence:
+    """Acceptance at one temperature, and what drafts cost unless `steps` has it."""
+    probes = _probes(bench, Times(passes).most())
+    methods: dict[str, Method] = {"vanilla": VANILLA, **probes}
+    if steps is None:
+        heads = [kind for kind, method in probes.items() if isinstance(method, Probe)]
+        methods |= {f"{kind} chain": Eagle(chain(_CHAIN), head=kind) for kind in heads}  # type: ignore[arg-type]
+    what = f"acceptance at T={temperature:g}"
+    runs = bench.interleaved(list(methods.values()), units, temperature, what)
+    one = float(np.median([row[0].seconds / row[0].passes for row in runs]))
+    seconds = {name: one * _relative(runs, i) for i, name in enumerate(methods)}
+    # Everything in the units of the pass times, which were taken at another moment.
+    scale = passes[1] / one if temperature == 0 else 1.0
+    times = Times(passes, max(one - passes[1], 0.0) if temperature > 0 else 0.0)
+    found = {
+        name: [row[i].state for row in runs] for i, name in enumerate(methods) if name in probes
+    }
+    if steps is None:
+        scaled = {name: value * scale for name, value in seconds.items()}
+        steps = {kind: _steps(kind, method, scaled, times) for kind, method in probes.items()}
+    texts = [
+        (prompt, answer)
+        for unit, row in zip(units, runs, strict=True)
+        for prompt, answer in zip(unit.prompts, row[0].answers, strict=True)
+    ]
+    return Evidence(
+        times,
+        steps,
+        {k: Pools.of(found[k], m.tree) for k, m in probes.items() if isinstance(m, Probe)},
+        {k: _ranks(found[k], m) for k, m in probes.items() if isinstance(m, Recorder)},
+        texts,
+        [Copies.of(prompt, answer, bench.new_tokens) for prompt, answer in texts],
+    )
+
+
+def _ranks(records: Sequence[Record], method: Recorder) -> Ranks:
+    return Ranks.of(records, static(method.inner))
+
+
+def _probes(bench: Bench, most: int) -> dict[str, Any]:
+    """Wide trees to learn from, of what this device can verify; by kind of draft."""
+    rounds, drafted = bench.new_tokens, max(most - 1, 7)
+    out: dict[str, Any] = {}
+    for kind, deep in (("eagle", 6), ("eagle3", 8)):
+        if kind in bench.params.drafts:
+            # Compiling takes time with every level, on CPUs most of all.
+            depth, k = (4, 4) if most < 32 or jax.default_backend() == "cpu" else (deep, 10)
+            tree = DynamicTree(depth, k, min(drafted, 59, k + (depth - 1) * k * k))
+            out[kind] = Probe(tree, head=kind, rounds=rounds)  # type: ignore[arg-type]
+    if "medusa" in bench.params.drafts:
+        heads: Any = bench.params.drafts["medusa"].config
+        tree = best_tree(medusa.ACCURACY[: heads.num_heads], min(drafted, 63))
+        out["medusa"] = Recorder(Medusa(tree), rounds)
+    if "model" in bench.params.drafts:
+        out["model"] = Recorder(Speculative(_LENGTH), rounds)
+    tree = best_tree(recycling.ACCURACY, min(drafted, 60))
+    out["recycling"] = Recorder(Recycling(tree), rounds)
+    return out
+
+
+def _steps(kind: str, method: Any, seconds: Mapping[str, float], times: Times) -> Steps:
+    """What the draft's steps cost: the round less the target's pass."""
+
+    def beside(name: str, nodes: int) -> float:
+        return max(seconds[name] - times.of(nodes), 0.0)
+
+    whole = beside(kind, method.nodes)
+    if isinstance(method, Probe):
+        one = beside(f"{kind} chain", _CHAIN + 1) / _CHAIN
+        wide = (whole - one) / max(method.depth - 1, 1)
+        return Steps({1: one, method.tree.k: max(wide, one)})
+    return Steps({1: whole / method.depth if kind == "model" else whole})
+
+
+# --- Finalists ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A method beside vanilla.
+
+    Attributes:
+        prediction: what was expected of it.
+        tau: tokens a round.
+        tokens_per_second: of all its runs.
+        speedup, interval: median over units of vanilla's seconds a token over its own.
+        total, total_interval: the same of all units' seconds together.
+    """
+
+    prediction: Prediction
+    tau: float
+    tokens_per_second: float
+    speedup: float
+    interval: list[float] | None
+    total: float
+    total_interval: list[float] | None
+
+    @property
+    def sure(self) -> bool:
+        """Whether it is faster than vanilla beyond chance, by the median and in total."""
+        intervals = self.interval, self.total_interval
+        return all(interval is not None and interval[0] > 1.0 for interval in intervals)
+
+
+def summarise(prediction: Prediction, runs: Sequence[Run], base: Sequence[Run]) -> Measured:
+    """`base` are vanilla's runs of the same units."""
+    pairs = zip(base, runs, strict=True)
+    values = np.array([(a.seconds, a.tokens, b.seconds, b.tokens) for a, b in pairs], float)
+    weights = metrics.resample([str(i) for i in range(len(values))])
+    tokens, seconds = sum(run.tokens for run in runs), sum(run.seconds for run in runs)
+    return Measured(
+        prediction,
+        tokens / max(sum(run.rounds for run in runs), 1),
+        tokens / seconds,
+        *metrics.estimate(metrics.median_ratio, values, weights),
+        *metrics.estimate(metrics.total_ratio, values, weights),
+    )
+
+
+def choose(measured: Sequence[Measured]) -> Measured | None:
+    """The fastest of those that are surely faster than vanilla; none if there is none."""
+    return max((m for m in measured if m.sure), key=lambda m: m.speedup, default=None)
+
+
+def compete(
+    bench: Bench,
+    predictions: Sequence[Prediction],
+    temperature: float,
+    heats: int = 6,
+    last: int = 2,
+) -> tuple[list[Measured], list[Measured], list[Run]]:
+    """Heats of all on a few units, then the `last` fastest on every unit.
+
+    Returns:
+        Those of the heats, those of the final, and vanilla's runs in the final.
+    """
+    chosen, rounds, base = list(predictions), [], []
+    for units, what in ((bench.units[:heats], "heats"), (bench.units, "final")):
+        methods = [VANILLA, *(p.method for p in chosen)]
+        runs = bench.interleaved(methods, units, temperature, f"{what} at T={temperature:g}")
+        base, *others = ([row[i] for row in runs] for i in range(len(methods)))
+        found = [summarise(p, own, base) for p, own in zip(chosen, others, strict=True)]
+        found.sort(key=lambda m: -m.speedup)
+        rounds.append(found)
+        chosen = [m.prediction for m in found[:last]]
+    return rounds[0], rounds[1], base
