@@ -27,9 +27,6 @@ AttentionKernel = Literal["xla", "cudnn"]
 
 _EMBEDDING_STD = 0.02
 
-# Products of one row on GPUs, see `matmul`.
-PAD_ROW = True
-
 # An expert's parameter: its list, its number, the rest.
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 
@@ -42,12 +39,12 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def matmul(
     x: Float[Array, "*lead i"], kernel: Float[Array, "i o"], dtype: DTypeLike | None = None
 ) -> Float[Array, "*lead o"]:
-    """`x @ kernel`, in the result dtype `dtype`; the last axis of any array.
+    """`x @ kernel` over the last axis; `dtype` is the result's, by default that of the operands.
 
     On GPUs XLA makes a reduction of its own of one row by a matrix, which reads weights more slowly
     than the library's product of two rows: a single row gets a row of zeros beside it.
     """
-    if PAD_ROW and x.size == x.shape[-1] and jax.default_backend() == "gpu":
+    if x.size == x.shape[-1] and jax.default_backend() == "gpu":
         row = x.reshape(1, -1)
         pair = jnp.concatenate([row, jnp.zeros_like(row)])
         y = jnp.matmul(pair, kernel, preferred_element_type=dtype)[:1]
