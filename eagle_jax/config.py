@@ -422,8 +422,8 @@ class FeatureRegression:
         token_weight: weight of the soft cross-entropy through the target's head.
         noise: half-width of the uniform noise added to input features, as the paper has it.
         features: a directory that `python -m eagle_jax.train.features` wrote: the target's features
-            are read from it, and of the target only embedding and head are loaded; empty: the
-            target runs in every step.
+            are read from it, and of the target only embedding, final norm and head are loaded;
+            empty: the target runs in every step.
     """
 
     draft: EagleConfig

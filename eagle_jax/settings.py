@@ -7,6 +7,7 @@ misspelt key is an error that lists the valid ones.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import dataclasses
@@ -22,6 +23,25 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+
+
+def add_arguments(parser: argparse.ArgumentParser, kind: str, example: str = "") -> None:
+    """`--config PATH` and `--set a.b=c`: what `load` takes, as `config` and `overrides`.
+
+    Args:
+        parser: receives them.
+        kind: of the file, for the help.
+        example: fields that are often overridden.
+    """
+    parser.add_argument("--config", required=True, metavar="PATH", help=kind)
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        dest="overrides",
+        help="override one field" + (f", e.g. {example}" if example else "") + "; repeatable",
+    )
 
 
 def load(

@@ -57,10 +57,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="PATH", help="an AotConfig file")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="override"
-    )
+    settings.add_arguments(parser, "an AotConfig file")
     arguments = parser.parse_args()
     # Constants that are made while tracing live on the CPU; a TPU, if there is one, is left alone.
     os.environ["JAX_PLATFORMS"] = "cpu"

@@ -15,6 +15,7 @@ import dataclasses
 import errno
 import functools
 import gc
+import inspect
 import json
 import logging
 import os
@@ -312,8 +313,10 @@ def _silence_orbax() -> None:
     before = sys.unraisablehook
 
     def unraisable(what: Any) -> None:
-        # Reads that are still under way when one fails come back to a loop that is gone.
-        if str(what.exc_value) != "Event loop is closed":
+        # Reads that are still under way when one fails come back to a loop that is gone, or are
+        # collected where they wait.
+        waits = inspect.iscoroutine(what.object) and "orbax" in what.object.cr_code.co_filename
+        if not waits and str(what.exc_value) != "Event loop is closed":
             before(what)
 
     sys.unraisablehook = unraisable

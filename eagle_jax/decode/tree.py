@@ -225,7 +225,7 @@ def best_tree(accuracy: Sequence[Sequence[float]], nodes: int) -> StaticTree:
     return static_tree(chosen)
 
 
-# Of a proposal: one mask of t x t fits any memory, and no device verifies that many for nothing.
+# The most nodes of a proposal, root included: trees are built node by node, masks are [t, t].
 MOST_NODES = 1024
 
 

@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    out.add_argument("--config", required=True, metavar="PATH", help="an EvalConfig file")
+    settings.add_arguments(out, "an EvalConfig file", "limit=10, batch_size=8, quantize=int8")
     out.add_argument(
         "--methods",
         metavar="A,B",
@@ -58,14 +58,6 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--temperature", nargs="+", type=float, metavar="T", help="0 is greedy")
     out.add_argument("--data", metavar="DIR", help="directory of question files")
     out.add_argument("--output", metavar="DIR", help="in place of the file's output_dir")
-    out.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a=b",
-        dest="overrides",
-        help="override one field, e.g. limit=10, batch_size=8, quantize=int8; repeatable",
-    )
     out.add_argument("--restart", action="store_true", help="delete the samples of an earlier run")
     distributed.add_arguments(out)
     return out

@@ -156,7 +156,7 @@ class Runner:
             for job, repeat in todo:
                 bar.set_postfix_str(f"{job.unit.task}, {job.name}", refresh=False)
                 run = self._run(job)
-                self._compiled(job.shape(), run["compile"])
+                self._keep_compile_time(job.shape(), run["compile"])
                 self.samples.add(job.key(repeat), run)
                 bar.update()
 
@@ -257,12 +257,13 @@ class Runner:
             runs = {pool.submit(self._run, job): shape for shape, job in shapes.items()}
             try:
                 for run in self._bar("compiling", len(runs), items=as_completed(runs)):
-                    self._compiled(runs[run], run.result()["compile"])
+                    self._keep_compile_time(runs[run], run.result()["compile"])
             except BaseException:  # an error or Ctrl-C: what has not begun is not waited for
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _compiled(self, shape: str, seconds: float) -> None:
+    def _keep_compile_time(self, shape: str, seconds: float) -> None:
+        """Of the first run of a shape; of later ones only that it is warm."""
         if self.samples.get(shape) is None:
             self.samples.add(shape, {"seconds": seconds})
         self._warm.add(shape)

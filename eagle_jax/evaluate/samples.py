@@ -92,10 +92,11 @@ def _compare(found: dict[str, Any], settings: dict[str, Any], here: str) -> None
     for name in {**settings, **found}:
         before, now = found.get(name), settings.get(name)
         if before != now:
+            taken = f"{name} {before}, not {now}"
             if isinstance(before, dict) and isinstance(now, dict):
                 changed = [k for k in {**now, **before} if before.get(k) != now.get(k)]
-                before, now = f"another {', '.join(changed)}", "this one"
+                taken = f"other {name} ({', '.join(changed)})"
             raise ValueError(
-                f"{here}: holds samples taken with {name} {before}, not {now}; "
-                "give another --output, or --restart to delete them and measure anew"
+                f"{here}: holds samples taken with {taken}; give another --output, or --restart to "
+                "delete them and measure anew"
             )

@@ -32,9 +32,6 @@ Weight = tuple[jax.Array, jax.Array | None]
 
 _EMBEDDING_STD = 0.02
 
-# Products of one row on GPUs, see `matmul`.
-PAD_ROW = True
-
 # An expert's parameter: its list, its number, the rest.
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 
@@ -50,7 +47,7 @@ def matmul(
     dtype: DTypeLike | None = None,
     scale: Float[Array, "..."] | None = None,
 ) -> Float[Array, "..."]:
-    """`x @ kernel`, in the result dtype `dtype`; the last axis of any array.
+    """`x @ kernel` over the last axis; `dtype` is the result's, by default that of the operands.
 
     An int8 kernel comes with its `scale` and may have several axes of outputs (`quantize`).
 
@@ -59,7 +56,7 @@ def matmul(
     """
     if scale is not None:
         return quantize.product(x, kernel, scale, dtype)
-    if PAD_ROW and x.size == x.shape[-1] and jax.default_backend() == "gpu":
+    if x.size == x.shape[-1] and jax.default_backend() == "gpu":
         row = x.reshape(1, -1)
         pair = jnp.concatenate([row, jnp.zeros_like(row)])
         y = jnp.matmul(pair, kernel, preferred_element_type=dtype)[:1]

@@ -19,15 +19,7 @@ from eagle_jax.train import run
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eagle_jax.train", description=__doc__)
-    parser.add_argument("--config", required=True, metavar="PATH", help="a TrainConfig file")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        dest="overrides",
-        help="override one field; repeatable",
-    )
+    settings.add_arguments(parser, "a TrainConfig file")
     parser.add_argument(
         "--restart", action="store_true", help="delete what output_dir holds of an earlier run"
     )

@@ -4,10 +4,10 @@
     python -m eagle_jax.train --config CONFIG --set objective.features=DIR
 
 By default the frozen target runs in every step of a draft's training. Written once, its features
-serve every later run: such a run loads only the target's embedding and head. A token takes
-`(layers + 1) * width` numbers, two bytes each as bfloat16, one as int8: 8 kB or 4 kB for an EAGLE-1
-head of an 8B model, four times that for EAGLE-3. Features that were written for an EAGLE-3 head
-serve the other heads as well.
+serve every later run: such a run loads of the target only embedding, final norm and head. A token
+takes `(layers + 1) * width` numbers, two bytes each as bfloat16, one as int8: 8 kB or 4 kB for an
+EAGLE-1 head of an 8B model, four times that for EAGLE-3. Features that were written for an EAGLE-3
+head serve the other heads as well.
 
 CONFIG is the run's own configuration: its text (validation too, if it names any), target, compute
 dtype and mesh (fsdp, tensor, expert) are used here, and `data.batch_size` rows go through the
@@ -264,16 +264,8 @@ def _arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="PATH", help="a draft's TrainConfig")
+    settings.add_arguments(parser, "a draft's TrainConfig file")
     parser.add_argument("--output", required=True, metavar="DIR", help="receives the features")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        dest="overrides",
-        help="override one field; repeatable",
-    )
     parser.add_argument(
         "--shard", default="0/1", metavar="I/N", help="this process's share, from 0 (default 0/1)"
     )

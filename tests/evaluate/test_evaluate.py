@@ -236,7 +236,7 @@ def test_a_run_may_grow(finished, arguments, tmp_path) -> None:
         (["--set", "new_tokens=11"], "samples taken with new_tokens 12, not 11; give another"),
         (["--set", "quantize=int8"], "samples taken with quantize None, not int8; give another"),
         (["--set", "repeats=1"], "samples taken with repeats 2, not 1; give another --output"),
-        (["--methods", "vanilla"], "samples taken with methods another eagle, not this one"),
+        (["--methods", "vanilla"], r"samples taken with other methods \(eagle\); give anot"),
     ],
 )
 def test_other_settings_do_not_mix(finished, arguments, tmp_path, changed, said) -> None:

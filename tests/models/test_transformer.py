@@ -12,6 +12,7 @@ from eagle_jax.checkpoint import hf
 from eagle_jax.config import TransformerConfig
 from eagle_jax.models import Transformer, bind, init_params
 from eagle_jax.models import cache as caches
+from eagle_jax.models.layers import matmul
 from eagle_jax.models.transformer import packed_mask
 from eagle_jax.params import Params
 from eagle_jax.testing import tiny_target
@@ -165,3 +166,15 @@ def test_initial_parameters_are_those_of_the_checkpoint_format() -> None:
     for config in CONFIGS.values():
         found = {name: x.shape for name, x in init_params(Transformer, config, 0).items()}
         assert found == hf.shapes(config)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 6), (6,), (1, 2, 6)])
+def test_one_row_is_padded_to_two_on_gpus(shape, monkeypatch) -> None:
+    """Catches another product, shape or dtype; other numbers of rows are left alone."""
+    x, kernel = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate((shape, (6, 5))))
+    plain = matmul(x, kernel, jnp.float32)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    padded = matmul(x, kernel, jnp.float32)
+    assert padded.shape == plain.shape == (*shape[:-1], 5) and padded.dtype == plain.dtype
+    np.testing.assert_allclose(padded, plain, rtol=1e-6, atol=1e-6)
+    assert ("concatenate" in str(jax.make_jaxpr(matmul)(x, kernel))) == (np.size(x) == 6)

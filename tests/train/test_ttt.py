@@ -421,3 +421,19 @@ def test_the_draft_itself_gives_the_same_first_step():
     hits = [TOKENS[np.argmax(logits[t])] == best[t + 1] for t in range(12) if mask[t + 2]]
     sums = jax.jit(task.loss)(params, TARGET, batch, None)[1]
     assert (float(sums["top1"]), float(sums["count"])) == (sum(hits), len(hits))
+
+
+@pytest.mark.parametrize("gemma", [False, True])
+def test_starts_with_the_norm_and_head_of_the_target(gemma):
+    """Other rows than the draft vocabulary's, and a scale that the target adds one to."""
+    task = objective()
+    if gemma:
+        tied = {name: x for name, x in TARGET.items() if name != "lm_head.kernel"}
+        config = dataclasses.replace(TARGET_CONFIG, tie_word_embeddings=True, unit_offset_norm=True)
+        task = dataclasses.replace(task, target_config=config, target=tied)
+    head, scale = (TABLE.T, 1 + TARGET["norm.scale"]) if gemma else (HEAD, TARGET["norm.scale"])
+    params = task.init(0, task.frozen())
+    np.testing.assert_array_equal(params["lm_head.kernel"], head[:, TOKENS].astype(np.float32))
+    np.testing.assert_array_equal(params["norm.scale"], scale)
+    shapes = jax.eval_shape(functools.partial(task.init, 0), task.frozen())
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)

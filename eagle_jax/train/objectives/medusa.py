@@ -63,9 +63,7 @@ class MedusaObjective:
         params = init_params(MedusaHeads, self.settings.draft, seed)
         if self.settings.draft.tie_lm_head:
             return params
-        ends = ("embed_tokens.embedding", "lm_head.kernel")
-        held = {name: jnp.asarray(frozen[name]) for name in ends if name in frozen}
-        head = head_kernel(self.target_config, held).astype(jnp.float32)
+        head = head_kernel(self.target_config, target.ends(frozen)).astype(jnp.float32)
         return {
             # A copy each: the optimizer's step consumes its arrays.
             name: jnp.array(head) if name.endswith("lm_head.kernel") else value

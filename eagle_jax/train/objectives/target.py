@@ -6,7 +6,8 @@ wrote them before, with the function that the pass is here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -32,6 +33,11 @@ _LARGEST = 127  # of int8, both ways
 def layers(settings: Settings) -> tuple[int, ...]:
     """The residual streams that an objective reads beside the features after the final norm."""
     return settings.draft.aux_layers if isinstance(settings, configs.TrainingTimeTest) else ()
+
+
+def ends(frozen: Mapping[str, Any]) -> ParamDict:
+    """`ENDS` of a target, those that it has, as JAX arrays."""
+    return {name: jnp.asarray(frozen[name]) for name in ENDS if name in frozen}
 
 
 def features(

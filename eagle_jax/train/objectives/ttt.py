@@ -127,7 +127,7 @@ class TrainingTimeTestObjective:
     def init(self, seed: int, frozen: Mapping[str, Any]) -> ParamDict:
         """Random, but for norm and head: the target's, at the rows of the draft vocabulary."""
         tokens = np.arange(len(self.d2t)) + self.d2t
-        ends = {name: jnp.asarray(frozen[name]) for name in target.ENDS if name in frozen}
+        ends = target.ends(frozen)
         scale = ends["norm.scale"].astype(jnp.float32)
         if self.target_config.unit_offset_norm:
             scale = scale + 1.0
