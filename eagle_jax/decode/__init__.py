@@ -143,6 +143,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     raw: bool = False,
     ignore_eos: bool = False,
+    exact: bool = False,
 ) -> Generation:
     """Decode answers to one prompt or to a batch.
 
@@ -161,6 +162,9 @@ def generate(
             nor on its neighbours.
         raw: take strings as they are, without the chat template.
         ignore_eos: decode on to `max_new_tokens` (for measurements).
+        exact: in bfloat16 too, give every method the very same text. Otherwise passes over more and
+            fewer tokens round differently there, and a near-tie may fall either way. Every pass,
+            vanilla's as well, then has 128 rows and one order of summation: slower, for checks.
 
     Returns:
         Text, token ids and statistics.
@@ -171,7 +175,7 @@ def generate(
     session = _Session(
         params,
         prompt,
-        Options(method, max_new_tokens, temperature, top_k, top_p, ignore_eos),
+        Options(method, max_new_tokens, temperature, top_k, top_p, ignore_eos, exact),
         seed,
         raw,
     )
@@ -194,13 +198,14 @@ def stream(
     seed: int | Sequence[int] = 0,
     raw: bool = False,
     ignore_eos: bool = False,
+    exact: bool = False,
 ) -> Iterator[Generation]:
     """Decode one prompt, yielding what is new as it comes; the same program as `generate`.
 
     Args:
         rounds_per_chunk: rounds on the device between two yields.
-        params, prompt, method, max_new_tokens, temperature, top_k, top_p, seed, raw, ignore_eos:
-            as in `generate`.
+        params, prompt, method, max_new_tokens, temperature, top_k, top_p, seed, raw, ignore_eos,
+            exact: as in `generate`.
 
     Yields:
         Generations whose `text` and `tokens` are the newly committed part, and whose `statistics`
@@ -214,7 +219,7 @@ def stream(
     session = _Session(
         params,
         prompt,
-        Options(method, max_new_tokens, temperature, top_k, top_p, ignore_eos),
+        Options(method, max_new_tokens, temperature, top_k, top_p, ignore_eos, exact),
         seed,
         raw,
     )
@@ -248,6 +253,7 @@ class Options:
     top_k: int = 0
     top_p: float = 1.0
     ignore_eos: bool = False
+    exact: bool = False
 
     def check(self, params: Params, rows: int = 1) -> tuple[Sampling, Method]:
         """Sampling settings and the method for `rows` rows; a ValueError names what cannot be."""
@@ -258,18 +264,28 @@ class Options:
         method = self.method
         if isinstance(method, str) and method == AUTO:
             method = tuned.method(params, rows, self.temperature)
-        return settings, _method(method, params)
+        method = _method(method, params)
+        rows, depth = engine.EXACT_ROWS, engine.EXACT_DEPTH - 1
+        if self.exact and (method.nodes > rows or method.depth > depth):
+            raise ValueError(
+                f"exact=True: passes have {rows} nodes to depth {depth}, and method "
+                f"{type(method).__name__} {method.nodes} to depth {method.depth}; use smaller "
+                "settings"
+            )
+        return settings, method
 
     def program(self, params: Params, method: Method, longest: int) -> engine.Program:
         """What decodes prompts of up to `longest` tokens."""
         context = params.target_config.max_position_embeddings
         new = min(int(self.max_new_tokens), context)  # no row grows past the context
+        depth = engine.EXACT_DEPTH if self.exact else method.depth
         return engine.Program(
             method,
             params.target_config,
             None if method.draft is None else params.drafts[method.draft].config,
-            engine.capacity(engine.bucket_prompt(longest), new, method.depth),
+            engine.capacity(engine.bucket_prompt(longest), new, depth),
             () if self.ignore_eos or params.tokenizer is None else params.tokenizer.eos_ids,
+            self.exact,
         )
 
 
@@ -292,8 +308,9 @@ class _Session:
         longest = max(map(len, self.prompts))
         self.program = options.program(params, self.method, longest)
         self.slots = self.program.slots
-        slots = engine.opening(engine.bucket_prompt(longest), self.slots, self.method.depth)
-        self.program = dataclasses.replace(self.program, slots=slots)
+        if not options.exact:  # caches would grow at other lengths for another method
+            slots = engine.opening(engine.bucket_prompt(longest), self.slots, self.method.depth)
+            self.program = dataclasses.replace(self.program, slots=slots)
         self.params = params.only(self.method.draft)
         self.warned = False
         self.clock = engine.Clock()

@@ -51,6 +51,11 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--quantize", choices=("int8",), help="store the target's matrices in eight bits"
     )
+    out.add_argument(
+        "--exact",
+        action="store_true",
+        help="the very same text from every method, in bfloat16 too (slower, for checks)",
+    )
     out.add_argument("--json", action="store_true", help="print one JSON line only")
     files = out.add_argument_group("a file of prompts")
     files.add_argument("--input", metavar="JSONL", help="one conversation a line (plain or gzip)")
@@ -68,6 +73,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("prompt: give one, or --input FILE with --output FILE (--help explains)")
     if (args.input is None) != (args.output is None):
         raise ValueError(f"output={args.output!r}: --input and --output go together")
+    if args.exact and args.input is not None:
+        raise ValueError(f"input={args.input!r}: --exact is for one prompt; leave one of them out")
 
     distributed.join(args)
     from eagle_jax.params import load  # heavy; after the arguments are known to be good
@@ -100,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(summary))
         return
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    _answer(params, prompt, show=not args.json, seed=args.seed, **options)
+    _answer(params, prompt, show=not args.json, seed=args.seed, exact=args.exact, **options)
 
 
 def _answer(params: Any, prompt: str, show: bool, **options: Any) -> None:

@@ -32,16 +32,21 @@ from eagle_jax.config import DraftConfig, TransformerConfig
 from eagle_jax.decode.method import Context, Method, Models, Prompt, Verified
 from eagle_jax.decode.prefill import fill
 from eagle_jax.decode.sampling import Sampling, argmax, perturb, position_noise
-from eagle_jax.models import DRAFTS, Cache, Transformer, bind
+from eagle_jax.decode.tree import Proposal
+from eagle_jax.models import DRAFTS, Cache, Output, Transformer, attention, bind
 from eagle_jax.models import cache as caches
 from eagle_jax.params import Params
-from eagle_jax.types import Tokens
+from eagle_jax.types import Logits, Tokens
 
 # Attention reads every slot of the cache, so a few sizes are compiled, not one per length.
 _PROMPT_BUCKET = 128
 _SLOT_BUCKET = 256
 _FINE = 1024  # from here on, the half steps between powers of two are sizes too
 _GROWING = 2048  # caches that need more slots begin with fewer and grow
+
+# Of an exact program, whatever the method: rows of a target pass, slots that a round may take.
+EXACT_ROWS = 128
+EXACT_DEPTH = attention.SPAN
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +86,7 @@ class Program:
         target, draft: architectures.
         slots: c, capacity for committed tokens and for caches.
         eos: token ids that end an answer.
+        exact: every target pass has the same shape and order of summation, whatever the method.
     """
 
     method: Method
@@ -88,6 +94,7 @@ class Program:
     draft: DraftConfig | None
     slots: int
     eos: tuple[int, ...]
+    exact: bool = False
 
     def models(self, params: Params) -> Models:
         draft = None
@@ -239,14 +246,7 @@ def _round(program: Program, models: Models, state: State, settings: Sampling) -
     proposal, method_state = method.propose(models, context, state.method)
 
     depth = proposal.shape.depth
-    output = models.target(
-        proposal.tokens,
-        state.length[:, None] - 1 + depth,
-        proposal.shape.ancestors,
-        cache=state.cache,
-        lengths=state.length - 1,
-    )
-    logits = models.target.logits(output.features)
+    output, logits = _verify(program, models.target, state, proposal)
     if noise is not None:
         noise = jnp.take_along_axis(noise, depth[:, :, None], axis=1, mode="clip")
     targets = argmax(perturb(logits, noise, settings))
@@ -267,6 +267,41 @@ def _round(program: Program, models: Models, state: State, settings: Sampling) -
         method=method.update(models, method_state, verified),
         rounds=state.rounds + (~state.done).astype(jnp.int32),
         accepted=state.accepted + (drafted[:, None] == jnp.arange(n)[None]).astype(jnp.int32),
+    )
+
+
+def _verify(
+    program: Program, target: Transformer, state: State, proposal: Proposal
+) -> tuple[Output, Logits]:
+    """The target's pass over the nodes of a proposal."""
+    tokens, depth, seen = proposal.tokens, proposal.shape.depth, proposal.shape.ancestors
+    nodes = tokens.shape[1]
+    if program.exact:  # more rows, which see only themselves
+        more = (0, EXACT_ROWS - nodes)
+        tokens, depth = (jnp.pad(x, ((0, 0), more)) for x in (tokens, depth))
+        seen = jnp.pad(seen, ((0, 0), more, more)) | jnp.eye(EXACT_ROWS, dtype=bool)[None]
+        # Barriers: no fusion with what is around the pass, which depends on the method.
+        tokens, depth, seen = jax.lax.optimization_barrier((tokens, depth, seen))
+    output = target(
+        tokens,
+        state.length[:, None] - 1 + depth,
+        seen,
+        cache=state.cache,
+        lengths=state.length - 1,
+        kernel="aligned" if program.exact else "xla",
+    )
+    logits = target.logits(output.features)
+    if program.exact:
+        output, logits = jax.lax.optimization_barrier((output, logits))
+        output, logits = _first(output, nodes), logits[:, :nodes]
+    return output, logits
+
+
+def _first(output: Output, nodes: int) -> Output:
+    return Output(
+        output.features[:, :nodes],
+        tuple(x[:, :nodes] for x in output.residuals),
+        jax.tree.map(lambda x: x[:, :, :nodes], output.block),
     )
 
 
@@ -349,8 +384,8 @@ def _compiled(
             # A function of its own, so that jit's caches let go of the program with it.
             bound = _on(mesh, functools.partial(function, program))
             # TPUs and GPUs multiply float32 in fewer bits unless told otherwise.
-            exact = args[0].dtype == jnp.float32
-            with jax.default_matmul_precision("highest" if exact else "default"):
+            full = args[0].dtype == jnp.float32
+            with jax.default_matmul_precision("highest" if full else "default"):
                 jitted = jax.jit(bound, donate_argnums=donate, out_shardings=places)
                 run = jitted.lower(*args).compile()
             clock.compile += time.perf_counter() - start

@@ -31,7 +31,7 @@ questions
 results
   The output directory gets results.json, results.csv, plots, and samples.jsonl, from which a run
   that was stopped goes on when the same command is given again. The last line of standard output
-  is one JSON object. Exit status 1: in float32, an answer differs that must not.
+  is one JSON object. Exit status 1: an answer differs that must not, in float32 or with exact=True.
 
 examples
   python -m eagle_jax.evaluate --config configs/eval/tiny.py --set limit=4 --set repeats=1
@@ -122,11 +122,12 @@ def evaluate(config: EvalConfig, restart: bool = False, strict: bool = True) -> 
     table = metrics.Table(params, run.methods, around["device"])
     table.read(groups[: len(units)], samples, config.repeats)
     rows = table.rows()
-    failed = around["dtype"] == "float32" and any(
+    judged = config.exact or around["dtype"] == "float32"
+    failed = judged and any(
         row["guarantee"] == "exact" and row["equal"] < row["answers"] for row in rows
     )
     result = {
-        "lossless": None if around["dtype"] != "float32" else not failed,
+        "lossless": not failed if judged else None,
         "environment": around,
         "config": {
             **dataclasses.asdict(dataclasses.replace(config, methods=())),
@@ -186,9 +187,10 @@ def _fixed(config: EvalConfig, params: Any, around: dict[str, Any]) -> dict[str,
     """What all samples of an output directory share; tasks, temperatures and limits may grow."""
     from eagle_jax.evaluate.runner import with_baseline
 
-    names = ("model", "drafts", "top_p", "new_tokens", "ignore_eos", "seed", "repeats", "warm_up")
+    names = ("model", "drafts", "top_p", "new_tokens", "ignore_eos", "exact", "seed", "repeats")
+    more = ("warm_up", "batch_size", "tensor", "expert")
     return {
-        **{name: getattr(config, name) for name in (*names, "batch_size", "tensor", "expert")},
+        **{name: getattr(config, name) for name in (*names, *more)},
         "methods": {name: repr(method) for name, method in with_baseline(config.methods).items()},
         **{name: around[name] for name in _AROUND},
         "weights": _fingerprint(params),

@@ -30,6 +30,7 @@ class EvalConfig:
         top_p: filter of the sampled distribution; 1 is off.
         new_tokens: longest answer.
         ignore_eos: decode all answers to `new_tokens`.
+        exact: as in `generate`: equal texts in bfloat16 too; times are then those of a check.
         seed: of the sampling noise; each question's own seed is derived from it.
         repeats: timed runs of every method on every prompt.
         warm_up: run every shape once before anything is timed. Off, for acceptance and equality
@@ -59,6 +60,7 @@ class EvalConfig:
     top_p: float = 1.0
     new_tokens: int = 128
     ignore_eos: bool = False
+    exact: bool = False
     seed: int = 0
     repeats: int = 3
     warm_up: bool = True

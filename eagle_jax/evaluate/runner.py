@@ -283,6 +283,7 @@ class Runner:
             top_p=float(self.config.top_p),
             seed=[*unit.seeds, *unit.seeds[:1] * missing],
             ignore_eos=job.ignore_eos,
+            exact=self.config.exact,
         )
         statistics = out.statistics
         return {
@@ -322,6 +323,7 @@ def check_methods(params: Params, config: EvalConfig) -> None:
                     max_new_tokens=config.new_tokens,
                     temperature=temperature,
                     top_p=config.top_p,
+                    exact=config.exact,
                 ).check(params)
             except ValueError as error:
                 raise ValueError(f"methods, {name!r}: {error}") from error

@@ -13,7 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from eagle_jax.config import EagleConfig
-from eagle_jax.models.layers import AttentionKernel, DecoderLayer, Linear
+from eagle_jax.models.attention import AttentionKernel
+from eagle_jax.models.layers import DecoderLayer, Linear
 from eagle_jax.models.transformer import Output, Transformer
 from eagle_jax.types import Hidden, KeyValue, Logits
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,10 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from eagle_jax.config import RopeScaling, TransformerConfig
 from eagle_jax.models import quantize
+from eagle_jax.models.attention import AttentionKernel, aligned_attention, two_segment_attention
 from eagle_jax.models.quantize import Quantization
 from eagle_jax.sharding import constrain, ways_of
 from eagle_jax.types import Hidden, KeyValue
-
-AttentionKernel = Literal["xla", "cudnn"]
 
 # A kernel and, if it is int8, the scales of its outputs.
 Weight = tuple[jax.Array, jax.Array | None]
@@ -217,77 +216,6 @@ def rotary(
     return turned.astype(x.dtype)
 
 
-def two_segment_attention(
-    query: Float[Array, "b t h e"],
-    block: KeyValue,
-    mask: Bool[Array, "b t u"],
-    prefix: KeyValue | None,
-    lengths: Int[Array, " b"] | None,
-    *,
-    oldest: Int[Array, "b t"] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> Float[Array, "b t h e"]:
-    """Attention over a read-only prefix cache and a fresh block, joined in one softmax.
-
-    Every query sees prefix slots `0 .. lengths - 1` of its row and the block entries that `mask`
-    allows. For a tree of 4 nodes (1 and 2 children of 0, 3 a child of 1) after a prefix of 3:
-
-        slots    0 1 2 . .   block 0 1 2 3
-        node 0   x x x             x
-        node 1   x x x             x x
-        node 2   x x x             x   x
-        node 3   x x x             x x   x
-
-    Args:
-        query: of the t tokens at hand.
-        block: keys and values [b, k, u, e] of the fresh tokens (u >= t where earlier blocks of the
-            same round are attended to as well).
-        mask: query token -> block token.
-        prefix: keys and values [b, k, s, e], or none.
-        lengths: used slots of the prefix, per row.
-        oldest: the first prefix slot that each query sees; by default the first of all. A slot's
-            number is its token's position, and siblings of a tree share theirs.
-        scale: of the scores; by default 1 / sqrt(e).
-        softcap: c, where scores x become c tanh(x / c).
-
-    Returns:
-        [b, t, h, e] in the query's dtype; scores and softmax are float32.
-    """
-    b, t, h, e = query.shape
-    k = block[0].shape[1]
-    # [b, k, t*g, e]: the g query heads of a key head become rows of one matrix product.
-    grouped = query.reshape(b, t, k, h // k, e).transpose(0, 2, 1, 3, 4).reshape(b, k, -1, e)
-    grouped = grouped * jnp.asarray(e**-0.5 if scale is None else scale, query.dtype)
-
-    def score(keys: jax.Array, visible: jax.Array) -> jax.Array:
-        scores = jnp.einsum("bkqe,bkse->bkqs", grouped, keys, preferred_element_type=jnp.float32)
-        if softcap is not None:
-            scores = bend(scores, softcap)
-        return jnp.where(visible, scores, -jnp.inf)
-
-    visible = jnp.repeat(mask, h // k, axis=1)[:, None]
-    if prefix is None or lengths is None:
-        weights = jax.nn.softmax(score(block[0], visible), axis=-1).astype(query.dtype)
-        mixed = jnp.einsum("bkqs,bkse->bkqe", weights, block[1])
-    else:
-        slots = prefix[0].shape[2]
-        used = (jnp.arange(slots)[None, :] < lengths[:, None])[:, None, None, :]
-        if oldest is not None:
-            recent = jnp.arange(slots)[None, None, :] >= oldest[:, :, None]
-            used = used & jnp.repeat(recent, h // k, axis=1)[:, None]
-        scores = jnp.concatenate([score(prefix[0], used), score(block[0], visible)], axis=-1)
-        weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-        mixed = jnp.einsum("bkqs,bkse->bkqe", weights[..., :slots], prefix[1])
-        mixed = mixed + jnp.einsum("bkqs,bkse->bkqe", weights[..., slots:], block[1])
-    return mixed.reshape(b, k, t, h // k, e).transpose(0, 2, 1, 3, 4).reshape(b, t, h, e)
-
-
-def bend(x: Float[Array, "*lead o"], cap: float) -> Float[Array, "*lead o"]:
-    """cap tanh(x / cap): nearly x where it is small, never beyond ± cap."""
-    return jnp.tanh(x / jnp.asarray(cap, x.dtype)) * jnp.asarray(cap, x.dtype)
-
-
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions; reads `inputs` times the model's width.
 
@@ -331,7 +259,8 @@ class Attention(nnx.Module):
 
         `before` holds keys and values of earlier blocks of the same round (levels of a tree being
         drafted); they come first in `mask`'s last axis. `kernel="cudnn"` takes the fused kernel
-        for training, where there is no prefix.
+        for training, where there is no prefix, "aligned" makes results independent of how many
+        tokens are verified together (`aligned_attention`).
         """
         query, keys, values = self.project(x, positions)
         oldest = None
@@ -350,20 +279,15 @@ class Attention(nnx.Module):
                 query, keys, values, mask=mask[:, None], scale=self.scale, implementation="cudnn"
             )
         block = (keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3))
+        bounds = {"oldest": oldest, "scale": self.scale, "softcap": self.softcap}
+        if kernel == "aligned":
+            assert before is None and prefix is not None and lengths is not None
+            mixed = aligned_attention(query, block, mask, positions, prefix, lengths, **bounds)
         if kernel == "xla":
             seen = block
             if before is not None:
                 seen = jax.tree.map(lambda a, c: jnp.concatenate([a, c], axis=2), before, block)
-            mixed = two_segment_attention(
-                query,
-                seen,
-                mask,
-                prefix,
-                lengths,
-                oldest=oldest,
-                scale=self.scale,
-                softcap=self.softcap,
-            )
+            mixed = two_segment_attention(query, seen, mask, prefix, lengths, **bounds)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1)), block
 
     def project(

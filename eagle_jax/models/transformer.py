@@ -14,16 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from eagle_jax.config import TransformerConfig
+from eagle_jax.models.attention import AttentionKernel, bend
 from eagle_jax.models.cache import Cache
-from eagle_jax.models.layers import (
-    AttentionKernel,
-    DecoderLayer,
-    Embedding,
-    Linear,
-    RMSNorm,
-    bend,
-    matmul,
-)
+from eagle_jax.models.layers import DecoderLayer, Embedding, Linear, RMSNorm, matmul
 from eagle_jax.sharding import constrain
 from eagle_jax.types import Hidden, Logits
 
@@ -89,7 +82,7 @@ class Transformer(nnx.Module):
             cache: read-only keys and values of earlier tokens, each in the slot of its position;
                 all used slots are seen, by sliding layers those within the window.
             lengths: used slots of the cache, per row.
-            kernel: attention kernel; "cudnn" only without cache.
+            kernel: attention kernel; "cudnn" only without cache, "aligned" only with one.
             remat: recompute each layer in the backward pass.
         """
         x = constrain(self.embed_tokens(tokens), "batch")

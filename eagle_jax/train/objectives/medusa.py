@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from eagle_jax import config as configs
 from eagle_jax.checkpoint import hf
 from eagle_jax.models import MedusaHeads, bind, init_params
-from eagle_jax.models.layers import AttentionKernel
+from eagle_jax.models.attention import AttentionKernel
 from eagle_jax.train.objectives import target
 from eagle_jax.train.objectives.base import (
     Batch,

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from eagle_jax import config as configs
 from eagle_jax.checkpoint import hf
 from eagle_jax.models import Transformer, bind, init_params
-from eagle_jax.models.layers import AttentionKernel
+from eagle_jax.models.attention import AttentionKernel
 from eagle_jax.models.transformer import packed_mask
 from eagle_jax.text import Tokenizer
 from eagle_jax.train.objectives.base import (

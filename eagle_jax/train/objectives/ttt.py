@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from eagle_jax import config as configs
 from eagle_jax.checkpoint import hf
 from eagle_jax.models import Eagle3Draft, bind, init_params
-from eagle_jax.models.layers import AttentionKernel
+from eagle_jax.models.attention import AttentionKernel
 from eagle_jax.train.objectives import chain, target
 from eagle_jax.train.objectives.base import (
     Batch,

@@ -1,0 +1,155 @@
+"""Attention over a cache and a fresh block: a fast one, and one that rounds alike for all trees."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from eagle_jax.types import KeyValue
+
+AttentionKernel = Literal["xla", "cudnn", "aligned"]
+
+# Positions of a span of `aligned_attention`; no tree that is verified by it may be deeper.
+SPAN = 32
+
+
+def two_segment_attention(
+    query: Float[Array, "b t h e"],
+    block: KeyValue,
+    mask: Bool[Array, "b t u"],
+    prefix: KeyValue | None,
+    lengths: Int[Array, " b"] | None,
+    *,
+    oldest: Int[Array, "b t"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "b t h e"]:
+    """Attention over a read-only prefix cache and a fresh block, joined in one softmax.
+
+    Every query sees prefix slots `0 .. lengths - 1` of its row and the block entries that `mask`
+    allows. For a tree of 4 nodes (1 and 2 children of 0, 3 a child of 1) after a prefix of 3:
+
+        slots    0 1 2 . .   block 0 1 2 3
+        node 0   x x x             x
+        node 1   x x x             x x
+        node 2   x x x             x   x
+        node 3   x x x             x x   x
+
+    Args:
+        query: of the t tokens at hand.
+        block: keys and values [b, k, u, e] of the fresh tokens (u >= t where earlier blocks of the
+            same round are attended to as well).
+        mask: query token -> block token.
+        prefix: keys and values [b, k, s, e], or none.
+        lengths: used slots of the prefix, per row.
+        oldest: the first prefix slot that each query sees; by default the first of all. A slot's
+            number is its token's position, and siblings of a tree share theirs.
+        scale: of the scores; by default 1 / sqrt(e).
+        softcap: c, where scores x become c tanh(x / c).
+
+    Returns:
+        [b, t, h, e] in the query's dtype; scores and softmax are float32.
+    """
+    b, t, h, e = query.shape
+    k = block[0].shape[1]
+    # [b, k, t*g, e]: the g query heads of a key head become rows of one matrix product.
+    grouped = query.reshape(b, t, k, h // k, e).transpose(0, 2, 1, 3, 4).reshape(b, k, -1, e)
+    grouped = grouped * jnp.asarray(e**-0.5 if scale is None else scale, query.dtype)
+
+    def score(keys: jax.Array, visible: jax.Array) -> jax.Array:
+        scores = jnp.einsum("bkqe,bkse->bkqs", grouped, keys, preferred_element_type=jnp.float32)
+        if softcap is not None:
+            scores = bend(scores, softcap)
+        return jnp.where(visible, scores, -jnp.inf)
+
+    visible = jnp.repeat(mask, h // k, axis=1)[:, None]
+    if prefix is None or lengths is None:
+        weights = jax.nn.softmax(score(block[0], visible), axis=-1).astype(query.dtype)
+        mixed = jnp.einsum("bkqs,bkse->bkqe", weights, block[1])
+    else:
+        slots = prefix[0].shape[2]
+        used = (jnp.arange(slots)[None, :] < lengths[:, None])[:, None, None, :]
+        if oldest is not None:
+            recent = jnp.arange(slots)[None, None, :] >= oldest[:, :, None]
+            used = used & jnp.repeat(recent, h // k, axis=1)[:, None]
+        scores = jnp.concatenate([score(prefix[0], used), score(block[0], visible)], axis=-1)
+        weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+        mixed = jnp.einsum("bkqs,bkse->bkqe", weights[..., :slots], prefix[1])
+        mixed = mixed + jnp.einsum("bkqs,bkse->bkqe", weights[..., slots:], block[1])
+    return mixed.reshape(b, k, t, h // k, e).transpose(0, 2, 1, 3, 4).reshape(b, t, h, e)
+
+
+def aligned_attention(
+    query: Float[Array, "b t h e"],
+    block: KeyValue,
+    mask: Bool[Array, "b t t"],
+    positions: Int[Array, "b t"],
+    prefix: KeyValue,
+    lengths: Int[Array, " b"],
+    *,
+    oldest: Int[Array, "b t"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "b t h e"]:
+    """As `two_segment_attention`, bit for bit the same for a token in whatever tree it stands.
+
+    A key comes from the cache or from the block, depending on which tokens are verified together,
+    and sums over two such parts round differently. Here a query's sums are split where its own
+    position says: the last 32 to 64 positions, collected for every query from wherever they are,
+    and all before them, which are in the cache by then. So there is one order of summation for a
+    text, given the shapes; a tree costs t copies of that window.
+
+    Args:
+        query, block, mask, prefix, lengths, oldest, scale, softcap: as there.
+        positions: of the block's tokens; they follow the cache's, depth by depth, and the deepest
+            is less than `SPAN` beyond it.
+
+    Returns:
+        [b, t, h, e] in the query's dtype; scores and softmax are float32.
+    """
+    b, t, h, e = query.shape
+    k, slots = block[0].shape[1], prefix[0].shape[2]
+    query = query * jnp.asarray(e**-0.5 if scale is None else scale, query.dtype)
+    grouped = query.reshape(b, t, k, h // k, e).transpose(0, 2, 1, 3, 4)  # [b, k, t, g, e]
+    start = jnp.maximum(positions // SPAN - 1, 0) * SPAN  # of each query's window
+    window = start[:, :, None] + jnp.arange(2 * SPAN)[None, None, :]  # [b, t, w] positions
+    far = jnp.arange(slots)[None, None, :]
+    seen_far = far < start[:, :, None]
+    at = mask[:, :, None, :] & (positions[:, None, None, :] == window[..., None])  # [b, t, w, t]
+    fresh = jnp.any(at, axis=-1)
+    seen_near = fresh | (window < lengths[:, None, None])
+    if oldest is not None:
+        seen_far = seen_far & (far >= oldest[:, :, None])
+        seen_near = seen_near & (window >= oldest[:, :, None])
+
+    def near(old: jax.Array, new: jax.Array) -> Float[Array, "b k t w e"]:
+        def pick(x: jax.Array, index: jax.Array) -> jax.Array:
+            flat = index.reshape(b, 1, -1, 1)
+            return jnp.take_along_axis(x, flat, axis=2, mode="clip").reshape(b, k, t, -1, e)
+
+        fresh_ones = pick(new, jnp.argmax(at, axis=-1))
+        return jnp.where(fresh[:, None, :, :, None], fresh_ones, pick(old, window))
+
+    def score(spelled: str, keys: jax.Array, visible: Bool[Array, "b t s"]) -> jax.Array:
+        scores = jnp.einsum(spelled, grouped, keys, preferred_element_type=jnp.float32)
+        if softcap is not None:
+            scores = bend(scores, softcap)
+        return jnp.where(visible[:, None, :, None, :], scores, -jnp.inf)
+
+    keys, values = (near(old, new) for old, new in zip(prefix, block, strict=True))
+    parts = [
+        score("bktge,bkse->bktgs", prefix[0], seen_far),
+        score("bktge,bktwe->bktgw", keys, seen_near),
+    ]
+    weights = jax.nn.softmax(jnp.concatenate(parts, axis=-1), axis=-1).astype(query.dtype)
+    mixed = jnp.einsum("bktgs,bkse->bktge", weights[..., :slots], prefix[1])
+    mixed = mixed + jnp.einsum("bktgw,bktwe->bktge", weights[..., slots:], values)
+    return mixed.transpose(0, 2, 1, 3, 4).reshape(b, t, h, e)
+
+
+def bend(x: Float[Array, "*lead o"], cap: float) -> Float[Array, "*lead o"]:
+    """cap tanh(x / cap): nearly x where it is small, never beyond ± cap."""
+    return jnp.tanh(x / jnp.asarray(cap, x.dtype)) * jnp.asarray(cap, x.dtype)
