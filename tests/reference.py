@@ -230,11 +230,13 @@ def process(logits: Array, rule: Rule) -> Array:
     return scaled
 
 
-def scores(logits: Array, position: int, rule: Rule, *, noisy: bool = True) -> Array:
-    """What the token at `position` is the argmax of."""
+def scores(
+    logits: Array, position: int, rule: Rule, *, noisy: bool = True, confidence: float = 1.0
+) -> Array:
+    """What the token at `position` is the argmax of; a draft's logits may count for more."""
     if rule.temperature == 0 or not noisy:
         return logits
-    return process(logits, rule) + gumbel(rule.seed, position, len(logits))
+    return process(logits, rule) * confidence + gumbel(rule.seed, position, len(logits))
 
 
 def generate(
@@ -284,13 +286,20 @@ def drafter(pair: Pair, kind: str, tokens: Sequence[int]) -> Drafter:
 
 
 def draft_tree(
-    think: Drafter, length: int, paths: Sequence[Path], rule: Rule, *, coupled: bool = True
+    think: Drafter,
+    length: int,
+    paths: Sequence[Path],
+    rule: Rule,
+    *,
+    coupled: bool = True,
+    confidence: float = 1.0,
 ) -> list[int]:
     """Drafted token of every rank path, after `length` committed tokens."""
     found: dict[Path, int] = {}
     for path in paths:
         above = tuple(found[path[:i]] for i in range(1, len(path)))
-        said = scores(think(above), length + len(above), rule, noisy=coupled)
+        at = length + len(above)
+        said = scores(think(above), at, rule, noisy=coupled, confidence=confidence)
         found[path] = ranked(said, think(above))[path[-1]]
     return [found[path] for path in paths]
 
@@ -308,6 +317,7 @@ def dynamic_tree(
     rule: Rule,
     *,
     coupled: bool = True,
+    confidence: float = 1.0,
     sharpness: float = 1.0,
 ) -> tuple[list[int], list[int]]:
     """EAGLE-2's tree after `length` committed tokens: tokens and parents of all nodes but the root.
@@ -318,7 +328,7 @@ def dynamic_tree(
     noisy = coupled and rule.temperature > 0
 
     def children(words: Path) -> list[tuple[float, int]]:
-        said = scores(think(words), length + len(words), rule, noisy=noisy)
+        said = scores(think(words), length + len(words), rule, noisy=noisy, confidence=confidence)
         said = said * (sharpness if noisy else 1.0)
         whole = math.log(sum(math.exp(x - max(said)) for x in said))
         best = ranked(said, think(words))[: tree.k]

@@ -48,6 +48,7 @@ config = EvalConfig(
         ("lookahead paper", Lookahead(5, 7, 7, prompt_pool=False, coupled=False)),
         ("prompt lookup", PromptLookup()),
         ("recycling", Recycling()),
+        ("auto", "auto"),  # what python -m eagle_jax.tune found on this machine
     ),
     temperatures=(0.0, 1.0),
     new_tokens=128,

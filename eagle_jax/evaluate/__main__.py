@@ -119,7 +119,7 @@ def evaluate(config: EvalConfig, restart: bool = False, strict: bool = True) -> 
         run.measure(groups)
     finally:
         samples.close()
-    table = metrics.Table(params, run.methods, around["device"])
+    table = metrics.Table(params, around["device"])
     table.read(groups[: len(units)], samples, config.repeats)
     rows = table.rows()
     judged = config.exact or around["dtype"] == "float32"
@@ -150,13 +150,22 @@ def evaluate(config: EvalConfig, restart: bool = False, strict: bool = True) -> 
 
 
 def with_drafts(config: EvalConfig, params: Any) -> EvalConfig:
-    """Without the methods whose draft there is none of."""
+    """Without the methods whose draft there is none of, or that need a tuning that there isn't."""
+    from eagle_jax.decode import tuned
+    from eagle_jax.decode.named import AUTO
+
     kept = []
     for name, method in config.methods:
-        if method.draft is None or method.draft in params.drafts:
-            kept.append((name, method))
+        lacking = ""
+        if method == AUTO:
+            if not all(tuned.find(params, config.batch_size, t) for t in config.temperatures):
+                lacking = "was not tuned here (python -m eagle_jax.tune)"
+        elif method.draft is not None and method.draft not in params.drafts:
+            lacking = f"has no {method.draft} draft"
+        if lacking:
+            print(f"left out {name}: the model {lacking}", file=sys.stderr)
         else:
-            print(f"left out {name}: the model has no {method.draft} draft", file=sys.stderr)
+            kept.append((name, method))
     return dataclasses.replace(config, methods=tuple(kept))
 
 
@@ -191,10 +200,24 @@ def _fixed(config: EvalConfig, params: Any, around: dict[str, Any]) -> dict[str,
     more = ("warm_up", "batch_size", "tensor", "expert")
     return {
         **{name: getattr(config, name) for name in (*names, *more)},
-        "methods": {name: repr(method) for name, method in with_baseline(config.methods).items()},
+        "methods": {
+            name: _settings(method, params, config.batch_size)
+            for name, method in with_baseline(config.methods).items()
+        },
         **{name: around[name] for name in _AROUND},
         "weights": _fingerprint(params),
     }
+
+
+def _settings(method: Any, params: Any, rows: int) -> str:
+    """Of a method; of "auto" what it is at present."""
+    from eagle_jax.decode import tuned
+    from eagle_jax.decode.named import AUTO
+
+    if method != AUTO:
+        return repr(method)
+    found = [tuned.find(params, rows, temperature) for temperature in (0.0, 1.0)]
+    return f"auto: {[entry and entry['method'] for entry in found]}"
 
 
 def _fingerprint(params: Any) -> str:

@@ -16,7 +16,8 @@ class EvalConfig:
 
     Attributes:
         output_dir: receives samples, results and plots; a run that was stopped goes on in it.
-        methods: (name, method) pairs, compared in this order; vanilla is added if missing.
+        methods: (name, method) pairs, compared in this order; vanilla is added if missing. "auto"
+            as a method is what `python -m eagle_jax.tune` found for `batch_size` rows.
         model: "tiny" or a directory that `eagle_jax.load` reads.
         drafts: further directories of drafts.
         dtype: of weights and arithmetic; by default the device's (`eagle_jax.load`).

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from eagle_jax.decode import named
 from eagle_jax.decode.method import Method
 from eagle_jax.evaluate.config import BASELINE
 from eagle_jax.evaluate.runner import Job, Unit
@@ -232,8 +233,9 @@ def guarantee(method: Method, temperature: float) -> str:
 class Table:
     """Result rows over groups of units, as plain dictionaries."""
 
-    def __init__(self, params: Params, methods: Mapping[str, Method], device_kind: str) -> None:
-        self.params, self.methods = params, methods
+    def __init__(self, params: Params, device_kind: str) -> None:
+        self.params = params
+        self._methods: dict[tuple[str, float], Method] = {}
         self.peak, self.kv = peak_bytes(device_kind), kv_bytes(params)
         self._units: list[Unit] = []
         self._runs: dict[tuple[str, int], Measured] = {}
@@ -247,6 +249,7 @@ class Table:
             truth = runs[BASELINE][0]["tokens"]
             for job in group:
                 at = job.name, len(self._units)
+                self._methods[job.name, job.unit.temperature] = job.method
                 self._runs[at] = measured(job.unit, runs[job.name], truth, self.kv)
                 self._shapes[at] = job.shape()
                 compiled = samples.get(job.shape())
@@ -276,12 +279,13 @@ class Table:
                             "method": name,
                             **self._row(name, own, temperature),
                         }
-                        for name in self.methods
+                        for name, at in self._methods
+                        if at == temperature
                     ]
         return out
 
     def _row(self, name: str, chosen: list[int], temperature: float) -> dict[str, Any]:
-        method = self.methods[name]
+        method = self._methods[name, temperature]
         runs = [self._runs[name, i] for i in chosen]
         base = [self._runs[BASELINE, i] for i in chosen]
         rounds = sum(run.rounds for run in runs)
@@ -303,6 +307,7 @@ class Table:
             "accepted_per_drafted": (
                 float(accepted.sum() / rounds / (method.nodes - 1)) if method.nodes > 1 else None
             ),
+            "settings": named.spell(method),
             "nodes": method.nodes,
             "round_ms": 1e3 * _median(run.decode / run.passes for run in runs),
             "round_cost": _median(

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from eagle_jax.decode import Options, Vanilla, engine, generate
+from eagle_jax.decode import Options, Vanilla, engine, generate, tuned
 from eagle_jax.decode.method import Context, Method, Models
+from eagle_jax.decode.named import AUTO
 from eagle_jax.decode.tree import Proposal, StaticTree
 from eagle_jax.evaluate.config import BASELINE, EvalConfig
 from eagle_jax.evaluate.samples import Samples
@@ -130,7 +131,10 @@ class Runner:
         """Groups to interleave: all methods on a unit, then all tree sizes on the first units."""
         new, ignore = self.config.new_tokens, self.config.ignore_eos
         out = [
-            [Job(name, method, unit, new, ignore) for name, method in self.methods.items()]
+            [
+                Job(name, self._method(method, unit.temperature), unit, new, ignore)
+                for name, method in self.methods.items()
+            ]
             for unit in units
         ]
         new = min(new, _STEP_TOKENS)
@@ -139,6 +143,9 @@ class Runner:
             sizes = [(n, Vanilla() if n == 1 else Star(n)) for n in self.config.step_times]
             out.append([Job(f"step {n}", method, unit, new, True) for n, method in sizes])
         return out
+
+    def _method(self, method: Any, temperature: float) -> Method:
+        return resolved(method, self.params, self.config.batch_size, temperature)
 
     def measure(self, groups: Sequence[Sequence[Job]]) -> None:
         """Takes every sample that is not there yet."""
@@ -313,6 +320,11 @@ def with_baseline(methods: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     return out if BASELINE in out else {BASELINE: Vanilla(), **out}
 
 
+def resolved(method: Any, params: Params, rows: int, temperature: float) -> Method:
+    """A method, or what was tuned for so many rows at this temperature where it is "auto"."""
+    return tuned.method(params, rows, temperature) if method == AUTO else method
+
+
 def check_methods(params: Params, config: EvalConfig) -> None:
     """Raises a ValueError of one line for the first method or setting that cannot work."""
     for name, method in with_baseline(config.methods).items():
@@ -324,6 +336,6 @@ def check_methods(params: Params, config: EvalConfig) -> None:
                     temperature=temperature,
                     top_p=config.top_p,
                     exact=config.exact,
-                ).check(params)
+                ).check(params, config.batch_size)
             except ValueError as error:
                 raise ValueError(f"methods, {name!r}: {error}") from error

@@ -111,7 +111,7 @@ DRAFTING: dict[str, tuple[Method, float, dict]] = {
     "eagle plain": (dataclasses.replace(MC_SIM, coupled=False), 1.0, {}),
     "eagle chain greedy": (Eagle(chain(3)), 0.0, {}),
     "eagle2 greedy": (Eagle(DynamicTree(5, 3, 14)), 0.0, {}),
-    "eagle2": (Eagle(DynamicTree(4, 4, 20), sharpness=0.6), 1.0, {}),
+    "eagle2": (Eagle(DynamicTree(4, 4, 20), confidence=1.5, sharpness=0.6), 1.0, {}),
     "eagle2 plain": (Eagle(DynamicTree(3, 5, 55), coupled=False), 1.0, {}),  # the whole pool
     "eagle2 one wide": (Eagle(DynamicTree(4, 1, 3)), 0.7, {}),
     "eagle3 greedy": (Eagle(HEAD3, head="eagle3"), 0.0, {}),
@@ -200,14 +200,14 @@ def redrafted(
     else:
         assert isinstance(method, Eagle | Medusa)
         tree = method.tree
-    coupled = method.coupled
+    trust = {"coupled": method.coupled, "confidence": getattr(method, "confidence", 1.0)}
     if isinstance(tree, DynamicTree):
         assert isinstance(method, Eagle)
         return reference.dynamic_tree(
-            think, len(text), tree, rule, coupled=coupled, sharpness=method.sharpness
+            think, len(text), tree, rule, **trust, sharpness=method.sharpness
         )
     nodes = [(), *tree.paths]
-    tokens = reference.draft_tree(think, len(text), tree.paths, rule, coupled=coupled)
+    tokens = reference.draft_tree(think, len(text), tree.paths, rule, **trust)
     return tokens, [nodes.index(path[:-1]) for path in tree.paths]
 
 

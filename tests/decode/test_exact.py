@@ -125,7 +125,5 @@ def test_attention_is_the_same_function(length: int, changes: dict) -> None:
 
 @pytest.mark.parametrize("depth", [attention.SPAN, ROWS])
 def test_what_is_too_large_is_refused(depth: int) -> None:
-    with pytest.raises(
-        ValueError, match="exact=True: passes have 24 nodes to depth 31, "
-    ):
+    with pytest.raises(ValueError, match="exact=True: passes have 24 nodes to depth 31, "):
         generate(pair(), [1, 2], method=Eagle(chain(depth)), max_new_tokens=4, exact=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from eagle_jax.decode import Eagle, Vanilla, chain, generate
+from eagle_jax.decode import Eagle, Vanilla, chain, generate, tuned
 from eagle_jax.evaluate import EvalConfig, metrics, runner
 from eagle_jax.evaluate.__main__ import evaluate, main, with_drafts
 from eagle_jax.evaluate.samples import SAMPLES, WRITTEN
@@ -322,6 +322,40 @@ def test_batches_count_their_own_rows_only(finished, tiny_model, data, tmp_path,
         assert row["tau"] == pytest.approx(own["tau"])
 
 
+def test_what_was_tuned_is_a_row(tiny_model, data, tmp_path, monkeypatch, capsys) -> None:
+    """At every temperature its own method, which the row tells; without a tuning it is left out."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    config = EvalConfig(
+        output_dir=str(tmp_path / "out"),
+        methods=(("auto", "auto"),),
+        model=str(model),
+        data=str(data),
+        tasks=("other",),
+        new_tokens=12,
+        repeats=1,
+        step_times=(),
+    )
+    params = load(model)
+    assert with_drafts(config, params).methods == ()
+    assert "left out auto: the model was not tuned here" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="methods, 'auto': method='auto': no tuning for .*; run "):
+        evaluate(config)
+    entry = {"tuned": "2026-01-01", "speedup": 1.5}
+    found = {0.0: "--method eagle --tree chain-2", 1.0: "--method vanilla"}
+    tuned.store(
+        params, [{"key": tuned.key(params, 1, t), "method": m, **entry} for t, m in found.items()]
+    )
+    rows = evaluate(config)["rows"]
+    chosen = {row["temperature"]: row["settings"] for row in rows if row["method"] == "auto"}
+    assert chosen == found
+    assert all(row["equal"] == row["answers"] > 0 for row in rows)
+    tuned.store(params, [{"key": tuned.key(params, 1, 0.0), "method": "--method vanilla", **entry}])
+    with pytest.raises(ValueError, match=r"samples taken with other methods \(auto\); give"):
+        evaluate(config)
+
+
 def test_bandwidth_share(finished, tiny_model, monkeypatch) -> None:
     """Catches a wrong unit, weights forgotten, and keys and values counted at full length."""
     params = load(tiny_model, dtype="float32")
@@ -339,7 +373,8 @@ def test_bandwidth_share(finished, tiny_model, monkeypatch) -> None:
     measured = metrics.measured(unit, [run], run["tokens"], kv)
     monkeypatch.setattr(metrics, "peak_bytes", lambda kind: 1e6)
     methods = {"vanilla": Vanilla(), "eagle": Eagle(chain(2))}
-    rows = metrics.Table(params, methods, "any")
+    rows = metrics.Table(params, "any")
+    rows._methods = {(name, 0.0): method for name, method in methods.items()}
     rows._units, rows._runs = [unit], {(name, 0): measured for name in methods}
     rows._shapes = {(name, 0): "shape" for name in methods}
     rows._compile = {"shape": 2.0}

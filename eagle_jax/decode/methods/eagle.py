@@ -25,7 +25,7 @@ from eagle_jax.config import Eagle3Config
 from eagle_jax.decode.accept import Exact
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
 from eagle_jax.decode.prefill import fill
-from eagle_jax.decode.sampling import argmax, perturb, top_k
+from eagle_jax.decode.sampling import argmax, process, top_k
 from eagle_jax.decode.tree import MC_SIM_7B_63, DynamicTree, Proposal, StaticTree, rerank
 from eagle_jax.models import cache as caches
 from eagle_jax.models.transformer import packed_mask
@@ -59,6 +59,8 @@ class Eagle:
         coupled: rank children under the noise that the target will draw with, so that at
             temperature > 0 the draft follows the target's draw; without it by likelihood alone, at
             temperature 1, as EAGLE-2 and EAGLE-3 do (EAGLE-1 draws children from its law).
+        confidence: factor of the draft's processed logits before noise is added. A draft that is
+            trained to cover whatever the target may say is too modest about what it will say.
         sharpness: how much a dynamic tree trusts a lead under noise: a child's score is its share
             in the softmax of `sharpness` times the perturbed logits.
     """
@@ -66,6 +68,7 @@ class Eagle:
     tree: StaticTree | DynamicTree = MC_SIM_7B_63
     head: Literal["eagle", "eagle3"] = "eagle"
     coupled: bool = True
+    confidence: float = 1.1
     sharpness: float = 1.0
     rule: Rule = dataclasses.field(default=Exact(), init=False)
 
@@ -84,8 +87,10 @@ class Eagle:
     def check(self, params: Params) -> None:
         config = params.drafts[self.head].config
         vocab = config.draft_vocab_size if isinstance(config, Eagle3Config) else config.vocab_size
-        if not 0 < self.sharpness < float("inf"):
-            raise ValueError(f"sharpness={self.sharpness}: must be a number above 0")
+        for name in ("confidence", "sharpness"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value}: must be a number above 0")
         if isinstance(self.tree, DynamicTree):
             if self.tree.k > vocab:
                 raise ValueError(f"tree k={self.tree.k}: the draft knows {vocab} tokens; use fewer")
@@ -279,7 +284,7 @@ class Eagle:
             if (ids := models.draft.tokens()) is not None:
                 noise = noise[:, ids]
             noise = jnp.broadcast_to(noise[:, None, :], scores.shape)
-            scores = perturb(scores, noise, context.sampling)
+            scores = process(scores, context.sampling) * self.confidence + noise
         return scores
 
     def _log_scores(
