@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+import eagle_jax.tune as tuning
 from eagle_jax import cli
 from eagle_jax.decode import (
     DynamicTree,
@@ -33,7 +34,7 @@ from eagle_jax.decode import (
 from eagle_jax.decode.__main__ import main as decode_main
 from eagle_jax.decode.batcher import Batcher
 from eagle_jax.params import Params, load
-from eagle_jax.tune import measure, tune
+from eagle_jax.tune import Tuning, measure, tune
 from eagle_jax.tune.__main__ import main
 from eagle_jax.tune.acceptance import NOTHING, Copies, Pools, Probe, Ranks, Recorder, pooled
 from eagle_jax.tune.predict import (
@@ -415,6 +416,29 @@ def test_tuning_of_a_random_model(model, monkeypatch, capsys) -> None:
     assert families >= {"eagle", "eagle_lookup", "speculative", "recycling", "prompt_lookup"}
     assert all(math.isfinite(row["predicted_tau"]) for row in found["heats"])
     assert generate(params, "Hi", method="auto").statistics.method == "--method vanilla"
+
+
+def test_several_batch_sizes(params, model, monkeypatch, capsys) -> None:
+    """An entry each; a size that cannot be is told before anything is measured."""
+
+    def found(params, prompts, *, temperatures, batch_size, new_tokens):
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: must be at least 1")
+        chosen = {**entry(params, batch_size), "temperature": 0.0, "interval": None}
+        return iter([Tuning(0.0, {1: 1.0}, [], [], 2.0, None, chosen)])
+
+    monkeypatch.setattr(tuning, "tune", found)
+    argv = ["--params", str(model), "--temperature", "0", "--batch-size"]
+    with pytest.raises(ValueError, match="batch_size=0: must be"):
+        main([*argv, "2", "0"])
+    assert capsys.readouterr().out == "" and not (model / tuned.FILE).exists()
+    main([*argv, "1", "4", "1"])
+    out = capsys.readouterr().out
+    told = json.loads(out.splitlines()[-1])
+    assert [one["batch_size"] for one in told["chosen"]] == [1, 4]
+    assert "\nbatch size 4, temperature 0: vanilla 2.0 tokens/s\n" in out
+    assert all(tuned.find(params, rows, 0.0) for rows in (1, 3, 4))
+    assert tuned.find(params, 2, 0.0) is None
 
 
 @pytest.mark.parametrize(

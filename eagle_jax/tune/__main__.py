@@ -29,7 +29,7 @@ shipped model takes 6.5 minutes of processor time on CPUs, most of it compilatio
 
 examples
   python -m eagle_jax.tune
-  python -m eagle_jax.tune --params MODEL --draft HEAD --temperature 0 --batch-size 8
+  python -m eagle_jax.tune --params MODEL --draft HEAD --temperature 0 --batch-size 1 2 4 8
   python -m eagle_jax.tune --params MODEL --data data --task mt_bench --new-tokens 256
 """
 
@@ -65,7 +65,12 @@ def parser() -> argparse.ArgumentParser:
         help="0 is greedy; what is found at another serves all others (default: 0 1)",
     )
     out.add_argument(
-        "--batch-size", type=int, default=1, metavar="N", help="prompts decoded together (1)"
+        "--batch-size",
+        nargs="+",
+        type=int,
+        default=[1],
+        metavar="N",
+        help="prompts decoded together; each has an entry, which serves up to N (1)",
     )
     out.add_argument("--new-tokens", type=int, default=96, metavar="N", help="longest answer (96)")
     out.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: by device")
@@ -95,17 +100,22 @@ def main(argv: list[str] | None = None) -> None:
     prompts = [encode(params, question.turns[0], raw=False) for question in questions]
     print(f"{args.params} on {tuned.device(params)}, {len(prompts)} prompts", file=sys.stderr)
     found, stored = [], ""
-    for tuning in tune(
-        params,
-        [prompt.tolist() for prompt in prompts],
-        temperatures=args.temperature,
-        batch_size=args.batch_size,
-        new_tokens=args.new_tokens,
-    ):
-        stored = str(tuned.store(params, [tuning.entry]))  # a run that is stopped keeps this much
-        print("\n".join([*_passes(tuning), *_table(tuning)] if not found else _table(tuning)))
-        print(f"stored in {stored}", flush=True)
-        found.append(tuning)
+    runs = [
+        tune(
+            params,
+            [prompt.tolist() for prompt in prompts],
+            temperatures=args.temperature,
+            batch_size=rows,
+            new_tokens=args.new_tokens,
+        )
+        for rows in dict.fromkeys(args.batch_size)
+    ]
+    for tunings in runs:
+        for i, tuning in enumerate(tunings):
+            stored = str(tuned.store(params, [tuning.entry]))  # kept if the run is stopped
+            print("\n".join([*_passes(tuning), *_table(tuning)] if i == 0 else _table(tuning)))
+            print(f"stored in {stored}", flush=True)
+            found.append(tuning)
     print(json.dumps(_summary(found, stored)), flush=True)
 
 
@@ -121,7 +131,8 @@ def _table(tuning: Any) -> list[str]:
     final = {r["method"] for _, r in rows}
     rows += [("heats", r) for r in map(row, tuning.heats) if r["method"] not in final]
     out = [
-        f"\ntemperature {tuning.temperature:g}: vanilla {tuning.vanilla:.1f} tokens/s",
+        f"\nbatch size {tuning.entry['key']['rows']}, temperature {tuning.temperature:g}: "
+        f"vanilla {tuning.vanilla:.1f} tokens/s",
         f"{'method':44}{'predicted: tau':>15}{'tokens/s':>10}{'measured: tau':>15}{'tokens/s':>10}"
         "  speedup",
     ]
@@ -138,10 +149,12 @@ def _table(tuning: Any) -> list[str]:
 def _summary(found: Any, stored: str) -> dict[str, Any]:
     kept = ("temperature", "method", "speedup", "interval")
     return {
-        "chosen": [{name: tuning.entry[name] for name in kept} for tuning in found],
+        "chosen": [
+            {"batch_size": t.entry["key"]["rows"]} | {name: t.entry[name] for name in kept}
+            for t in found
+        ],
         "device": found[0].entry["key"]["device"],
         "dtype": found[0].entry["key"]["dtype"],
-        "batch_size": found[0].entry["key"]["rows"],
         "stored": stored,
     }
 
