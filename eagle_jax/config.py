@@ -419,7 +419,9 @@ class FeatureRegression:
         draft: the architecture to train from random weights.
         target: a directory that `eagle_jax.load` reads, or the name of a shipped pair.
         feature_weight: weight of smooth L1 between predicted and real features.
-        token_weight: weight of the soft cross-entropy through the target's head.
+        token_weight: weight of the loss of tokens through the target's head.
+        loss: of tokens: soft cross-entropy ("kl"), or the acceptance rate itself ("lk": arXiv
+            2602.23881's hybrid of KL and total variation).
         noise: half-width of the uniform noise added to input features, as the paper has it.
         features: a directory that `python -m eagle_jax.train.features` wrote: the target's features
             are read from it, and of the target only embedding, final norm and head are loaded;
@@ -430,6 +432,7 @@ class FeatureRegression:
     target: str
     feature_weight: float = 1.0
     token_weight: float = 0.1
+    loss: Literal["kl", "lk"] = "kl"
     noise: float = 0.1
     features: str = ""
 
@@ -444,8 +447,7 @@ class TrainingTimeTest:
         steps: draft steps per position.
         decay: step i has weight `decay ** i`.
         mean: over the rows that count ("masked"), or over all rows, as the official code divides.
-        loss: soft cross-entropy ("kl") to the target's distribution over the draft vocabulary, or
-            the acceptance rate itself ("lk": arXiv 2602.23881's hybrid of KL and total variation).
+        loss: as in `FeatureRegression`, over the draft vocabulary.
         features: as in `FeatureRegression`.
     """
 

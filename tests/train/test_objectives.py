@@ -62,7 +62,7 @@ def slow_next_token(conversations):
     return sums
 
 
-def slow_feature_regression(conversations):
+def slow_feature_regression(conversations, kind="kl"):
     head = np.asarray(TARGET["lm_head.kernel"], np.float64)
     table = np.asarray(TARGET["embed_tokens.embedding"], np.float64)
     names = ("feature_loss", "token_loss", "top1", "top3", "count")
@@ -80,7 +80,13 @@ def slow_feature_regression(conversations):
             gap = np.abs(want - got)
             sums["feature_loss"] += np.where(gap < 1, gap**2 / 2, gap - 0.5).mean()
             target_probs, draft_probs = softmax(want @ head), softmax(got @ head)
-            sums["token_loss"] -= (target_probs * np.log(draft_probs)).sum()
+            cross = -(target_probs * np.log(draft_probs)).sum()
+            if kind == "lk":
+                divergence = cross + (target_probs * np.log(target_probs)).sum()
+                rate = np.minimum(target_probs, draft_probs).sum()
+                share = np.exp(-3.0 * rate)
+                cross = share * divergence + (1 - share) * (1 - rate)
+            sums["token_loss"] += cross
             order = np.argsort(-draft_probs, kind="stable")
             sums["top1"] += order[0] == target_probs.argmax()
             sums["top3"] += target_probs.argmax() in order[:3]
@@ -100,10 +106,13 @@ def test_next_token_matches_the_slow_implementation():
     np.testing.assert_allclose(loss, want["loss"] / want["count"], rtol=1e-5)
 
 
-def test_feature_regression_matches_the_slow_implementation():
+@pytest.mark.parametrize("kind", ["kl", "lk"])
+def test_feature_regression_matches_the_slow_implementation(kind):
     talks = conversations()
-    loss, sums = jax.jit(FEATURES.loss)(DRAFT, TARGET, three_rows(talks), None)
-    want = slow_feature_regression(talks)
+    settings = dataclasses.replace(FEATURES.settings, loss=kind)
+    task = dataclasses.replace(FEATURES, settings=settings)
+    loss, sums = jax.jit(task.loss)(DRAFT, TARGET, three_rows(talks), None)
+    want = slow_feature_regression(talks, kind)
     assert 0 < want["top1"] <= want["top3"] < want["count"]
     for name, value in want.items():
         np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)

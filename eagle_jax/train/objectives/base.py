@@ -20,6 +20,9 @@ Batch = Mapping[str, jax.Array]
 # Sums over the weighted rows of a batch; "count" is the sum of weights.
 Sums = dict[str, jax.Array]
 
+# Of arXiv 2602.23881: the weight of KL falls with the acceptance rate as exp(-3 rate).
+_LK_SLOPE = 3.0
+
 
 @runtime_checkable
 class Objective(Protocol):
@@ -176,3 +179,29 @@ def cross_entropy(
 ) -> Float[Array, "b t"]:
     """Soft cross-entropy of every row."""
     return -jnp.sum(probs.astype(jnp.float32) * jax.nn.log_softmax(logits, axis=-1), axis=-1)
+
+
+def acceptance_loss(
+    logits: Float[Array, "b t v"],
+    probs: Float[Array, "b t v"],
+    entropy: Float[Array, "b t"],
+    mass: Float[Array, "b t"] | None = None,
+) -> Float[Array, "b t"]:
+    """KL and total variation of every row, weighed by the acceptance rate (arXiv 2602.23881).
+
+    The rate is that of speculative sampling from the target: what the target gives to tokens
+    outside the draft's vocabulary is lost, and total variation is one minus the rate. KL compares
+    with the renormalised distribution, since the other would be infinite.
+
+    Args:
+        logits: of the draft.
+        probs, entropy: of the target, over the draft's vocabulary.
+        mass: what the target gives to that vocabulary, if it is not all.
+    """
+    own = jax.nn.softmax(logits, axis=-1)
+    wanted = probs.astype(jnp.float32)
+    wanted = wanted if mass is None else mass[..., None] * wanted
+    rate = jnp.sum(jnp.minimum(wanted, own), axis=-1)
+    share = jnp.exp(-_LK_SLOPE * jax.lax.stop_gradient(rate))
+    divergence = cross_entropy(logits, probs) - entropy
+    return share * divergence + (1.0 - share) * (1.0 - rate)

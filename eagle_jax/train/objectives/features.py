@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from eagle_jax.train.objectives import target
 from eagle_jax.train.objectives.base import (
     Batch,
     Sums,
+    acceptance_loss,
     attention_flops,
     head_kernel,
     matrices,
@@ -35,7 +37,7 @@ from eagle_jax.types import Hidden, ParamDict
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureRegressionObjective:
-    """EAGLE-1: smooth L1 to the target's features, soft cross-entropy through its head.
+    """EAGLE-1: smooth L1 to the target's features, distillation through its head.
 
     Noise is uniform, on input features only, fresh in every step.
 
@@ -72,7 +74,8 @@ class FeatureRegressionObjective:
         read = features if key is None else features + self._noise(key, features)
         predicted = self._draft(trainable, embeddings, read, batch["positions"], mask)
         head = head_kernel(self.target_config, frozen)
-        rows = jax.checkpoint(_regression_rows) if self.remat else _regression_rows
+        rows = functools.partial(_regression_rows, self.settings.loss)
+        rows = jax.checkpoint(rows) if self.remat else rows
         sums = weighted_sums(next_weights(batch, 2), rows(predicted, shift(features, 1), head))
         feature_loss, token_loss = sums["feature_loss"], sums["token_loss"]
         sums["loss"] = (
@@ -116,7 +119,7 @@ class FeatureRegressionObjective:
 
 
 def _regression_rows(
-    predicted: Hidden, real: Hidden, head: Float[Array, "d v"]
+    loss: str, predicted: Hidden, real: Hidden, head: Float[Array, "d v"]
 ) -> dict[str, Float[Array, "b t"]]:
     """Both losses and the agreement of every row, float32."""
     error = jnp.abs(predicted.astype(jnp.float32) - real.astype(jnp.float32))
@@ -124,10 +127,16 @@ def _regression_rows(
     target_logits, draft_logits = project(real, head), project(predicted, head)
     target_probs = jax.nn.softmax(target_logits, axis=-1)
     place = rank(draft_logits, jnp.argmax(target_logits, axis=-1).astype(jnp.int32))
-    cross = jnp.sum(target_probs * draft_logits, axis=-1)
+    if loss == "lk":
+        logs = jax.nn.log_softmax(target_logits, axis=-1)
+        entropy = -jnp.sum(target_probs * logs, axis=-1)
+        token_loss = acceptance_loss(draft_logits, target_probs, entropy)
+    else:
+        cross = jnp.sum(target_probs * draft_logits, axis=-1)
+        token_loss = jax.nn.logsumexp(draft_logits, axis=-1) - cross
     return {
         "feature_loss": jnp.mean(smooth, axis=-1),
-        "token_loss": jax.nn.logsumexp(draft_logits, axis=-1) - cross,
+        "token_loss": token_loss,
         "top1": place < 1,
         "top3": place < 3,
     }

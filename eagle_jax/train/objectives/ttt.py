@@ -27,6 +27,7 @@ from eagle_jax.train.objectives import chain, target
 from eagle_jax.train.objectives.base import (
     Batch,
     Sums,
+    acceptance_loss,
     attention_flops,
     cross_entropy,
     head_kernel,
@@ -37,9 +38,6 @@ from eagle_jax.train.objectives.base import (
     shift,
 )
 from eagle_jax.types import Hidden, KeyValue, ParamDict
-
-# Of arXiv 2602.23881: the weight of KL falls with the acceptance rate as exp(-3 rate).
-_LK_SLOPE = 3.0
 
 
 @jax.tree_util.register_dataclass
@@ -227,8 +225,10 @@ class TrainingTimeTestObjective:
         """Sums over rows: those that are marked, and of these those with a label ("rows")."""
         weights = jnp.where(labels.best == OUTSIDE, 0.0, marked)
         place = rank(logits, jnp.maximum(labels.best, 0))
-        rows = _lk_rows(logits, labels) if self.settings.loss == "lk" else None
-        rows = cross_entropy(logits, labels.probs) if rows is None else rows
+        if self.settings.loss == "lk":
+            rows = acceptance_loss(logits, labels.probs, labels.entropy, labels.mass)
+        else:
+            rows = cross_entropy(logits, labels.probs)
         return {
             "loss": jnp.sum(weights * rows),
             "rows": jnp.sum(weights),
@@ -261,18 +261,3 @@ class TrainingTimeTestObjective:
         del tokenizer  # the target has it
         params = {**params, "d2t": np.asarray(self.d2t)}
         hf.save_draft(directory, self.settings.draft, params, dtype, coverage=self.coverage)
-
-
-def _lk_rows(logits: Float[Array, "b t v"], labels: Labels) -> Float[Array, "b t"]:
-    """KL and total variation, weighed by the acceptance rate (arXiv 2602.23881).
-
-    The rate is that of speculative sampling from the target: what the target gives to tokens
-    outside the draft vocabulary is lost, and total variation is one minus the rate. KL compares
-    with the renormalised distribution, since the other would be infinite.
-    """
-    draft_probs = jax.nn.softmax(logits, axis=-1)
-    target_probs = labels.mass[..., None] * labels.probs.astype(jnp.float32)
-    rate = jnp.sum(jnp.minimum(target_probs, draft_probs), axis=-1)
-    share = jnp.exp(-_LK_SLOPE * jax.lax.stop_gradient(rate))
-    divergence = cross_entropy(logits, labels.probs) - labels.entropy
-    return share * divergence + (1.0 - share) * (1.0 - rate)
