@@ -98,10 +98,10 @@ def test_finished_run_only_exports_again(target, capsys):
     assert again["loss"] == before["loss"] and again["tokens_per_second"] is None
 
 
-@pytest.mark.parametrize("kind", ["target", "draft"])
-def test_killed_run_continues_with_the_same_losses(kind, target, draft, folder):
-    config, result = target if kind == "target" else draft
-    again = folder / f"killed_{kind}"
+def test_killed_run_continues_with_the_same_losses(target, draft, folder):
+    """A draft's; test_twenty_kills has a target's."""
+    config, result = draft
+    again = folder / "killed"
     body = f"""
         import os, signal
         from pathlib import Path
@@ -116,12 +116,7 @@ def test_killed_run_continues_with_the_same_losses(kind, target, draft, folder):
                 os.kill(os.getpid(), signal.SIGKILL)
         metrics.Report.step = step
         folder = Path({str(folder)!r})
-        base = (
-            tiny_run.target_run(folder, output_dir={str(again)!r})
-            if {kind!r} == "target"
-            else tiny_run.draft_run(folder, {target[1]["export"]!r}, output_dir={str(again)!r})
-        )
-        loop.run(base)
+        loop.run(tiny_run.draft_run(folder, {target[1]["export"]!r}, output_dir={str(again)!r}))
     """
     killed = program(body.replace("DIES", "True"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
