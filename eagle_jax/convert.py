@@ -363,7 +363,7 @@ def inspect(path: str | Path, target: str | Path | None = None) -> dict[str, Any
     root = find(path)
     outer = _target_of(target)
     if outer is not None and ((root / "target").is_dir() or hf.kind(root) == "model"):
-        raise ValueError(f"target: {root} is no draft that comes alone; leave --target out")
+        raise ValueError(f"target: {root} is a whole model, no head of another; leave --target out")
     if not (root / "target").is_dir():
         return {".": inspection.describe(root, outer)}
     parts = [root / "target", *own_drafts(root)]

@@ -132,26 +132,28 @@ def _place(changes: dict[str, Any], config: Any, key: str, text: str) -> None:
             raise ValueError(f"{key}: {field} is {config!r} and has no fields; set {field} itself")
         changes = changes.setdefault(name, {})
     _known(config, leaf, key)
-    if dataclasses.is_dataclass(getattr(config, leaf)):
-        raise ValueError(f"{key}={text}: set one of its fields: {_fields(config, leaf)}")
+    if dataclasses.is_dataclass(value := getattr(config, leaf)):
+        fields = ", ".join(f"{leaf}.{name}" for name in _names(value))
+        remedy = f"set one of its fields: {fields}" if fields else "it has no settings"
+        raise ValueError(f"{key}={text}: is {type(value).__name__}; {remedy}")
     changes[leaf] = _parse(text, typing.get_type_hints(type(config))[leaf], key)
 
 
 def _known(config: Any, name: str, key: str) -> None:
-    names = [field.name for field in dataclasses.fields(config)]
+    names = _names(config)
     if name not in names:
         raise ValueError(f"{key}: {_unknown(type(config).__name__, name, names)}")
+
+
+def _names(config: Any) -> list[str]:
+    """Fields that can be set."""
+    return [field.name for field in dataclasses.fields(config) if field.init]
 
 
 def _unknown(owner: str, name: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" did you mean {close[0]!r}?" if close else ""
-    return f"{owner} has no field {name!r};{hint} valid: {', '.join(names)}"
-
-
-def _fields(config: Any, name: str) -> str:
-    nested = dataclasses.fields(getattr(config, name))
-    return ", ".join(f"{name}.{field.name}" for field in nested)
+    return f"{owner} has no field {name!r};{hint} valid: {', '.join(names) or 'none'}"
 
 
 def _parse(text: str, hint: Any, key: str) -> Any:

@@ -98,7 +98,7 @@ def test_overrides_that_constrain_each_other_apply_together(config):
         ("optim.learning_rte=1", ["optim.learning_rte", "'learning_rate'?", "warmup_steps"]),
         ("optimizer.steps=1", ["TrainConfig", "'optim'?", "valid: output_dir"]),
         ("seed.a=1", ["seed is 0", "no fields"]),
-        ("optim=1", ["optim.learning_rate"]),
+        ("optim=1", ["is OptimConfig", "optim.learning_rate"]),
         ("seed", ["key=value"]),
         ("seed=x", ["seed='x'", "int"]),
         ("seed=True", ["seed=True", "int"]),

@@ -58,6 +58,12 @@ class Typical:
     lossless: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        if not 0 < self.epsilon < 1:
+            raise ValueError(f"epsilon={self.epsilon}: must be a probability, above 0 and below 1")
+        if not 0 < self.delta < float("inf"):
+            raise ValueError(f"delta={self.delta}: must be a number above 0")
+
     def __call__(
         self, proposal: Proposal, logits: Logits, targets: Int[Array, "b t"], context: Context
     ) -> Accepted:

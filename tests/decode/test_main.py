@@ -102,6 +102,20 @@ def test_a_prompt_from_standard_input(program, params, monkeypatch) -> None:
         (["Hi", "--method", "lookahead", "--set", "ngrams=3"], "ngrams: Lookahead has no field"),
         (["Hi", "--method", "lookahead", "--set", "ngram=1"], "ngram=1: "),
         (
+            ["Hi", "--method", "vanilla", "--set", "rule=1"],
+            "rule: Vanilla has no field 'rule'; valid:",
+        ),
+        (["Hi", "--method", "medusa", "--set", "rule=1"], "rule=1: is Exact; it has no settings"),
+        (
+            ["Hi", "--method", "medusa", "--rule", "typical", "--set", "rule.epsilon=1"],
+            "epsilon=1.0: must be a probability, above 0 and below 1",
+        ),
+        (
+            ["Hi", "--method", "medusa", "--rule", "typical", "--set", "rule.delta=0"],
+            "delta=0.0: must be a number above 0",
+        ),
+        (["--exact", "--input", "a", "--output", "b"], "input='a': --exact is for one prompt"),
+        (
             ["Hi", "--method", "eagle2", "--tree", "dynamic-2-3-99"],
             "tree drafted=99: depth 2 and k",
         ),
