@@ -63,13 +63,11 @@ def measure(name: str, args: Any) -> dict[str, Any] | None:
 
 def main() -> None:
     """Run the contenders in turn."""
-    names = ("--shape", "--rounds", "--repeats", "--quantize")
+    names = ("--shape", "--cache", "--used", "--rounds", "--repeats", "--quantize")
     parser = common.parser(__doc__, *names)
     all_of_them = (OURS, *OTHERS)
     parser.add_argument("--contenders", nargs="+", choices=all_of_them, default=all_of_them)
     parser.add_argument("--turns", type=common.positive, default=1, help="processes of each")
-    parser.add_argument("--cache", type=common.positive, default=1024, help="allocated slots")
-    parser.add_argument("--used", type=common.positive, default=512, help="slots with tokens")
     parser.add_argument("--torch-python", default=sys.executable, metavar="PATH")
     args = parser.parse_args()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -73,6 +74,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number from 0 to 1")
+    return value
+
+
 def parser(doc: str | None, *names: str) -> argparse.ArgumentParser:
     """A command line whose help is the program's docstring, with these of the shared options."""
     out = argparse.ArgumentParser(
@@ -81,6 +93,8 @@ def parser(doc: str | None, *names: str) -> argparse.ArgumentParser:
     shared: dict[str, dict[str, Any]] = {
         "--shape": {"choices": SHAPES, "default": "7b", "help": "of the target"},
         "--batch": {"type": positive, "default": 1, "help": "rows decoded together"},
+        "--cache": {"type": positive, "default": 1024, "help": "allocated slots"},
+        "--used": {"type": positive, "default": 512, "help": "slots with tokens"},
         "--rounds": {"type": positive, "default": 32, "help": "rounds of one timed call"},
         "--repeats": {"type": positive, "default": 5, "help": "timed calls; medians are taken"},
         "--quantize": {"help": "int8, where this version has it: the target's matrices"},

@@ -69,8 +69,9 @@ class Slots:
 class Rounds:
     """Rounds of a method in the engine's own loop, again and again from the same length.
 
-    No prompt is read: `used` tokens count as committed (on average over rounds that commit one
+    No prompt is read: `used` tokens count as committed (on average over rounds that commit `pace`
     each), caches are noise. What is accepted says nothing; a round's cost does not depend on it.
+    Every call has seeds of its own.
 
     Attributes:
         tau: committed tokens per round of the last call.
@@ -84,17 +85,19 @@ class Rounds:
         used: int,
         rounds: int = 32,
         temperature: float = 0.0,
+        pace: float = 1.0,
     ) -> None:
         config = None if method.draft is None else params.drafts[method.draft].config
-        self.place, self.rounds, self.tau = place, rounds, 0.0
+        self.place, self.rounds, self.tau, self.calls = place, rounds, 0.0, 0
         self.program = engine.Program(method, params.target_config, config, place.slots, ())
         self.params, self.settings = params.only(method.draft), sampling(temperature)
-        self.start = used - rounds // 2
+        span = round(pace * rounds)
+        self.start = used - span // 2
         self.limit = place.slots - method.depth - 1
-        if self.start < 2 or used + rounds >= self.limit:
+        if self.start < 2 or used + span >= self.limit:
             raise ValueError(
-                f"--used {used}: {place.slots} slots hold 2 + {rounds // 2} to "
-                f"{self.limit - rounds - 1} tokens with {rounds} rounds; change --cache or --used"
+                f"--used {used}: {place.slots} slots hold 2 + {span // 2} to "
+                f"{self.limit - span - 1} tokens with {rounds} rounds; change --cache or --used"
             )
         b = place.batch
         row = jax.ShapeDtypeStruct((b,), jnp.int32)
@@ -125,12 +128,14 @@ class Rounds:
 
     def _advance(self, cache: Cache, rounds: int) -> tuple[float, engine.State]:
         b, clock = self.place.batch, engine.Clock()
+        seeds = self.calls * b + jnp.arange(b, dtype=jnp.uint32)
+        self.calls += 1
         state = dataclasses.replace(
             self.state,
             length=jnp.full(b, self.start, jnp.int32),
             limit=jnp.full(b, self.limit, jnp.int32),
             done=jnp.zeros(b, bool),
-            seeds=jnp.arange(b, dtype=jnp.uint32),
+            seeds=seeds,
             rounds=jnp.zeros(b, jnp.int32),
             accepted=jnp.zeros_like(self.state.accepted),
             cache=cache,

@@ -165,11 +165,10 @@ def jobs_of(
 
 def main() -> None:
     """Measure rounds and their parts."""
-    names = ("--shape", "--batch", "--rounds", "--repeats", "--quantize", "--threads")
+    names = ("--shape", "--batch", "--cache", "--used", "--rounds", "--repeats")
+    names += ("--quantize", "--threads")
     parser = common.parser(__doc__, *names)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M")
-    parser.add_argument("--cache", type=common.positive, default=1024, help="allocated slots")
-    parser.add_argument("--used", type=common.positive, default=512, help="slots with tokens")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--no-parts", action="store_true", help="rounds only: fewer programs")
     args = parser.parse_args()

@@ -8,12 +8,17 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_pair
 
 from eagle_jax import settings
 from eagle_jax.config import TrainConfig
+from eagle_jax.decode import Vanilla
+from eagle_jax.decode.method import Accepted, Context
+from eagle_jax.decode.sampling import sampling
+from eagle_jax.decode.tree import Proposal
 from eagle_jax.evaluate import EvalConfig
 
 ROOT = tiny_pair.ROOT
@@ -93,6 +98,93 @@ def test_every_method_has_a_state(module) -> None:
         rounds = loops.Rounds(params, method, place, used=40, rounds=8)
         assert rounds.state.tokens.shape == (2, 128) and rounds.start == 36
         assert all(x.shape[0] == 2 for x in jax.tree.leaves(rounds.state.method))
+    assert loops.Rounds(params, Vanilla(), place, used=40, rounds=8, pace=3).start == 28
+
+
+def test_batch() -> None:
+    """Every size has its own choice, measured again; nothing calls the acceptance real."""
+    options = ["--batch", "2", "1", "--trees", "chain-1", "best-4", "--rates", "0.5", "0.5"]
+    out = tiny_pair.run_program("benchmarks/batch.py", *SMALL, *SLOTS, *options)
+    result = json.loads(out.splitlines()[-1])
+    assert out.startswith("Acceptance is SIMULATED") and result["acceptance"] == "SIMULATED"
+    assert result["benchmark"] == "batch" and result["rates"] == {"eagle": [0.5, 0.5]}
+    assert {"device", "jax", "jaxlib", "flax", "driver"} <= set(result)
+    names = ["vanilla", "eagle chain-1", "eagle best-4"]
+    assert [row["method"] for row in result["rows"]] == [*names, "auto"] * 2
+    for batch, rows in ((2, result["rows"][:4]), (1, result["rows"][4:])):
+        vanilla, chain, best, auto = rows
+        assert [row["nodes"] for row in rows[:3]] == [1, 2, 4]
+        assert [row["tau by rates"] for row in rows[:3]] == [1, 1.5, pytest.approx(1.875)]
+        assert vanilla["simulated tau"] == vanilla["speedup"] == 1
+        assert 1 <= chain["simulated tau"] <= 2 and 1 <= best["simulated tau"] <= 3
+        for row in rows:
+            assert row["batch"] == batch
+            pace = 1e3 * batch * row["simulated tau"] / row["ms"]
+            assert row["tokens/s"] == pytest.approx(pace)
+        for row in rows[:3]:
+            assert row["speedup"] == pytest.approx(row["tokens/s"] / vanilla["tokens/s"])
+        fastest = max(rows[:3], key=lambda row: row["tokens/s"])
+        assert auto["choice"] == fastest["method"] and auto["nodes"] == fastest["nodes"]
+        assert auto["speedup"] == 1 or auto["choice"] != "vanilla"
+
+
+def judged(batch: ModuleType, name: str, rates: list[float], rows: int = 8000) -> Accepted:
+    """What the simulated rule keeps of one round of many rows, each with its own seed."""
+    likely = batch.chances(rates)
+    tree = batch.tree_of(name, likely)
+    rule = batch.Simulated(tree, likely)
+
+    @jax.jit
+    def judge(seeds: jax.Array) -> Accepted:
+        length = jnp.full(rows, 7, jnp.int32)
+        context = Context(length[:, None], length, seeds, None, sampling(), tree.depth + 1)
+        # The target agrees with no drafted token: what is kept is chance alone.
+        tokens = jnp.zeros((rows, tree.nodes), jnp.int32)
+        targets = jnp.broadcast_to(100 + jnp.arange(tree.nodes, dtype=jnp.int32), tokens.shape)
+        proposal = Proposal(tokens, tree.shape(rows))
+        return rule(proposal, jnp.zeros((rows, tree.nodes, 1)), targets, context)
+
+    found = judge(jnp.arange(rows, dtype=jnp.uint32))
+    again = judge(jnp.arange(rows, dtype=jnp.uint32))
+    assert np.array_equal(found.path, again.path)
+    path, count = np.asarray(found.path), np.asarray(found.count)
+    inside = np.arange(tree.depth + 1) <= count[:, None]
+    assert 0 <= count.min() and count.max() <= tree.depth
+    assert np.all(path[~inside] == 0) and np.all(path[:, 0] == 0)
+    assert np.all((tree.depths[path] == np.arange(tree.depth + 1)) | ~inside)
+    assert np.all(tree.parents[path[:, 1:]][inside[:, 1:]] == path[:, :-1][inside[:, 1:]])
+    assert np.array_equal(found.emitted[inside], 100 + path[inside])
+    tau = batch.expected(tree, likely)
+    assert np.mean(count) + 1 == pytest.approx(tau, abs=5 * np.std(count) / rows**0.5 + 1e-6)
+    return found
+
+
+def test_the_simulated_rule_keeps_what_its_rates_say(module) -> None:
+    """Paths of the tree, no deeper than it is, with the right mean; 5 sigma everywhere."""
+    batch = module("batch")
+    assert set(judged(batch, "chain-3", [1, 1, 1]).count.tolist()) == {3}
+    assert set(judged(batch, "chain-3", [0, 1, 1]).count.tolist()) == {0}
+    counts = np.bincount(judged(batch, "chain-3", [1, 0.5, 1]).count, minlength=4) / 8000
+    assert counts[0] == counts[2] == 0 and abs(counts[1] - 0.5) < 0.03
+    # Siblings: .5, then half as often where the first was wrong.
+    second = np.asarray(judged(batch, "0 1 3 00 10", [0.5, 0.4]).path)[:, 1]
+    shares = np.bincount(second, minlength=4) / 8000
+    third = 0.5 * 0.75 * 0.875 * 0.0625
+    assert np.allclose(shares, [0.375 - third, 0.5, 0.125, third], atol=0.03)
+    for size in ("mc_sim_7b_63", "best-60"):
+        judged(batch, size, list(batch.RATES["eagle"]))
+
+
+def test_the_simulated_rule_is_as_published(module) -> None:
+    """What --help says that the default rates amount to; what cannot be simulated is refused."""
+    batch = module("batch")
+    likely = batch.chances(batch.RATES["eagle"])
+    assert all(sum(row) <= 1 and row[1] < row[0] for row in likely)
+    for name, tau in (("mc_sim_7b_63", 3.92), ("chain-5", 3.31)):
+        assert batch.expected(batch.tree_of(name, likely), likely) == pytest.approx(tau, abs=0.005)
+    for name in ("chain-6", "dynamic-5-8-40"):
+        with pytest.raises(ValueError, match=f"--trees {name}: "):
+            batch.tree_of(name, likely)
 
 
 def test_a_fixed_tree_has_the_size_it_is_asked_for(module) -> None:
@@ -222,7 +314,7 @@ def test_what_is_stopped_saves_first(module, tmp_path) -> None:
 def test_every_benchmark_teaches() -> None:
     """--help is the docstring, which begins with what is measured and how to call it."""
     programs = set(FOLDER.glob("*.py")) - {FOLDER / f"{name}.py" for name in HELPERS}
-    assert len(programs) == 6
+    assert len(programs) == 7
     for path in programs:
         assert any(f"python benchmarks/{path.name}" in x for x in path.read_text().splitlines()[:8])
     done = subprocess.run(
