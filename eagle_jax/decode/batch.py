@@ -73,6 +73,10 @@ def answer_file(
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed}: must be at least 0 and below 2**32")
     shared = Options(max_new_tokens=max_new_tokens, **options)
+    if shared.exact:
+        raise ValueError(
+            "exact=True: prompts of a file are prefilled as rows get free; use generate"
+        )
     # One method for all groups of prompts, also where the last has fewer rows.
     shared = dataclasses.replace(shared, method=shared.check(params, batch_size)[1])
     context = params.target_config.max_position_embeddings
@@ -143,13 +147,14 @@ def _decode(
     options: Options,
 ) -> Iterator[tuple[int, list[int], Piece]]:
     """Index, answer and last piece of every prompt, as they finish."""
+    shared = {name: value for name, value in vars(options).items() if name != "exact"}
     batcher = Batcher(
         params,
         rows=min(batch_size, len(prompts)),
         max_prompt=max(map(len, prompts.values())),
         chunk=options.max_new_tokens,
         waiting=len(prompts),
-        **vars(options),
+        **shared,
     )
     asked = {batcher.submit(ids, seed=(seed + i) % 2**32): i for i, ids in prompts.items()}
     answers: dict[int, list[int]] = collections.defaultdict(list)

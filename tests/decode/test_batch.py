@@ -154,6 +154,7 @@ def test_the_command_line(tiny_model, source, whole, tmp_path, capsys) -> None:
         ({"batch_size": 0}, "batch_size=0: must be at least 1"),
         ({"limit": 0}, "limit=0: must be at least 1"),
         ({"raw": True}, "raw=True: a file of conversations"),
+        ({"exact": True}, "exact=True: prompts of a file are"),
     ],
 )
 def test_errors(params, source, tmp_path, options, said) -> None:
