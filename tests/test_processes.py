@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import gloo
 import jax
 import numpy as np
 import pytest
@@ -64,13 +64,6 @@ os.kill(os.getpid(), signal.SIGTERM)
 """
 
 
-def own_words(out: str) -> str:
-    """Without what the CPU's collectives say on stdout, whose threads interrupt each other."""
-    pieces = r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of .* ranks is : "
-    lines = re.sub(pieces, "", out).splitlines(True)
-    return "".join(line for line in lines if not re.fullmatch(r"[\d\s]*", line))
-
-
 def together(*command: str) -> str:
     """Runs a command in two processes; returns what the first printed."""
     with socket.socket() as probe:
@@ -96,7 +89,7 @@ def together(*command: str) -> str:
             process.kill()
     for process, (_, error) in zip(running, said, strict=True):
         assert process.returncode == 0, error[-3000:]
-    first, second = (own_words(out) for out, _ in said)
+    first, second = (gloo.silenced(out) for out, _ in said)
     assert not second, "the second process printed"
     assert "step" not in said[1][1], "the second process showed its progress"
     return first

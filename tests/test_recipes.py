@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gloo
 import numpy as np
 import pytest
 import tiny_pair
@@ -125,10 +126,7 @@ def finish(*running: subprocess.Popen, status: int = 0) -> tuple[str, str]:
                 os.killpg(process.pid, signal.SIGKILL)
     for process, (_, error) in zip(running, said, strict=True):
         assert process.returncode == status, error[-3000:]
-    lines = [line for out, _ in said for line in out.splitlines(True)]
-    chatter = re.compile(r"\[Gloo\]|peer ranks")
-    out = "".join(line for line in lines if not chatter.search(line))
-    return out, "".join(error for _, error in said)
+    return gloo.silenced("".join(out for out, _ in said)), "".join(error for _, error in said)
 
 
 def on_tpu_hosts(start, *command: object) -> tuple[str, str]:
