@@ -20,7 +20,8 @@ from eagle_jax.train.objectives.features import FeatureRegressionObjective
 from eagle_jax.train.objectives.medusa import MedusaObjective
 from eagle_jax.train.objectives.next_token import NextTokenObjective
 from eagle_jax.train.objectives.target import ENDS
-from eagle_jax.train.objectives.ttt import TrainingTimeTestObjective, draft_vocabulary
+from eagle_jax.train.objectives.ttt import TrainingTimeTestObjective
+from eagle_jax.vocabulary import draft_vocabulary
 
 _PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained"
 
@@ -122,7 +123,8 @@ def _vocabulary(
         )
     counts = np.pad(counts, (0, draft.vocab_size - len(counts)))
     ends = Tokenizer.load(text.tokenizer).eos_ids
-    d2t, coverage = draft_vocabulary(counts, draft.draft_vocab_size, ends)
+    field = "objective.draft.draft_vocab_size"
+    d2t, coverage = draft_vocabulary(counts, draft.draft_vocab_size, ends, field)
     if jax.process_index() == 0:
         print(
             f"draft vocabulary: {draft.draft_vocab_size} of {draft.vocab_size} tokens cover "
