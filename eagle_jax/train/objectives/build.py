@@ -82,6 +82,7 @@ def assemble(
     assert not isinstance(settings, configs.NextToken)
     _check_head("objective.target", target_config)
     if isinstance(settings, configs.FeatureRegression):
+        _check_whole(settings.draft)
         hf.check_fit(target_config, settings.draft)
         _check_length("objective.target", target_config, config)
         return FeatureRegressionObjective(
@@ -138,6 +139,15 @@ def _vocabulary(
 def _check_same(name: str, draft: int, target: int) -> None:
     if draft != target:
         raise ValueError(f"objective.draft.{name}={draft}: the target has {target}; set it to that")
+
+
+def _check_whole(draft: configs.EagleConfig) -> None:
+    if draft.draft_vocab_size is not None:
+        raise ValueError(
+            f"objective.draft.draft_vocab_size={draft.draft_vocab_size}: EAGLE-1 is trained on the "
+            "target's whole vocabulary; leave it out, and convert the trained head with "
+            "--draft-vocabulary"
+        )
 
 
 def _check_head(field: str, model: configs.TransformerConfig) -> None:
