@@ -2,6 +2,7 @@
 
     python benchmarks/round.py --shape 7b
     python benchmarks/round.py --shape 8b --methods eagle3 lookahead --temperature 1
+    python benchmarks/round.py --shape 8b --methods eagle2 --draft-vocabulary 16384
 
 Target and drafts are random. Heads are hardly ever right then, methods that copy text often are (a
 random model repeats itself), and with a temperature some drafts pass by the noise that they share
@@ -171,11 +172,17 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--no-parts", action="store_true", help="rounds only: fewer programs")
+    parser.add_argument(
+        "--draft-vocabulary",
+        type=common.positive,
+        metavar="N",
+        help="tokens that EAGLE-1's head drafts (default: all of the target's)",
+    )
     args = parser.parse_args()
 
     methods = {name: METHODS[name] for name in dict.fromkeys(["vanilla", *args.methods])}
     kinds = sorted({m.draft for m in methods.values() if m.draft is not None})
-    params = shapes.random_params(args.shape, kinds, args.quantize)
+    params = shapes.random_params(args.shape, kinds, args.quantize, args.draft_vocabulary)
     place = Slots(params.target_config, args.cache, args.batch)
 
     def make(method: Method) -> Rounds:
@@ -200,6 +207,7 @@ def main() -> None:
         **{name: getattr(args, name) for name in ("shape", "batch", "cache", "used")},
         temperature=args.temperature,
         quantize=args.quantize,
+        draft_vocabulary=args.draft_vocabulary,
         **common.environment(),
     )
 

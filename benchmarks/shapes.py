@@ -60,15 +60,24 @@ _SMALL = {
 _SMALL_OTHERWISE = _llama(768, 12, 12, 12, 3072, 32000)
 
 
-def draft_configs(shape: str) -> dict[str, DraftConfig]:
-    """A draft of every kind for a target of `shape`, as wide as published ones."""
+def draft_configs(shape: str, draft_vocabulary: int | None = None) -> dict[str, DraftConfig]:
+    """A draft of every kind for a target of `shape`, as wide as published ones.
+
+    Raises:
+        ValueError: EAGLE-1's draft vocabulary is larger than the target's, or this version of the
+            package knows none.
+    """
     target = SHAPES[shape]
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
     names += ("num_key_value_heads", "head_dim", "rope_theta")
     own = {name: getattr(target, name) for name in names}
     layers, vocab = target.num_hidden_layers, target.vocab_size
+    fields = {field.name for field in dataclasses.fields(EagleConfig)}
+    if draft_vocabulary is not None and "draft_vocab_size" not in fields:
+        raise ValueError("--draft-vocabulary: this version of eagle_jax has none for EAGLE-1")
+    known: dict[str, Any] = {"draft_vocab_size": draft_vocabulary} if draft_vocabulary else {}
     drafts = (
-        EagleConfig(**own),
+        EagleConfig(**own, **known),
         Eagle3Config(
             **own,
             draft_vocab_size=min(_DRAFT_VOCABULARY, vocab),
@@ -106,7 +115,7 @@ def random_weights(
         shape, kernel = like[name].shape, like.get(name.removesuffix("_scale"))
         if like[name].dtype == jnp.int8:
             out[name] = _bytes(key, shape)
-        elif jnp.issubdtype(like[name].dtype, jnp.integer):  # EAGLE-3's table
+        elif jnp.issubdtype(like[name].dtype, jnp.integer):  # a draft vocabulary's table
             out[name] = jnp.asarray(offsets(getattr(config, "vocab_size", 0), *shape))
         elif kernel is not None and kernel.dtype == jnp.int8:  # its scales stay float32
             std = (3 / kernel.shape[0]) ** 0.5 / 127
@@ -120,16 +129,22 @@ def random_weights(
 
 
 def offsets(vocab: int, size: int) -> np.ndarray:
-    """EAGLE-3's table for a draft vocabulary spread evenly over the target's."""
+    """The table of a draft vocabulary spread evenly over the target's."""
     index = np.arange(size, dtype=np.int32)
     return index * (vocab // size) - index
 
 
-def random_params(shape: str, kinds: Sequence[str] = (), quantize: str | None = None) -> Params:
+def random_params(
+    shape: str,
+    kinds: Sequence[str] = (),
+    quantize: str | None = None,
+    draft_vocabulary: int | None = None,
+) -> Params:
     """A target of `shape` laid out for decoding, with drafts of these kinds.
 
     Raises:
-        ValueError: this version of the package cannot store weights as `quantize` says.
+        ValueError: this version of the package cannot store weights as `quantize` says, or as in
+            `draft_configs`.
     """
     target = dataclasses.replace(SHAPES[shape], fused_mlp=True)
     if quantize is not None:
@@ -138,7 +153,7 @@ def random_params(shape: str, kinds: Sequence[str] = (), quantize: str | None = 
         target = dataclasses.replace(target, **{"quantize": quantize})
     drafts = {}
     for kind in kinds:
-        config = draft_configs(shape)[kind]
+        config = draft_configs(shape, draft_vocabulary)[kind]
         if not isinstance(config, MedusaConfig):
             config = dataclasses.replace(config, fused_mlp=True)
         drafts[kind] = Draft(random_weights(DRAFTS[kind], config, 1), config)

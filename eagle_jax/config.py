@@ -205,6 +205,11 @@ class TransformerConfig:
         return self.num_experts > 0 and layer not in self.mlp_only_layers
 
 
+def _check_draft_vocabulary(size: int | None, vocab_size: int) -> None:
+    if size is not None and not 1 <= size <= vocab_size:
+        raise ValueError(f"draft_vocab_size={size}: must be 1 to vocab_size={vocab_size}")
+
+
 @dataclasses.dataclass(frozen=True)
 class EagleConfig:
     """The EAGLE-1 draft: `fc` and one decoder layer over the target's features (paper section 4.1).
@@ -216,6 +221,8 @@ class EagleConfig:
             `TransformerConfig`.
         vocab_size: the target's; the embedding and the head are the target's own, frozen.
         bias: `fc` has a bias (the published default; Llama-3 heads have none).
+        draft_vocab_size: how many of the target's tokens are drafted, through columns of its head;
+            `d2t` maps them to the target's. None: all.
     """
 
     vocab_size: int
@@ -230,15 +237,20 @@ class EagleConfig:
     fused_mlp: bool = False
     bias: bool = True
     rope_scaling: RopeScaling | None = None
+    draft_vocab_size: int | None = None
 
     kind: ClassVar[str] = "eagle"
+
+    def __post_init__(self) -> None:
+        check(self)
+        _check_draft_vocabulary(self.draft_vocab_size, self.vocab_size)
 
     def layer(self) -> TransformerConfig:
         """The draft's single decoder layer, as a one-layer transformer configuration."""
         shared = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name != "bias"
+            if field.name not in ("bias", "draft_vocab_size")
         }
         return TransformerConfig(num_hidden_layers=1, **shared)
 
@@ -284,11 +296,7 @@ class Eagle3Config:
 
     def __post_init__(self) -> None:
         check(self)
-        if not 1 <= self.draft_vocab_size <= self.vocab_size:
-            raise ValueError(
-                f"draft_vocab_size={self.draft_vocab_size}: must be 1 to "
-                f"vocab_size={self.vocab_size}"
-            )
+        _check_draft_vocabulary(self.draft_vocab_size, self.vocab_size)
         if not self.aux_layers or min(self.aux_layers) < 0:
             raise ValueError(f"aux_layers={self.aux_layers}: give layer numbers of 0 or more")
         width = self.target_hidden_size

@@ -17,12 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from eagle_jax.checkpoint import drafts as layouts
 from eagle_jax.checkpoint import families, files, hf, inspection, native, safetensors, serving
 from eagle_jax.checkpoint.names import on_disk
-from eagle_jax.checkpoint.stored import Stored, cast
+from eagle_jax.checkpoint.stored import Stored, cast, lazily
 from eagle_jax.cli import run
-from eagle_jax.config import DraftConfig, Eagle3Config
+from eagle_jax.config import DraftConfig, Eagle3Config, EagleConfig
 
 FORMATS = ("hf", *serving.LAYOUTS, "native")
 
@@ -69,6 +71,8 @@ def convert(
     kind: str | None = None,
     dtype: str | None = None,
     target_name: str | None = None,
+    draft_vocabulary: int | None = None,
+    text: Sequence[str | Path] = (),
     progress: Any = None,
 ) -> dict[str, Any]:
     """Writes a checkpoint in another layout.
@@ -77,28 +81,37 @@ def convert(
         source: directory of a target, of a draft, or of both (`target/` and a directory per draft),
             or the name of a shipped pair.
         to: a directory that does not exist yet, or is empty.
-        layout: "hf" (a whole model, for transformers), "official", "sglang" or "speculators" (a
-            draft), "native" (a target and its drafts in one directory).
-        target: the draft's, where `source` has none; not for "hf". Official EAGLE-3 heads need it
-            to know their layers; serving stacks want its context length.
-        draft: further drafts; not for "hf".
+        layout: "hf" (a whole model, for transformers; with a draft vocabulary the draft alone, as
+            `load(TARGET, draft=...)` reads it), "official", "sglang" or "speculators" (a draft),
+            "native" (a target and its drafts in one directory).
+        target: the draft's, where `source` has none; for "hf" only with `draft_vocabulary`.
+            Official EAGLE-3 heads need it to know their layers; serving stacks want its context
+            length.
+        draft: further drafts; for "hf" only with `draft_vocabulary`.
         kind: which draft to write, where there are several; "model" with "hf" for an independent
             model beside a target; not for "native".
         dtype: of the weights, one of `files.DTYPES`; by default that of the source.
         target_name: under which a serving stack finds the target (speculators files say it); by
             default that of its directory.
+        draft_vocabulary: so many of the target's tokens are what the EAGLE-1 head then drafts; for
+            "hf" and "native". Other formats have no place for it, and a head that has one is
+            written without.
+        text: conversations, JSONL or JSONL.gz; the tokens that their answers have most often, and
+            those that end an answer, are the draft vocabulary.
         progress: makes a progress bar from a total of bytes and a text: an object with `update`,
             in a `with` statement; for example `tqdm`.
 
     Returns:
-        What was written: directory, format, kinds, bytes.
+        What was written: directory, format, kinds, bytes; of a draft vocabulary its size and the
+            share of the answers' tokens that it has.
 
     Raises:
         ValueError: the source is broken or has not what the layout holds, or `to` is not empty.
         OSError: it cannot be written. Nothing half-written stays, whatever is raised.
 
     Warns:
-        UserWarning: the authors' code does not know all of an official draft's features.
+        UserWarning: the authors' code does not know all of an official draft's features, or a
+            format has no place for a draft vocabulary.
     """
     if layout not in FORMATS:
         raise ValueError(f"format={layout!r}: must be one of {', '.join(FORMATS)}")
@@ -110,26 +123,46 @@ def convert(
         raise ValueError(
             f"target_name={target_name!r}: only format 'speculators' says it; leave it out"
         )
+    _check_vocabulary(layout, kind, draft_vocabulary, text)
     for name, value in (("target", target), ("draft", draft)):
-        if layout == "hf" and value:
+        if layout == "hf" and value and draft_vocabulary is None:
             raise ValueError(f"{name}: format 'hf' writes --from alone; leave --{name} out")
     to = Path(to).expanduser()
     found = _source(source, target, draft)
     if found.root is not None:
         native.check(found.root, whole=True)  # the new manifest would bless what is broken
-    job = _Job(dtype, progress, target_name)
+    job = _Job(layout, dtype, progress, target_name)
+    if draft_vocabulary is not None:
+        files.check_new(to)
+        job = dataclasses.replace(job, vocabulary=_vocabulary(found, draft_vocabulary, text))
+    said = {} if job.vocabulary is None else job.vocabulary.said()
     if layout == "native":
-        return _to_native(job, found, to)
+        return _to_native(job, found, to) | said
+    if layout == "hf" and job.vocabulary is not None:
+        return _to_serving(job, found, to, serving.INNER, "eagle") | {"format": layout} | said
     if layout == "hf":
         return _to_hf(job, found, to, kind)
     return _to_serving(job, found, to, layout, kind)
 
 
 @dataclasses.dataclass(frozen=True)
+class _Vocabulary:
+    """A draft vocabulary that the EAGLE-1 head gets: offsets `d2t`, and the coverage."""
+
+    offsets: np.ndarray
+    coverage: float
+
+    def said(self) -> dict[str, Any]:
+        return {"draft_vocab_size": len(self.offsets), layouts.COVERAGE: self.coverage}
+
+
+@dataclasses.dataclass(frozen=True)
 class _Job:
+    layout: str
     dtype: str | None
     progress: Any
     target_name: str | None
+    vocabulary: _Vocabulary | None = None
 
     def bar(self, total: int, text: str) -> Any:
         if self.progress is None:
@@ -164,6 +197,64 @@ def _target_of(path: str | Path | None) -> Path | None:
     if hf.kind(root) != "model":
         raise ValueError(f"target: {root} is a draft of kind {hf.kind(root)!r}; give its target")
     return root
+
+
+def _check_vocabulary(
+    layout: str, kind: str | None, size: int | None, text: Sequence[str | Path]
+) -> None:
+    if size is None:
+        if text:
+            raise ValueError(
+                f"text={str(text[0])!r}: is read for a draft vocabulary; give its size with "
+                "--draft-vocabulary, or leave --text out"
+            )
+        return
+    where = f"draft_vocabulary={size}"
+    if size < 1:
+        raise ValueError(f"{where}: must be at least 1")
+    if not text:
+        raise ValueError(f"{where}: its tokens are counted in a text; give conversations as --text")
+    if layout not in ("hf", "native"):
+        raise ValueError(f"{where}: format {layout!r} has no place for it; use 'hf' or 'native'")
+    if kind not in (None, "eagle"):
+        raise ValueError(f"{where}: is for heads of kind 'eagle', not {kind!r}; leave --kind out")
+
+
+def _vocabulary(source: Source, size: int, text: Sequence[str | Path]) -> _Vocabulary:
+    """The tokens that answers have most often, for the source's EAGLE-1 head."""
+    from eagle_jax.text import Tokenizer
+    from eagle_jax.vocabulary import draft_vocabulary, token_counts
+
+    where = f"draft_vocabulary={size}"
+    kinds = sorted({hf.kind(directory) for directory in source.drafts})
+    if kinds and "eagle" not in kinds:
+        raise ValueError(
+            f"{where}: is for heads of kind 'eagle', the source has {', '.join(kinds)}; give an "
+            "EAGLE-1 head"
+        )
+    head = _choose(source, "eagle")
+    if source.target is None:
+        raise ValueError(
+            f"{where}: {head} has no tokenizer to count with; give its target with --target"
+        )
+    config, _ = hf.open_draft(head)
+    assert isinstance(config, EagleConfig)
+    hf.check_fit(hf.open_target(source.target)[0], config, head)
+    if config.draft_vocab_size is not None:
+        raise ValueError(
+            f"{where}: {head} has a draft vocabulary of {config.draft_vocab_size} tokens; give the "
+            "head that it was made from"
+        )
+    if size > config.vocab_size:
+        raise ValueError(f"{where}: the target has {config.vocab_size} tokens; use fewer")
+    tokenizer = Tokenizer.load(source.target)
+    counts = token_counts(text, tokenizer, config.vocab_size)
+    if not np.delete(counts, list(tokenizer.eos_ids)).any():
+        raise ValueError(
+            f"text={', '.join(map(str, text))}: has no words of an assistant; give conversations "
+            "with answers"
+        )
+    return _Vocabulary(*draft_vocabulary(counts, size, tokenizer.eos_ids, "draft_vocabulary"))
 
 
 def _to_hf(job: _Job, source: Source, to: Path, kind: str | None) -> dict[str, Any]:
@@ -272,6 +363,10 @@ def _write_draft(
     if about is not None:
         hf.check_fit(about.config, config, source)
     settings = layouts.flat(files.read_json(source / "config.json"))
+    if job.vocabulary is not None and isinstance(config, EagleConfig):
+        config = dataclasses.replace(config, draft_vocab_size=len(job.vocabulary.offsets))
+        params = {**params, "d2t": lazily(job.vocabulary.offsets)}
+        settings = {**settings, **job.vocabulary.said()}
     kept = (*_KEPT, layouts.COVERAGE)
     matrix = _embedding(source, about, layout, config)
     if layout == "official":
@@ -285,8 +380,15 @@ def _write_draft(
         target=about,
         extra={key: settings[key] for key in kept if key in settings},
         embedding=matrix,
-        bar=lambda total: job.bar(total, f"{source.name} -> {layout}"),
+        bar=lambda total: job.bar(total, f"{source.name} -> {job.layout}"),
     )
+    if layout != serving.INNER and isinstance(config, EagleConfig) and config.draft_vocab_size:
+        warnings.warn(
+            f"{source}: format {layout!r} has no place for the draft vocabulary of "
+            f"{config.draft_vocab_size} tokens: the head is written without it and drafts from "
+            "all there; 'native' keeps it",
+            stacklevel=2,
+        )
     written = serving.size(files.read_tensors(directory))
     _copy_others(source, directory)
     return config, written
@@ -385,7 +487,8 @@ def parser() -> argparse.ArgumentParser:
         ),
         epilog=(
             "formats:\n"
-            "  hf           a target, or with --kind model a small one, as transformers opens it\n"
+            "  hf           a target, or with --kind model a small one, as transformers opens it;\n"
+            "               with --draft-vocabulary a draft, for load(TARGET, draft=DIRECTORY)\n"
             "  official     a draft, as the authors of EAGLE or Medusa publish it: their names of\n"
             "               tensors, in safetensors files (Medusa: medusa_lm_head.safetensors)\n"
             "  sglang       a draft for SGLang (EAGLE-1, EAGLE-3)\n"
@@ -400,6 +503,13 @@ def parser() -> argparse.ArgumentParser:
             "  python -m eagle_jax.convert --from runs/eagle3/export --target Llama-3.1-8B-Instruct"
             " \\\n"
             "      --to for-vllm --format speculators\n"
+            "  python -m eagle_jax.convert --from EAGLE-LLaMA3-Instruct-8B \\\n"
+            "      --target Llama-3-8B-Instruct --to short --draft-vocabulary 16384 \\\n"
+            "      --text answers.jsonl\n"
+            "\n"
+            "A draft vocabulary makes the steps of an EAGLE-1 head cheaper: it then scores only\n"
+            "the tokens that answers in --text have most often. The target keeps all of its own,\n"
+            "so texts stay the same. Of the other formats only 'native' has a place for it.\n"
             "\n"
             "Tensors pass one at a time, so memory holds the largest of them, not the model. The\n"
             "result is read again and compared before it gets its name. --to is a new directory,\n"
@@ -421,6 +531,15 @@ def parser() -> argparse.ArgumentParser:
         "--target-name", metavar="NAME", help="speculators: where vLLM finds the target"
     )
     out.add_argument("--dtype", choices=files.DTYPES, help="cast weights (default: as they are)")
+    out.add_argument(
+        "--draft-vocabulary",
+        type=int,
+        metavar="N",
+        help="let an EAGLE-1 head draft the N tokens that --text has most often (format: hf)",
+    )
+    out.add_argument(
+        "--text", nargs="+", default=[], metavar="FILE", help="conversations, JSONL or JSONL.gz"
+    )
     return out
 
 
@@ -429,12 +548,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.inspect is not None:
         others = ("source", "to", "format", "draft", "kind", "dtype", "target_name")
+        others += ("draft_vocabulary", "text")
         if any(getattr(args, name) for name in others):
             raise ValueError("inspect: goes with --target only, and for a draft")
         found = inspect(args.inspect, args.target)
         print(inspection.readable(found))
         print(json.dumps(found))
         return
+    if args.draft_vocabulary is not None:
+        args.format = args.format or "hf"
     for name, value in (("from", args.source), ("to", args.to), ("format", args.format)):
         if value is None:
             raise ValueError(f"{name}: give --{name}, or --inspect PATH (--help explains)")
@@ -451,12 +573,17 @@ def main(argv: list[str] | None = None) -> None:
             kind=args.kind,
             dtype=args.dtype,
             target_name=args.target_name,
+            draft_vocabulary=args.draft_vocabulary,
+            text=args.text,
             progress=lambda total, desc: tqdm(
                 total=total, desc=desc, unit="B", unit_scale=True, unit_divisor=1024
             ),
         )
     for warning in told:
         print(f"warning: {warning.message}", file=sys.stderr)
+    if layouts.COVERAGE in summary:
+        size, coverage = summary["draft_vocab_size"], summary[layouts.COVERAGE]
+        print(f"draft vocabulary: {size} tokens cover {coverage:.2%} of the answers in the text")
     print(json.dumps(summary))
 
 

@@ -139,6 +139,7 @@ def load(
         if directories is own and parts:
             native.check_kinds(root, {path.name: parts[path.name] for path in own}, found)
         for kind, (config, params) in found.items():
+            params = layouts.with_head(config, params, target_config, target)
             config, params = _for_decoding(config, params, untied=on_cpu)
             drafts[kind] = Draft(_place(params, dtype, _draft_place(config, sharding)), config)
     untied = on_cpu or quantization is not None

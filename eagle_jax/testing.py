@@ -82,7 +82,7 @@ def random_draft(config: DraftConfig, seed: int, scale: float = 12.0) -> Draft:
     """A draft of any kind with random arrays; a draft vocabulary takes every token but the first
     ones."""
     params = random_params(DRAFTS[config.kind], config, seed, scale)
-    if isinstance(config, Eagle3Config):
+    if isinstance(config, EagleConfig | Eagle3Config) and config.draft_vocab_size:
         offset = config.vocab_size - config.draft_vocab_size
         table = jnp.full(config.draft_vocab_size, offset, jnp.int32)
         params = {**params, "d2t": table}

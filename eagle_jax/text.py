@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -342,6 +343,23 @@ def read_conversations(path: str | Path) -> Iterator[list[Message]]:
         if all(message["role"] != "assistant" for message in messages):
             raise ValueError(f"{where}: no assistant turn to learn from; add one or drop the line")
         yield messages
+
+
+def encode_files(
+    files: Iterable[str | Path], tokenizer: Tokenizer
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Ids and mask (`Tokenizer.conversation`) of every conversation of `files`, with a bar.
+
+    Raises:
+        ValueError: as `read_conversations` and `Tokenizer.conversation`.
+    """
+    import tqdm
+
+    conversations = itertools.chain.from_iterable(map(read_conversations, files))
+    with tqdm.tqdm(desc="tokenizing", unit=" conversations", disable=None) as bar:
+        while chunk := list(itertools.islice(conversations, 512)):
+            yield from tokenizer.conversations(chunk)
+            bar.update(len(chunk))
 
 
 def read_prompts(path: str | Path) -> Iterator[list[Message]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.monitoring
@@ -19,7 +19,7 @@ import tokenizers
 from jaxtyping import Array, Int
 from tokenizers import decoders, models
 
-from eagle_jax.config import TransformerConfig
+from eagle_jax.config import EagleConfig, TransformerConfig
 from eagle_jax.decode import (
     DynamicTree,
     Eagle,
@@ -145,6 +145,19 @@ def with_draft(pair: Params, factor: float) -> Params:
         return Draft(params, draft.config)
 
     drafts = {kind: scaled(draft) for kind, draft in pair.drafts.items()}
+    return dataclasses.replace(pair, drafts=drafts)
+
+
+def with_vocabulary(pair: Params, tokens: Sequence[int]) -> Params:
+    """The pair whose EAGLE-1 draft proposes these tokens only."""
+    chosen, draft = jnp.array(tokens, jnp.int32), pair.drafts["eagle"]
+    assert isinstance(draft.config, EagleConfig)
+    head = {
+        "lm_head.kernel": pair.target["lm_head.kernel"][:, chosen],
+        "d2t": chosen - jnp.arange(len(tokens), dtype=jnp.int32),
+    }
+    config = dataclasses.replace(draft.config, draft_vocab_size=len(tokens))
+    drafts = {**pair.drafts, "eagle": Draft({**draft.params, **head}, config)}
     return dataclasses.replace(pair, drafts=drafts)
 
 

@@ -1,5 +1,6 @@
 """Compilation for TPUs that are not there."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -7,11 +8,14 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 import tiny_pair
 
-from eagle_jax import aot, settings
-from eagle_jax.testing import tiny_target
+from eagle_jax import aot, settings, sharding
+from eagle_jax.models import EagleDraft
+from eagle_jax.testing import tiny_draft, tiny_target
 
 ROOT = tiny_pair.ROOT
 
@@ -47,6 +51,18 @@ def test_settings_that_cannot_be():
         settings.load(ROOT / "configs/aot/tiny.py", ["batch_size=0"], kind=aot.AotConfig)
     with pytest.raises(ValueError, match="method=None: give a method, or a training run"):
         aot.AotConfig("v5e:2x4", tiny_target())
+
+
+def test_arguments_of_a_draft_vocabulary():
+    """Catches a table in bfloat16, or cut where every device reads all of it."""
+    mesh = sharding.make_mesh(tensor=4, devices=jax.devices()[:4])
+    draft = tiny_draft(tiny_target(64), draft_vocab_size=40, num_key_value_heads=4)
+    draft = dataclasses.replace(draft, num_attention_heads=4)
+    found = aot._weights(mesh, EagleDraft, draft)
+    table, head = found["d2t"], found["lm_head.kernel"]
+    assert (table.shape, table.dtype) == ((40,), jnp.int32) and table.sharding.is_fully_replicated
+    assert (head.shape, head.dtype) == ((32, 40), jnp.bfloat16)
+    assert head.sharding.shard_shape(head.shape) == (32, 10)
 
 
 def test_without_libtpu_it_says_so(monkeypatch):

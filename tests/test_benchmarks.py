@@ -73,7 +73,9 @@ def test_what_does_not_fit_is_one_line() -> None:
 def test_round() -> None:
     """The parts add up to the round, at a temperature as well."""
     methods = ["eagle", "speculative"]
-    result = run("round", *SMALL, *SLOTS, "--temperature", "1", "--methods", *methods)
+    options = ["--temperature", "1", "--draft-vocabulary", "40", "--methods", *methods]
+    result = run("round", *SMALL, *SLOTS, *options)
+    assert result["draft_vocabulary"] == 40
     vanilla, *rows = result["rows"]
     assert vanilla["method"] == "vanilla" and vanilla["cost"] == 1
     assert [row["method"] for row in rows] == methods
@@ -185,6 +187,17 @@ def test_the_simulated_rule_is_as_published(module) -> None:
     for name in ("chain-6", "dynamic-5-8-40"):
         with pytest.raises(ValueError, match=f"--trees {name}: "):
             batch.tree_of(name, likely)
+
+
+def test_a_draft_vocabulary_is_eagles(module) -> None:
+    """Catches an option that changes nothing, or EAGLE-3 as well."""
+    shapes = module("shapes")
+    params = shapes.random_params("tiny", ["eagle", "eagle3"], draft_vocabulary=40)
+    eagle, eagle3 = (params.drafts[kind].params for kind in ("eagle", "eagle3"))
+    assert eagle["lm_head.kernel"].shape == (64, 40) and eagle3["lm_head.kernel"].shape == (64, 256)
+    assert (np.arange(40) + eagle["d2t"]).tolist() == list(range(0, 240, 6))
+    with pytest.raises(ValueError, match="draft_vocab_size=257: must be 1 to vocab_size=256"):
+        shapes.draft_configs("tiny", 257)
 
 
 def test_a_fixed_tree_has_the_size_it_is_asked_for(module) -> None:

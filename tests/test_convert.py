@@ -1,5 +1,6 @@
 """`python -m eagle_jax.convert`: round trips lose no bit, and what fails leaves nothing behind."""
 
+import collections
 import errno
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny_run
 import torch
 from model_directories import assert_same, edit, message, retensor
 
@@ -20,6 +22,8 @@ import eagle_jax
 from eagle_jax import convert
 from eagle_jax.checkpoint import files, hf, native, safetensors, serving
 from eagle_jax.config import Eagle3Config, EagleConfig, RopeScaling, TransformerConfig
+from eagle_jax.params import find
+from eagle_jax.text import Tokenizer, read_conversations
 
 KINDS = ("eagle", "eagle3", "medusa", "model")
 
@@ -97,7 +101,8 @@ def test_drafts_go_round(model, tmp_path, kind, layout):
 
 def test_an_independent_draft_as_a_model(model, tmp_path):
     """Catches a pair of which only the target can be had back."""
-    for source, options in ((model, {"kind": "model"}), (model / "model", {})):
+    cases: list[tuple[Path, dict[str, Any]]] = [(model, {"kind": "model"}), (model / "model", {})]
+    for source, options in cases:
         shutil.rmtree(tmp_path / "new", ignore_errors=True)
         convert.convert(source, tmp_path / "new", "hf", **options)
         assert_same(tensors(tmp_path / "new"), tensors(model / "model"))
@@ -249,11 +254,12 @@ def test_ended_from_outside(model, tmp_path):
 def test_the_name_of_the_target(model, tmp_path):
     """Catches a path of this machine in a file for others."""
     shutil.copytree(model / "target", tmp_path / "Big-8B")
-    for target, options, name in (
+    cases: list[tuple[Path, dict[str, Any], str]] = [
         (model, {}, "model"),
         (tmp_path / "Big-8B", {}, "Big-8B"),
         (model, {"target_name": "some/Big"}, "some/Big"),
-    ):
+    ]
+    for target, options, name in cases:
         shutil.rmtree(tmp_path / "new", ignore_errors=True)
         source, to = model / "eagle3", tmp_path / "new"
         convert.convert(source, to, "speculators", target=target, **options)
@@ -328,7 +334,7 @@ def test_arguments(model, tmp_path):
     """Catches a call that does something else than was asked for."""
     to = tmp_path / "to"
     assert "from: give --from" in message(convert.main, ["--to", str(to)])
-    for option in ("--to x", "--draft x", "--kind x", "--dtype float16"):
+    for option in ("--to x", "--draft x", "--kind x", "--dtype float16", "--text x"):
         said = message(convert.main, ["--inspect", "tiny", *option.split()])
         assert "inspect: goes with --target only" in said
     assert "format='x': must be one of hf, official" in message(convert.convert, model, to, "x")
@@ -544,3 +550,128 @@ def test_a_foreign_embedding_is_not_exported(model, tmp_path):
         text = message(convert.convert, model, tmp_path / "new", layout, kind=kind)
         assert "its embed_tokens.weight is not the target's; give the target that" in text
     assert not (tmp_path / "new").exists()
+
+
+TEXT = Path(__file__).parents[1] / "train" / "sample" / "conversations.jsonl.gz"
+
+
+def test_a_draft_vocabulary_of_the_shipped_head(tmp_path, capsys):
+    """Catches tokens that are not the most frequent of the answers, columns of the target in the
+    file, and weights that change on the way."""
+    shipped = find("tiny")
+    arguments = ["--draft-vocabulary", 2048, "--text", TEXT]
+    out, found = said(
+        capsys, "--from", shipped / "eagle", "--target", "tiny", "--to", tmp_path / "x", *arguments
+    )
+    assert inside(tmp_path / "x") == ["config.json", "model.safetensors"]
+    tokenizer, counts = Tokenizer.load(shipped / "target"), collections.Counter()
+    for ids, mask in tokenizer.conversations(list(read_conversations(TEXT))):
+        counts.update(token for token, answer in zip(ids, mask, strict=True) if answer)
+    ends = tokenizer.eos_ids
+    rest = sorted((x for x in range(8192) if x not in ends), key=lambda x: (-counts[x], x))
+    expected = sorted([*ends, *rest[: 2048 - len(ends)]])
+    share = sum(counts[x] for x in expected) / counts.total()
+    assert f"draft vocabulary: 2048 tokens cover {share:.2%} of the answers" in out
+    assert (found["format"], found["kinds"]) == ("hf", ["eagle"])
+    assert (found["draft_vocab_size"], found["draft_vocab_coverage"]) == (2048, share)
+
+    stored = tensors(tmp_path / "x")
+    assert list(np.arange(2048) + stored.pop("d2t")) == expected
+    assert_same(stored, tensors(shipped / "eagle"))
+    own = {"draft_vocab_size": 2048, "draft_vocab_coverage": share}
+    assert settings(tmp_path / "x").items() >= own.items()
+    params = eagle_jax.load("tiny", draft=tmp_path / "x")
+    head = params.drafts["eagle"].params["lm_head.kernel"]
+    np.testing.assert_array_equal(head, params.target["lm_head.kernel"][:, np.array(expected)])
+    assert head.shape == (512, 2048)
+
+    _, found = said(capsys, "--inspect", tmp_path / "x", "--target", "tiny")
+    assert found["."]["draft vocabulary"] == "2048 of 8192 tokens (25.0%)"
+    assert found["."]["coverage of the training text"] == f"{share:.2%}"
+    assert "cannot be loaded" not in found["."]
+
+
+@pytest.fixture
+def answers(tmp_path) -> Path:
+    (tmp_path / "text").mkdir()
+    return Path(tiny_run.write_conversations(tmp_path / "text" / "answers.jsonl", 20))
+
+
+@pytest.fixture
+def short(model, answers, tmp_path) -> Path:
+    """An EAGLE-1 head with a draft vocabulary."""
+    to = tmp_path / "short"
+    options: dict[str, Any] = {"draft_vocabulary": 9, "text": [answers]}
+    convert.convert(model / "eagle", to, "hf", target=model / "target", **options)
+    return to
+
+
+def test_a_draft_vocabulary_in_a_native_directory(model, short, answers, tmp_path):
+    """Catches drafts of other kinds that get lost or changed, and a vocabulary that does."""
+    options: dict[str, Any] = {"draft_vocabulary": 9, "text": [answers]}
+    summary = convert.convert(model, tmp_path / "new", "native", **options)
+    assert summary["kinds"] == ["target", *KINDS] and summary["draft_vocab_size"] == 9
+    assert_same(tensors(tmp_path / "new" / "eagle"), tensors(short))
+    assert settings(tmp_path / "new" / "eagle") == settings(short)
+    for kind in ("eagle3", "medusa", "model"):
+        assert_same(tensors(tmp_path / "new" / kind), tensors(model / kind))
+    convert.convert(tmp_path / "new", tmp_path / "again", "native")
+    assert_same(tensors(tmp_path / "again" / "eagle"), tensors(short))
+    assert settings(tmp_path / "again" / "eagle") == settings(short)
+    assert eagle_jax.load(tmp_path / "again").drafts["eagle"].config.kind == "eagle"
+
+
+def test_a_draft_vocabulary_that_a_format_has_no_place_for(model, short, tmp_path):
+    """Catches a table that other code takes for EAGLE-3's, and one that is left out silently."""
+    for layout in ("official", "sglang"):
+        where = {"target": model / "target"}
+        convert.convert(model / "eagle", tmp_path / layout / "plain", layout, **where)
+        with pytest.warns(UserWarning, match=f"format '{layout}' has no place for the draft") as x:
+            convert.convert(short, tmp_path / layout / "short", layout, **where)
+        assert "of 9 tokens: the head is written without it" in str(x[0].message)
+        plain, left = tmp_path / layout / "plain", tmp_path / layout / "short"
+        assert_same(tensors(left), tensors(plain))
+        assert settings(left) == settings(plain)
+    text = message(convert.convert, short, tmp_path / "new", "speculators")
+    assert "kind 'eagle' has no layout in speculators" in text
+
+
+def test_what_is_wrong_with_a_draft_vocabulary(model, short, answers, tmp_path):
+    """Catches a traceback, and a vocabulary that somebody did not ask for."""
+
+    def fails(source=model / "eagle", layout="hf", **changes) -> str:
+        options: dict[str, Any] = {"draft_vocabulary": 9, "text": [answers]} | changes
+        if source != model:
+            options = {"target": model / "target"} | options
+        text = message(convert.convert, source, tmp_path / "new", layout, **options)
+        assert not (tmp_path / "new").exists()
+        return text
+
+    assert fails(text=[]).startswith("draft_vocabulary=9: its tokens are counted in a text; give")
+    assert "answers.jsonl': is read for a draft vocabulary; give" in fails(draft_vocabulary=None)
+    assert fails(draft_vocabulary=0) == "draft_vocabulary=0: must be at least 1"
+    assert "261: the target has 260 tokens; use fewer" in fails(draft_vocabulary=261)
+    assert "9: format 'sglang' has no place for it; use 'hf' or 'native'" in fails(layout="sglang")
+    assert "of kind 'eagle', the source has medusa; give" in fails(model / "medusa")
+    assert "for heads of kind 'eagle', not 'eagle3'; leave --kind" in fails(model, kind="eagle3")
+    assert f"{short} has a draft vocabulary of 9 tokens; give the head that" in fails(short)
+    assert f"{model / 'target'}: is a target without drafts" in fails(model / "target", target=None)
+    assert "has no tokenizer to count with; give its target" in fails(target=None)
+    assert "no such file; give a .jsonl" in fails(text=[tmp_path / "nothing.jsonl"])
+    taken = message(
+        convert.convert, model, short, "hf", draft_vocabulary=9, text=[tmp_path / "nothing.jsonl"]
+    )
+    assert f"{short}: exists and is not empty" in taken  # before the text is read
+    silent = tmp_path / "silent.jsonl"
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": ""}]
+    for lines in ("", json.dumps({"messages": turns})):
+        silent.write_text(lines)
+        assert f"text={silent}: has no words of an assistant; give conv" in fails(text=[silent])
+    silent.write_text(json.dumps({"messages": turns[:1]}))
+    assert f"{silent}:1: no assistant turn" in fails(text=[silent])
+    edit(model / "target", eos_token_id=[256, 257])
+    (model / "target" / "generation_config.json").write_text('{"eos_token_id": [256, 257]}')
+    said = "draft_vocabulary=1: the tokens that end an answer alone are 2; make it larger"
+    assert fails(draft_vocabulary=1) == said
+    (model / "target" / "tokenizer.json").unlink()
+    assert f"tokenizer='{model / 'target'}': not found" in fails()

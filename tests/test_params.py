@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_pair
 from flax import nnx
 
 import eagle_jax
 from eagle_jax.checkpoint import hf, native, safetensors
-from eagle_jax.config import Eagle3Config
+from eagle_jax.config import Eagle3Config, EagleConfig
 from eagle_jax.models import DRAFTS, bind
 from eagle_jax.models.layers import fuse_mlp
+from eagle_jax.sharding import make_mesh
 from eagle_jax.testing import tiny_params, tiny_target
 
 KINDS = ("eagle", "eagle3", "medusa", "model")
@@ -188,6 +190,84 @@ def test_a_draft_vocabulary_without_the_end(model) -> None:
     fails(f"{said}; give a draft whose vocabulary has it", model)
     (model / "target" / "tokenizer.json").unlink()
     assert "eagle3" in eagle_jax.load(model).drafts  # nobody knows what ends an answer
+
+
+SHORT = (256, 3, 259, 40, 7, 128)  # the first ends an answer
+
+
+def short_eagle(model: Path, tokens=SHORT, heads: int = 1) -> Path:
+    """The EAGLE-1 draft with a draft vocabulary, and so many key heads."""
+    config, arrays = hf.load_draft(model / "eagle")
+    assert isinstance(config, EagleConfig)
+    sizes = {"draft_vocab_size": len(tokens), "num_key_value_heads": heads}
+    config = dataclasses.replace(config, **sizes)
+    for name in ("k", "v"):
+        name = f"layers.0.self_attn.{name}_proj.kernel"
+        arrays[name] = np.tile(arrays[name], heads)
+    table = np.array(tokens, np.int32) - np.arange(len(tokens), dtype=np.int32)
+    hf.save_draft(model.parent / "short", config, {**arrays, "d2t": table}, "float32")
+    return model.parent / "short"
+
+
+def check_columns(params: eagle_jax.Params, head: np.ndarray, tokens) -> None:
+    draft = params.drafts["eagle"]
+    assert draft.params["d2t"].dtype == jnp.int32
+    found = np.asarray(draft.params["lm_head.kernel"])
+    assert found.dtype == head.dtype
+    np.testing.assert_array_equal(found, head[:, list(tokens)])
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"quantize": "int8"}])
+def test_a_draft_vocabulary_takes_the_targets_columns(model, options) -> None:
+    """Catches columns of other tokens, columns rounded twice, and a head in eight bits."""
+    whole = eagle_jax.load(model, **options | {"quantize": None})
+    params = eagle_jax.load(model, draft=short_eagle(model), **options)
+    check_columns(params, np.asarray(whole.target["lm_head.kernel"]), SHORT)
+
+
+def test_a_draft_vocabulary_of_a_tied_head(tmp_path) -> None:
+    """Catches columns of the embedding's other axis, and a target without a head."""
+    model = tiny_pair.write(tmp_path / "model", tie_word_embeddings=True)
+    params = eagle_jax.load(model, draft=short_eagle(model, (256, 3, 40)))
+    check_columns(params, np.asarray(params.target["embed_tokens.embedding"]).T, (256, 3, 40))
+
+
+def test_a_draft_vocabulary_of_shards_on_a_mesh(model) -> None:
+    """Catches columns that are looked for in the first file only, or whole on every device."""
+    file = model / "target" / "model.safetensors"
+    tensors = safetensors.read(file)
+    file.unlink()
+    for i in (0, 1):
+        part = dict(list(tensors.items())[i::2])
+        safetensors.write(file.with_name(f"model-0000{i + 1}-of-00002.safetensors"), part)
+    mesh = make_mesh(tensor=2, devices=jax.devices()[:2])
+    params = eagle_jax.load(model, draft=short_eagle(model, heads=2), sharding=mesh)
+    check_columns(params, tensors["lm_head.weight"].T, SHORT)
+    head = params.drafts["eagle"].params["lm_head.kernel"]
+    assert [shard.data.shape for shard in head.addressable_shards] == [(32, 3)] * 2
+    table = params.drafts["eagle"].params["d2t"]
+    assert table.sharding.is_fully_replicated
+
+
+def test_the_targets_head_is_read_once(model, monkeypatch) -> None:
+    """Catches a second whole head on the host, for a few of its columns."""
+    names, load = [], safetensors._load
+
+    def told(path, name):
+        names.append(name)
+        return load(path, name)
+
+    short = short_eagle(model)
+    monkeypatch.setattr(safetensors, "_load", told)
+    eagle_jax.load(model / "target", draft=short)
+    assert names.count("lm_head.weight") == 1 and "d2t" in names
+
+
+def test_an_eagle_vocabulary_without_the_end(model) -> None:
+    """Catches a draft that can never propose the end of an answer."""
+    short = short_eagle(model, (3, 40, 7))
+    said = f"{short}: the draft vocabulary lacks token 256 (<|end|>), which ends answers"
+    fails(f"{said}; give a draft whose vocabulary has it", model, draft=short)
 
 
 def test_official_layers_follow_from_the_target(model) -> None:

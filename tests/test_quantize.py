@@ -192,6 +192,13 @@ def test_every_method_keeps_the_text(method, setting) -> None:
     assert texts(method, setting) == vanilla(setting)
 
 
+def test_a_draft_vocabulary_keeps_the_text() -> None:
+    """Catches columns that are looked for in the eight-bit head: the draft has them as floats."""
+    params = small(decoding.with_vocabulary(decoding.random_pair(), (9, 2, 4, 10)))
+    assert params.drafts["eagle"].params["lm_head.kernel"].dtype == jnp.float32
+    assert texts("eagle chain", "sampled", params) == vanilla("sampled")
+
+
 def test_loading(tiny_model) -> None:
     """Catches weights rounded twice, drafts in eight bits, and a report that does not say it."""
     whole, params = eagle_jax.load(tiny_model), eagle_jax.load(tiny_model, quantize="int8")

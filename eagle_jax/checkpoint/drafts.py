@@ -6,6 +6,7 @@ Each has a function that makes `config.json` and one that reads configuration an
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +17,13 @@ import numpy as np
 from eagle_jax.checkpoint import families
 from eagle_jax.checkpoint.files import Arrays, StoredArrays, arrays, check_counts
 from eagle_jax.checkpoint.stored import Stored, lazily
-from eagle_jax.config import Eagle3Config, EagleConfig, MedusaConfig, TransformerConfig
+from eagle_jax.config import (
+    DraftConfig,
+    Eagle3Config,
+    EagleConfig,
+    MedusaConfig,
+    TransformerConfig,
+)
 
 AUX = "eagle_aux_hidden_state_layer_ids"
 """Key of the layers whose residual streams are fused: stacks disagree about their numbers."""
@@ -55,35 +62,64 @@ def kind_of(settings: Mapping[str, Any], names: Iterable[str]) -> str:
     names = list(names)
     if "medusa_num_heads" in settings or any(_medusa_block(name) for name in names):
         return "medusa"
-    own_names = (
-        name
-        for name in names
-        if name.startswith(("midlayer.", "d2t", "t2d")) or name.endswith("hidden_norm.weight")
-    )
-    if "draft_vocab_size" in settings or any(own_names):
+    if any(name.startswith("midlayer.") or name.endswith("hidden_norm.weight") for name in names):
         return "eagle3"
+    eagle = any(name.startswith(("fc.", "layers.0.")) for name in names)
+    if "draft_vocab_size" in settings or any(name in ("d2t", "t2d") for name in names):
+        # EAGLE-1 has no head of its own, whatever it drafts.
+        own_head = any(name.endswith("lm_head.weight") for name in names)
+        return "eagle" if eagle and not own_head else "eagle3"
     if any(name.startswith("model.") for name in names):
         return "model"
-    return "eagle" if any(name.startswith(("fc.", "layers.0.")) for name in names) else "model"
+    return "eagle" if eagle else "model"
 
 
-def eagle_json(config: EagleConfig, dtype: str) -> dict[str, Any]:
+def eagle_json(config: EagleConfig, dtype: str, coverage: float | None) -> dict[str, Any]:
     """`config.json` of an EAGLE-1 draft."""
-    return families.to_json(config, "llama", dtype) | {
+    settings = families.to_json(config, "llama", dtype) | {
         "num_hidden_layers": 1,
         "bias": config.bias,
         "qkv_bias": config.attention_bias,
     }
+    if config.draft_vocab_size is not None:
+        settings["draft_vocab_size"] = config.draft_vocab_size
+    return settings if coverage is None else settings | {COVERAGE: coverage}
 
 
 def read_eagle(
     directory: Path, settings: Mapping[str, Any], tensors: StoredArrays
 ) -> tuple[EagleConfig, StoredArrays]:
-    """An EAGLE-1 draft; an embedding among its tensors is ignored."""
+    """An EAGLE-1 draft; an embedding among its tensors is ignored.
+
+    With a draft vocabulary `params["d2t"]` is int32; `with_head` adds what else the module needs.
+    """
     tensors = dict(tensors)
     settings = {"bias": "fc.bias" in tensors, **_biases("layers.0.", settings, tensors)}
     config = families.from_json(directory, EagleConfig, settings)
-    return config, arrays(directory, config, tensors, EMBEDDING)
+    if config.draft_vocab_size == config.vocab_size and "d2t" not in tensors:
+        config = dataclasses.replace(config, draft_vocab_size=None)
+    if config.draft_vocab_size is None:
+        return config, arrays(directory, config, tensors, EMBEDDING)
+    found = _tables(tensors)
+    params = arrays(directory, config, tensors, EMBEDDING)
+    params["d2t"] = _offsets(directory, config, *found)
+    return config, params
+
+
+def with_head(
+    config: DraftConfig,
+    params: Mapping[str, Stored],
+    target_config: TransformerConfig,
+    target: Mapping[str, Stored],
+) -> Mapping[str, Stored]:
+    """The parameters of a draft as its module has them: EAGLE-1's draft vocabulary is columns of
+    the target's head, which are gathered when they are read."""
+    if not isinstance(config, EagleConfig) or config.draft_vocab_size is None:
+        return params
+    offsets = np.asarray(params["d2t"])
+    tied = target_config.tie_word_embeddings
+    rows = target["embed_tokens.embedding"] if tied else target["lm_head.kernel"].T
+    return {**params, "lm_head.kernel": rows.rows(np.arange(len(offsets)) + offsets).T}
 
 
 def eagle3_json(config: Eagle3Config, dtype: str, coverage: float | None) -> dict[str, Any]:
@@ -101,16 +137,21 @@ def eagle3_json(config: Eagle3Config, dtype: str, coverage: float | None) -> dic
     return settings if coverage is None else settings | {COVERAGE: coverage}
 
 
-def eagle3_tables(config: Eagle3Config, offsets: Any) -> Arrays:
-    """`d2t` (int64 offsets) and `t2d` (membership of each of the target's tokens).
+def tables(config: DraftConfig, params: Mapping[str, Any]) -> Arrays:
+    """`d2t` (int64 offsets) of a draft that has one; of EAGLE-3 also `t2d` (membership of each of
+    the target's tokens).
 
     Raises:
         ValueError: the offsets leave the vocabulary or repeat a token.
     """
-    offsets = np.asarray(offsets)
-    members = np.zeros(config.vocab_size, bool)
-    members[_tokens("params", config, offsets)] = True
-    return {"d2t": offsets.astype(np.int64), "t2d": members}
+    if not isinstance(config, EagleConfig | Eagle3Config) or config.draft_vocab_size is None:
+        return {}
+    offsets = np.asarray(params["d2t"])
+    tokens = _tokens("params", config, offsets)
+    result: Arrays = {"d2t": offsets.astype(np.int64)}
+    if isinstance(config, Eagle3Config):
+        result["t2d"] = np.isin(np.arange(config.vocab_size), tokens)
+    return result
 
 
 def read_eagle3(
@@ -138,11 +179,10 @@ def read_eagle3(
         "target_hidden_size": None if width == settings.get("hidden_size") else width,
     }
     config = families.from_json(directory, Eagle3Config, {**settings, **own})
-    tables = [tensors.pop(name, None) for name in ("d2t", "t2d")]
+    found = _tables(tensors)
     copies = () if config.target_hidden_size else (EMBEDDING,)
     params = arrays(directory, config, tensors, *copies)
-    offsets, members = (None if table is None else np.asarray(table) for table in tables)
-    params["d2t"] = lazily(_offsets(directory, config, offsets, members))
+    params["d2t"] = _offsets(directory, config, *found)
     return config, params
 
 
@@ -262,11 +302,20 @@ def _aux_layers(
     return official_layers(target)
 
 
+def _tables(tensors: StoredArrays) -> list[np.ndarray | None]:
+    """`d2t` and `t2d`, if they are there, taken out of `tensors`."""
+    found = [tensors.pop(name, None) for name in ("d2t", "t2d")]
+    return [None if table is None else np.asarray(table) for table in found]
+
+
 def _offsets(
-    directory: Path, config: Eagle3Config, offsets: np.ndarray | None, members: np.ndarray | None
-) -> np.ndarray:
+    directory: Path,
+    config: EagleConfig | Eagle3Config,
+    offsets: np.ndarray | None,
+    members: np.ndarray | None,
+) -> Stored:
     """Checked `d2t`, int32; zeros where the draft has the whole vocabulary and no table."""
-    draft_vocab, vocab = config.draft_vocab_size, config.vocab_size
+    draft_vocab, vocab = config.draft_vocab_size or 0, config.vocab_size
     if offsets is None and draft_vocab < vocab:
         raise ValueError(
             f"{directory}: has no d2t, though draft_vocab_size={draft_vocab} is less than "
@@ -281,12 +330,12 @@ def _offsets(
             raise ValueError(
                 f"{directory}: t2d marks other tokens than d2t lists; export the draft again"
             )
-    return offsets.astype(np.int32)
+    return lazily(offsets.astype(np.int32))
 
 
-def _tokens(where: str, config: Eagle3Config, offsets: np.ndarray) -> np.ndarray:
+def _tokens(where: str, config: EagleConfig | Eagle3Config, offsets: np.ndarray) -> np.ndarray:
     """The target's token of every entry of the draft vocabulary."""
-    draft_vocab, vocab = config.draft_vocab_size, config.vocab_size
+    draft_vocab, vocab = config.draft_vocab_size or 0, config.vocab_size
     remedy = "export the draft again"
     if offsets.shape != (draft_vocab,) or not np.issubdtype(offsets.dtype, np.integer):
         raise ValueError(

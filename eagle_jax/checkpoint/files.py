@@ -125,6 +125,14 @@ def _merged(
     return tensors
 
 
+def check_new(directory: Path) -> None:
+    """Raises ValueError where `staged` would, before anything is computed for it."""
+    if directory.name in ("", "..") or directory.is_symlink():
+        raise ValueError(f"{directory}: is no name for a new directory; give one that is not there")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory}: exists and is not empty; give another place or remove it")
+
+
 @contextlib.contextmanager
 def staged(directory: str | Path) -> Iterator[Path]:
     """A new directory that gets the name `directory` when the block ends without an error.
@@ -137,10 +145,7 @@ def staged(directory: str | Path) -> Iterator[Path]:
         OSError: it cannot be written.
     """
     directory = Path(directory)
-    if directory.name in ("", "..") or directory.is_symlink():
-        raise ValueError(f"{directory}: is no name for a new directory; give one that is not there")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory}: exists and is not empty; give another place or remove it")
+    check_new(directory)
     temporary = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.tmp"
     made = _make_parents(directory.parent)
     done = False

@@ -107,34 +107,34 @@ def save_draft(
     Args:
         directory: created if missing.
         config: of the draft; an independent model is written as a target is.
-        params: arrays with the names and shapes of `shapes(config)`; `d2t` (EAGLE-3) holds
-            offsets, int32 [Vd].
+        params: arrays with the names and shapes of `shapes(config)`; `d2t` holds offsets, int32
+            [Vd].
         dtype: of the weights on disk: "float32", "bfloat16" or "float16".
-        coverage: share of the training tokens that an EAGLE-3 draft's vocabulary has, 0 to 1;
-            noted in `config.json`.
+        coverage: share of the tokens of some text, an EAGLE-3 draft's training text, that the
+            draft vocabulary has, 0 to 1; noted in `config.json`.
 
     Raises:
         ValueError: `params` don't match `config`, an unknown dtype, or a coverage that is out of
             range or of a draft that has the target's vocabulary.
     """
-    if coverage is not None and not isinstance(config, Eagle3Config):
+    if coverage is not None and getattr(config, "draft_vocab_size", None) is None:
         raise ValueError(
             f"coverage={coverage}: a draft of kind {config.kind!r} has the target's vocabulary; "
             "leave it out"
         )
     if coverage is not None and not 0 <= coverage <= 1:
-        raise ValueError(f"coverage={coverage}: must be 0 to 1, a share of the training tokens")
+        raise ValueError(f"coverage={coverage}: must be 0 to 1, a share of the counted tokens")
     if isinstance(config, TransformerConfig):
         save_target(directory, config, params, dtype)
-    elif isinstance(config, EagleConfig):
-        files.write(directory, config, params, dtype, drafts.eagle_json(config, dtype))
+        return
+    files.check_params(config, params, dtype)
+    if isinstance(config, EagleConfig):
+        settings = drafts.eagle_json(config, dtype, coverage)
     elif isinstance(config, MedusaConfig):
-        files.write(directory, config, params, dtype, drafts.medusa_json(config, dtype))
+        settings = drafts.medusa_json(config, dtype)
     else:
-        files.check_params(config, params, dtype)
-        tables = drafts.eagle3_tables(config, params["d2t"])
         settings = drafts.eagle3_json(config, dtype, coverage)
-        files.write(directory, config, params, dtype, settings, tables)
+    files.write(directory, config, params, dtype, settings, drafts.tables(config, params))
 
 
 def load_draft(
@@ -157,15 +157,17 @@ def open_draft(
 ) -> tuple[DraftConfig, files.StoredArrays]:
     """A draft of any kind: its configuration, and weights that are read when they are asked for.
 
+    They are those of the files; `drafts.with_head` adds what a module takes of the target's.
+
     Args:
         directory: of the draft; its files say of which kind it is.
         target: the draft's target. Official EAGLE-3 heads leave it to the target's number of
             layers L which ones they read (2, L // 2, L - 3), tied Medusa heads its vocabulary.
 
     Raises:
-        ValueError: as in `open_target`; an EAGLE-3 draft's `d2t` is missing, leaves the
-            vocabulary, repeats a token or contradicts `t2d`; or what follows from the target is
-            needed and there is none.
+        ValueError: as in `open_target`; a draft's `d2t` is missing, leaves the vocabulary, repeats
+            a token or contradicts `t2d`; or what follows from the target is needed and there is
+            none.
     """
     directory = Path(directory)
     settings, tensors = families.text_part(_settings(directory), files.read_tensors(directory))

@@ -11,7 +11,7 @@ from typing import Any
 from eagle_jax.checkpoint import drafts as layouts
 from eagle_jax.checkpoint import families, files, hf
 from eagle_jax.checkpoint.stored import Stored
-from eagle_jax.config import DraftConfig, Eagle3Config, TransformerConfig
+from eagle_jax.config import DraftConfig, Eagle3Config, EagleConfig, TransformerConfig
 
 
 def describe(directory: Path, target: Path | None) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _opened(
     theta = getattr(config, "rope_theta", None)
     if theta is not None:
         about["rope_theta"] = theta
-    if isinstance(config, Eagle3Config):
+    if isinstance(config, EagleConfig | Eagle3Config) and config.draft_vocab_size is not None:
         share = config.draft_vocab_size / config.vocab_size
         about["draft vocabulary"] = (
             f"{config.draft_vocab_size} of {config.vocab_size} tokens ({share:.1%})"
@@ -91,6 +91,7 @@ def _opened(
         known = isinstance(coverage, int | float)
         said = f"{coverage:.2%}" if known else "not recorded" if coverage is None else coverage
         about["coverage of the training text"] = said
+    if isinstance(config, Eagle3Config):
         about["fused layers"] = list(config.aux_layers)
     return about
 
@@ -110,17 +111,18 @@ def _lacks(
             lacks.append("max_position_embeddings (serving stacks take 2048)")
     if kind == "eagle" and layouts.EMBEDDING not in tensors:
         lacks.append(f"{layouts.EMBEDDING} (the target's is used)")
+    names = {name.removeprefix("model.") for name in tensors}
+    known = kind == "eagle3" or (kind == "eagle" and "draft_vocab_size" in settings)
+    if known and not names & {"d2t", "draft_id_to_target_id"}:
+        lacks.append("d2t")
+    if known and layouts.COVERAGE not in settings:
+        lacks.append(layouts.COVERAGE)
     if kind == "eagle3":
-        names = {name.removeprefix("model.") for name in tensors}
-        if not names & {"d2t", "draft_id_to_target_id"}:
-            lacks.append("d2t")
         if "t2d" not in names:
             lacks.append("t2d (follows from d2t)")
         nested = settings.get("eagle_config")
         if layouts.AUX not in settings and not (isinstance(nested, dict) and layouts.AUX in nested):
             lacks.append(f"{layouts.AUX} (follows from the target)")
-        if layouts.COVERAGE not in settings:
-            lacks.append(f"{layouts.COVERAGE}")
     return lacks
 
 

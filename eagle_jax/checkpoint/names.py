@@ -28,7 +28,8 @@ def shapes(config: DraftConfig) -> dict[str, Shape]:
     """The name and the shape of every parameter that a configuration implies.
 
     They are those of files: experts and their projections each alone, whatever `fused_mlp` says.
-    An EAGLE-3 draft's `d2t` is among them, though it is a table of ids and no weight.
+    A draft's `d2t` is among them, though it is a table of ids and no weight. An EAGLE-1 draft's
+    `lm_head.kernel` is not: it is columns of the target's head.
     """
     if isinstance(config, EagleConfig):
         return _eagle(config)
@@ -118,6 +119,8 @@ def _eagle(config: EagleConfig) -> dict[str, Shape]:
         result["fc.bias"] = (d,)
     result |= _layer(config, "layers.0.")
     del result["layers.0.input_layernorm.scale"]  # the features come in as they are
+    if config.draft_vocab_size is not None:
+        result["d2t"] = (config.draft_vocab_size,)
     return result
 
 

@@ -6,6 +6,10 @@
 | sglang | `LlamaForCausalLMEagle` | `LlamaForCausalLMEagle3` | |
 | speculators | | `Eagle3Speculator`, as vLLM reads it | |
 
+None of them has a draft vocabulary for EAGLE-1 (SGLang takes one from a file of its own,
+`--speculative-token-map`). There the head is written without it: the same weights, which then
+draft from all tokens and cost more. `INNER` keeps it.
+
 A wrong word in such a file lowers acceptance and nothing else tells. So whatever follows from a
 default elsewhere is written out, and what was written is read again and compared, bit by bit,
 before it counts.
@@ -108,6 +112,8 @@ def write(
     files.check_params(config, params, dtype)
     config, params = _as_layout(config, params, layout)
     settings = {**(extra or {}), **_settings(config, layout, dtype, target)}
+    if getattr(config, "draft_vocab_size", None) is None:
+        settings.pop(drafts.COVERAGE, None)  # of a draft vocabulary that the layout has not
     tensors = _tensors(config, params, layout, dtype)
     beside: dict[str, Stored] = {}
     has_own = isinstance(config, Eagle3Config) and config.target_hidden_size is not None
@@ -231,6 +237,9 @@ def _as_layout(
             f"target_hidden_size={config.target_hidden_size}: sglang gives every draft the "
             "target's embedding, and this one has its own; use 'official' or 'speculators'"
         )
+    if layout != INNER and isinstance(config, EagleConfig) and config.draft_vocab_size is not None:
+        config = dataclasses.replace(config, draft_vocab_size=None)
+        params = {name: array for name, array in params.items() if name != "d2t"}
     if layout == "sglang" and isinstance(config, EagleConfig) and not config.bias:
         # SGLang always makes one, and leaves it random where the file has none.
         bias = np.zeros(config.hidden_size, lazily(params["fc.kernel"]).dtype)
@@ -245,7 +254,7 @@ def _settings(
     if isinstance(config, MedusaConfig):
         return drafts.medusa_json(config, dtype)
     if isinstance(config, EagleConfig):
-        settings = drafts.eagle_json(config, dtype)
+        settings = drafts.eagle_json(config, dtype, None)
     else:
         assert isinstance(config, Eagle3Config)
         settings = drafts.eagle3_json(config, dtype, None)
@@ -306,9 +315,7 @@ def _tensors(
     config: DraftConfig, params: Mapping[str, Any], layout: str, dtype: str
 ) -> dict[str, Any]:
     """By their names on disk, tables included."""
-    tensors = files.disk_tensors(config, params, dtype)
-    if isinstance(config, Eagle3Config):
-        tensors |= drafts.eagle3_tables(config, np.asarray(params["d2t"]))
+    tensors = {**files.disk_tensors(config, params, dtype), **drafts.tables(config, params)}
     if layout in ("sglang", "speculators") and isinstance(config, EagleConfig | Eagle3Config):
         prefix = "midlayer." if isinstance(config, Eagle3Config) else "layers.0."
         if config.attention_bias:

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+_BLOCK = 1024  # rows that are read at a time where some are chosen
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stored:
@@ -23,12 +25,14 @@ class Stored:
         dtype: of that array.
         load: reads it.
         part: reads rows from the first of two numbers up to the second, where that is cheaper.
+        base: what this is the transpose of, if it is one.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     load: Callable[[], np.ndarray]
     part: Callable[[int, int], np.ndarray] | None = None
+    base: Stored | None = None
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         del copy  # what is read is always new
@@ -47,6 +51,20 @@ class Stored:
         else:
             yield from (part(start, min(start + rows, len(self))) for start in starts)
 
+    def rows(self, chosen: np.ndarray) -> Stored:
+        """These rows, in this order; of the others a block at a time is in memory."""
+
+        def load() -> np.ndarray:
+            result = np.empty((len(chosen), *self.shape[1:]), self.dtype)
+            starts = chosen // _BLOCK * _BLOCK
+            needed = np.unique(starts).tolist()
+            for start, block in zip(needed, self.blocks(needed, _BLOCK), strict=True):
+                inside = starts == start
+                result[inside] = block[chosen[inside] - start]
+            return result
+
+        return Stored((len(chosen), *self.shape[1:]), self.dtype, load)
+
     @property
     def nbytes(self) -> int:
         """Bytes in memory, once read."""
@@ -55,7 +73,9 @@ class Stored:
     @property
     def T(self) -> Stored:
         """Transposed."""
-        return Stored(self.shape[::-1], self.dtype, lambda: self.load().T)
+        if self.base is not None:
+            return self.base
+        return Stored(self.shape[::-1], self.dtype, lambda: self.load().T, base=self)
 
     def astype(self, dtype: Any) -> Stored:
         """In another dtype, cast when it is read."""

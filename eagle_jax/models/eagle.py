@@ -4,10 +4,15 @@ It reads pairs (feature of token i, embedding of token i+1), the token one step 
 feature, and predicts the feature of token i+1; the target's own frozen head turns that into a
 distribution of token i+2. Embedding and head are the target's: this module holds only `fc` and
 one decoder layer without input norm.
+
+The head is most of what a level costs where the vocabulary is large. With a draft vocabulary (the
+idea of FR-Spec, arXiv 2502.14856) the module also holds the head's columns of frequent tokens, and
+scores only these; entry i is the target's token `i + d2t[i]`.
 """
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Int
@@ -26,6 +31,9 @@ class EagleDraft(nnx.Module):
         d = config.hidden_size
         self.fc = Linear(2 * d, d, bias=config.bias, rngs=rngs)
         self.layers = nnx.List([DecoderLayer(config.layer(), input_norm=False, rngs=rngs)])
+        known = config.draft_vocab_size
+        self.lm_head = None if known is None else Linear(d, known, rngs=rngs)
+        self.d2t = None if known is None else nnx.Variable(jnp.zeros(known, jnp.int32))
 
     def __call__(
         self,
@@ -70,9 +78,16 @@ class EagleDraft(nnx.Module):
         return target.embed_tokens(tokens)
 
     def logits(self, state: Hidden, target: Transformer) -> Logits:
-        """Scores of predicted features through the target's head."""
-        return target.logits(state)
+        """Scores of predicted features through the target's head, or its columns that are here."""
+        if self.lm_head is None:
+            return target.logits(state)
+        return target.finish(self.lm_head.product(state, jnp.float32))
 
-    def tokens(self) -> None:
-        """The draft vocabulary is the target's."""
-        return None
+    def tokens(self) -> Int[Array, " v"] | None:
+        """The target's token of every entry of the draft vocabulary; None where that is its own."""
+        return None if self.d2t is None else target_tokens(self.d2t[...])
+
+
+def target_tokens(offsets: Int[Array, " v"]) -> Int[Array, " v"]:
+    """The target's token of every entry of a draft vocabulary, from `d2t`."""
+    return jax.lax.iota(jnp.int32, offsets.shape[0]) + offsets

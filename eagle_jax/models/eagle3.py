@@ -7,12 +7,12 @@ normed; its own head scores a draft vocabulary, whose entry i is the target's to
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from eagle_jax.config import Eagle3Config
+from eagle_jax.models.eagle import target_tokens
 from eagle_jax.models.layers import (
     MLP,
     Attention,
@@ -120,5 +120,4 @@ class Eagle3Draft(nnx.Module):
 
     def tokens(self) -> Int[Array, " v"]:
         """The target's token of every entry of the draft vocabulary."""
-        offsets = self.d2t[...]
-        return jax.lax.iota(jnp.int32, offsets.shape[0]) + offsets
+        return target_tokens(self.d2t[...])

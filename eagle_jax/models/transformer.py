@@ -104,6 +104,10 @@ class Transformer(nnx.Module):
             logits = matmul(features, self.embed_tokens.embedding[...].T, jnp.float32)
         else:
             logits = self.lm_head.product(features, jnp.float32)
+        return self.finish(logits)
+
+    def finish(self, logits: Logits) -> Logits:
+        """What follows the head's product, of all its columns or of some."""
         logits = constrain(logits, "batch", None, "vocab")
         return logits if self.softcap is None else bend(logits, self.softcap)
 

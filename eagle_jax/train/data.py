@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import hashlib
 import io
-import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +26,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from eagle_jax.config import DataConfig
-from eagle_jax.text import Tokenizer, read_conversations
+from eagle_jax.text import Tokenizer, encode_files
 
 # Raise when the content of prepared folders changes for the same input.
 FORMAT = 1
@@ -404,14 +403,8 @@ def _empty_row(length: int) -> Row:
 
 
 def _read(files: Sequence[str], tokenizer: Tokenizer, length: int) -> Iterator[Example]:
-    import tqdm
-
-    conversations = itertools.chain.from_iterable(map(read_conversations, files))
-    with tqdm.tqdm(desc="tokenizing", unit=" conversations", disable=None) as bar:
-        while chunk := list(itertools.islice(conversations, 512)):
-            for tokens, mask in tokenizer.conversations(chunk):
-                yield from cut(tokens, mask, length)
-            bar.update(len(chunk))
+    for tokens, mask in encode_files(files, tokenizer):
+        yield from cut(tokens, mask, length)
 
 
 def _key(files: Sequence[str], tokenizer: Tokenizer, length: int) -> str:

@@ -26,6 +26,7 @@ SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 OWN: dict[str, Any] = {"rope_theta": 50000.0, "rms_norm_eps": 1e-4}
 TARGET = TransformerConfig(**SIZES, num_hidden_layers=9)
 EAGLE = EagleConfig(**SIZES, **OWN)
+SHORT = EagleConfig(**SIZES, **OWN, draft_vocab_size=15)
 EAGLE3 = Eagle3Config(**SIZES, **OWN, draft_vocab_size=15, aux_layers=(1, 4, 9))
 MEDUSA = MedusaConfig(vocab_size=40, hidden_size=24, num_heads=3, num_layers=2)
 MODEL = TransformerConfig(**SIZES | {"hidden_size": 20}, **OWN, num_hidden_layers=1)
@@ -40,6 +41,7 @@ CONFIGS = {
     "eagle3-two-layers": dataclasses.replace(EAGLE3, aux_layers=(0, 3), fc_norm=True),
     "eagle3-narrow": dataclasses.replace(EAGLE3, target_hidden_size=28, fc_norm=True),
     "eagle3-yarn": dataclasses.replace(EAGLE3, rope_scaling=RopeScaling("yarn", 4.0, 96)),
+    "eagle-vocabulary": SHORT,
     "eagle-linear": dataclasses.replace(EAGLE, rope_scaling=RopeScaling("linear", 2.0)),
     "eagle3-whole-vocabulary": dataclasses.replace(EAGLE3, draft_vocab_size=40),
     "medusa": MEDUSA,
@@ -73,8 +75,10 @@ def test_round_trip_is_bit_exact(tmp_path, config, dtype):
 def test_shapes_are_those_of_the_module(config):
     """Catches a parameter that the module has and no file would, or the reverse."""
     initial = {name: x.shape for name, x in init_params(DRAFTS[config.kind], config, 0).items()}
-    if config.kind == "eagle3":
+    if getattr(config, "draft_vocab_size", None):
         initial["d2t"] = (config.draft_vocab_size,)
+    if config is SHORT:  # the target has it
+        assert initial.pop("lm_head.kernel") == (24, 15)
     assert hf.shapes(config) == initial
 
 
@@ -120,6 +124,23 @@ def test_eagle3_has_the_official_layout(tmp_path):
     }
     assert {key: settings.get(key) for key in expected} == expected
     assert "fused_mlp" not in settings
+
+
+def test_eagles_vocabulary_is_a_table_alone(tmp_path):
+    """Catches columns of the target's head in a file: they would be a second copy, of any age."""
+    plain = random_params(EAGLE)
+    hf.save_draft(tmp_path / "plain", EAGLE, plain, "float32")
+    params = plain | {"d2t": random_params(SHORT)["d2t"]}
+    hf.save_draft(tmp_path / "short", SHORT, params, "float32", coverage=0.75)
+    before, after = (safetensors.read(tmp_path / x / "model.safetensors") for x in SAVED)
+    table = after.pop("d2t")
+    assert table.dtype == np.int64 and table.tolist() == params["d2t"].tolist()
+    assert_same(after, before)
+    before, after = (json.loads((tmp_path / x / "config.json").read_text()) for x in SAVED)
+    assert after == before | {"draft_vocab_size": 15, "draft_vocab_coverage": 0.75}
+
+
+SAVED = ("plain", "short")
 
 
 def test_medusa_has_the_published_layout(tmp_path):
@@ -217,6 +238,15 @@ def test_a_whole_vocabulary_needs_no_table(tmp_path):
     assert_same(found, params | {"d2t": np.zeros(40, np.int32)})
 
 
+def test_an_eagle_head_that_says_its_vocabulary_is_whole(tmp_path):
+    """Catches a copy of the target's head for a draft that has all of its tokens."""
+    params = written(tmp_path, EAGLE)
+    edit(tmp_path, draft_vocab_size=40)
+    found_config, found = hf.load_draft(tmp_path)
+    assert found_config == EAGLE
+    assert_same(found, params)
+
+
 def test_published_medusa_heads_name_no_sizes(tmp_path):
     """Catches keys demanded that published heads don't have, and their file's own name."""
     config = CONFIGS["medusa-one-block"]
@@ -272,7 +302,12 @@ def test_theta_is_the_drafts_own(tmp_path, config):
         (EAGLE, {"model_type": "gpt2"}, ["'gpt2'", "known: llama, mistral"]),
         (EAGLE, {"hidden_size": "absent"}, ["has no hidden_size; add it"]),
         (EAGLE, {"bias": False}, ["unexpected tensors fc.bias"]),
-        (EAGLE, {"draft_vocab_size": 20}, ["eagle_aux_hidden_state_layer_ids"]),
+        (EAGLE, {"draft_vocab_size": 20}, ["has no d2t, though draft_vocab_size=20 is less"]),
+        (SHORT, {"draft_vocab_size": 0}, ["draft_vocab_size=0: must be 1 to vocab_size=40"]),
+        (SHORT, {"draft_vocab_size": 41}, ["draft_vocab_size=41: must be 1 to vocab_size=40"]),
+        (SHORT, {"draft_vocab_size": 16}, ["d2t is int64 of shape (15,), not integers of shape"]),
+        (SHORT, {"draft_vocab_size": "absent"}, ["has unexpected tensors d2t"]),
+        (SHORT, {"draft_vocab_size": "15"}, ["draft_vocab_size='15': must be int"]),
         (EAGLE3, {"draft_vocab_size": 41}, ["draft_vocab_size=41: must be 1 to vocab_size=40"]),
         (EAGLE3, {"draft_vocab_size": 16}, ["lm_head.weight has shape (15, 24)", "(16, 24)"]),
         (EAGLE3, {"draft_vocab_size": "absent"}, ["has no draft_vocab_size; add it"]),
@@ -328,23 +363,36 @@ def flip(tensors):
     tensors["t2d"] = ~tensors["t2d"]
 
 
+TABLE_ERRORS = [
+    (drop("d2t"), "has no d2t, though draft_vocab_size=15 is less than vocab_size=40; export"),
+    (entry(14, 26), "d2t maps entry 14 to token 40, outside vocab_size=40; export the draft"),
+    (entry(3, -4), "d2t maps entry 3 to token -1, outside vocab_size=40; export the draft"),
+    (put(d2t=-np.arange(15)), "d2t lists token 0 more than once; export the draft again"),
+    (put(d2t=np.zeros(14, int)), "d2t is int64 of shape (14,), not integers of shape (15,);"),
+    (put(d2t=np.zeros(15)), "d2t is float64 of shape (15,), not integers of shape (15,);"),
+    (put(t2d=np.ones(15, bool)), "t2d marks other tokens than d2t lists"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), TABLE_ERRORS)
+def test_table_errors(tmp_path, change, said):
+    """Catches a draft vocabulary that maps to wrong tokens: acceptance collapses silently."""
+    for config in (EAGLE3, SHORT):
+        written(tmp_path / config.kind, config)
+        retensor(tmp_path / config.kind, change)
+        assert f"{tmp_path / config.kind}: {said}" in message(hf.load_draft, tmp_path / config.kind)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (drop("d2t"), "has no d2t, though draft_vocab_size=15 is less than vocab_size=40; export"),
-        (entry(14, 26), "d2t maps entry 14 to token 40, outside vocab_size=40; export the draft"),
-        (entry(3, -4), "d2t maps entry 3 to token -1, outside vocab_size=40; export the draft"),
-        (put(d2t=-np.arange(15)), "d2t lists token 0 more than once; export the draft again"),
-        (put(d2t=np.zeros(14, int)), "d2t is int64 of shape (14,), not integers of shape (15,);"),
-        (put(d2t=np.zeros(15)), "d2t is float64 of shape (15,), not integers of shape (15,);"),
         (flip, "t2d marks other tokens than d2t lists; export the draft again"),
-        (put(t2d=np.ones(15, bool)), "t2d marks other tokens than d2t lists"),
         (drop("midlayer.hidden_norm.weight"), "lacks tensors midlayer.hidden_norm.weight;"),
         (put(fc=np.zeros(3)), "has unexpected tensors fc;"),
     ],
 )
 def test_tensor_errors(tmp_path, change, said):
-    """Catches a draft vocabulary that maps to wrong tokens: acceptance collapses silently."""
+    """Catches tensors that are passed over."""
     written(tmp_path, EAGLE3)
     retensor(tmp_path, change)
     assert f"{tmp_path}: {said}" in message(hf.load_draft, tmp_path)
@@ -357,8 +405,10 @@ def test_what_is_wrong_is_not_saved(tmp_path):
     text = message(hf.save_draft, new, EAGLE3, shape)
     assert "fc.kernel has shape (24, 72), the configuration implies (72, 24)" in text
     assert "dtype='int8'" in message(hf.save_draft, new, EAGLE3, params, "int8")
-    twice = params | {"d2t": -np.arange(15)}
-    assert "params: d2t lists token 0 more than once" in message(hf.save_draft, new, EAGLE3, twice)
+    for config in (EAGLE3, SHORT):
+        twice = random_params(config) | {"d2t": -np.arange(15)}
+        text = message(hf.save_draft, new, config, twice)
+        assert "params: d2t lists token 0 more than once" in text
     del params["d2t"]
     assert "params: lacks tensors d2t" in message(hf.save_draft, new, EAGLE3, params)
     params = random_params(EAGLE3)
@@ -376,7 +426,7 @@ def test_missing_files(tmp_path):
     assert "has no model.safetensors" in message(hf.load_draft, tmp_path)
 
 
-@pytest.mark.parametrize("config", [EAGLE, EAGLE3, MEDUSA, MODEL])
+@pytest.mark.parametrize("config", [EAGLE, SHORT, EAGLE3, MEDUSA, MODEL])
 def test_check_fit(config):
     """Catches a draft of another target, whose guesses would be noise or out of range."""
     hf.check_fit(TARGET, config)

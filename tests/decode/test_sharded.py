@@ -195,6 +195,33 @@ def test_every_method_runs_on_a_mesh(method):
     assert not found & large
 
 
+def test_a_draft_vocabulary_on_a_mesh():
+    """Catches entries of one device's part that are taken for tokens, and columns that travel."""
+    draft = tiny_draft(
+        pair().target_config,
+        **HEADS,
+        intermediate_size=64,
+        fused_mlp=True,
+        draft_vocab_size=32,
+    )
+    whole = dataclasses.replace(pair(), drafts={"eagle": random_draft(draft, seed=2)})
+    params = placed(whole, mesh(tensor=4))
+    head = params.drafts["eagle"].params["lm_head.kernel"]
+    assert head.addressable_shards[0].data.shape == (32, 8)
+    assert params.drafts["eagle"].params["d2t"].sharding.is_fully_replicated
+    options = {"max_new_tokens": 20, "temperature": 1.0, "seed": 3}
+    options |= {"method": Eagle(DynamicTree(depth=2, k=4, drafted=10))}
+    expected = generate(whole, PROMPTS, **options)
+    engine.forget()
+    found = generate(params, PROMPTS, **options)
+    text = engine.executables()[-1].as_text()
+    for row, other in zip(found.tokens, expected.tokens, strict=True):
+        np.testing.assert_array_equal(row, other)
+    assert found.statistics.rounds == expected.statistics.rounds
+    assert found.statistics.tau > 1.1  # something was drafted
+    assert not re.search(r"= \(?\w+\[(32,32|32,8)\]\S* all-", text)
+
+
 @pytest.mark.parametrize("chunk", [2, 8])
 def test_top_k_of_parts(monkeypatch, chunk):
     """Catches an index that misses its device's offset, and ties that the wrong device wins."""

@@ -12,7 +12,7 @@ from eagle_jax.models import EagleDraft, Transformer, bind, init_params
 from eagle_jax.models import cache as caches
 from eagle_jax.models.transformer import packed_mask
 from eagle_jax.params import Draft, Params
-from eagle_jax.testing import tiny_draft, tiny_params, tiny_target
+from eagle_jax.testing import random_params, tiny_draft, tiny_params, tiny_target
 
 LENGTH = 9
 
@@ -110,3 +110,29 @@ def test_cached_pairs_and_a_tree_in_levels_equal_whole_paths() -> None:
             -1
         ]
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", [{}, {"tie_word_embeddings": True}, {"softcap": 2.0}])
+def test_a_draft_vocabulary_scores_some_of_the_targets_tokens(target) -> None:
+    """Catches columns of other tokens, and scores that miss the target's cap."""
+    cap = {"final_logit_softcapping": target["softcap"]} if "softcap" in target else target
+    config = tiny_target(**cap)
+    weights = random_params(Transformer, config, 0)
+    known = np.random.default_rng(3).permutation(config.vocab_size)[:17]
+    tied = weights["embed_tokens.embedding"].T
+    own = tiny_draft(config, draft_vocab_size=17)
+    draft = {
+        **init_params(EagleDraft, own, 0),
+        "lm_head.kernel": weights.get("lm_head.kernel", tied)[:, known],
+        "d2t": jnp.asarray(known - np.arange(17), jnp.int32),
+    }
+
+    @jax.jit
+    def scores(features):
+        module, whole = bind(EagleDraft, own, draft), bind(Transformer, config, weights)
+        return module.logits(features, whole), whole.logits(features), module.tokens()
+
+    got, whole, tokens = scores(jnp.asarray(inputs(2)[0], jnp.float32))
+    np.testing.assert_array_equal(tokens, known)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, whole[..., known], rtol=1e-5, atol=1e-5)

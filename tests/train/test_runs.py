@@ -13,13 +13,14 @@ from eagle_jax.checkpoint import hf
 from eagle_jax.config import (
     Distillation,
     Eagle3Config,
+    FeatureRegression,
     MedusaConfig,
     MedusaTraining,
     TrainConfig,
     TrainingTimeTest,
 )
 from eagle_jax.settings import load
-from eagle_jax.testing import tiny_target
+from eagle_jax.testing import tiny_draft, tiny_target
 from eagle_jax.text import Tokenizer, read_conversations
 from eagle_jax.train import data, loop, metrics, objectives
 
@@ -156,6 +157,17 @@ def test_a_draft_that_does_not_fit_is_refused(case, base):
     kind, changes, message = WRONG[case]
     with pytest.raises(ValueError, match=message) as error:
         objectives.build(run_of(base, kind, **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_a_vocabulary_of_eagle_is_refused(base):
+    """A head trained on all tokens, though its configuration says otherwise."""
+    config, target = base
+    draft = tiny_draft(config.objective.model, draft_vocab_size=9)
+    objective = FeatureRegression(draft=draft, target=target)
+    said = "objective.draft.draft_vocab_size=9: EAGLE-1 is trained on the target's whole vocabulary"
+    with pytest.raises(ValueError, match=said) as error:
+        objectives.build(dataclasses.replace(config, objective=objective))
     assert "\n" not in str(error.value)
 
 

@@ -382,27 +382,6 @@ def test_flops_count_every_product():
     assert three - one == pytest.approx(3 * (2 * step + own))
 
 
-# --- The draft vocabulary --------------------------------------------------------------------
-
-
-def test_draft_vocabulary_is_the_most_frequent_tokens():
-    """Ties, order, offsets, or a required token pushed out by a frequent one."""
-    counts = np.array([5, 0, 7, 7, 0, 1, 5, 5])
-    d2t, coverage = ttt.draft_vocabulary(counts, 4, required=(4,))
-    assert d2t.dtype == np.int32
-    assert list(np.arange(4) + d2t) == [0, 2, 3, 4]
-    assert coverage == (5 + 7 + 7) / 30
-    everything, whole = ttt.draft_vocabulary(counts, 8)
-    assert not everything.any() and whole == 1.0
-    assert ttt.draft_vocabulary(np.zeros(3, int), 2)[1] == 0.0
-
-
-def test_draft_vocabulary_needs_room_for_the_end_of_an_answer():
-    """A draft that can never propose the end, built without a word."""
-    with pytest.raises(ValueError, match=r"draft_vocab_size=1: the tokens that end an .* are 2; m"):
-        ttt.draft_vocabulary(np.ones(5, int), 1, required=(3, 4))
-
-
 def test_the_draft_itself_gives_the_same_first_step():
     """Another reading of the draft than decoding has: its own call on the fused features."""
     task = objective(steps=1)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from eagle_jax.config import Eagle3Config
+from eagle_jax.config import Eagle3Config, EagleConfig
 from eagle_jax.decode.accept import Exact
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
 from eagle_jax.decode.prefill import fill
@@ -86,7 +86,8 @@ class Eagle:
 
     def check(self, params: Params) -> None:
         config = params.drafts[self.head].config
-        vocab = config.draft_vocab_size if isinstance(config, Eagle3Config) else config.vocab_size
+        assert isinstance(config, EagleConfig | Eagle3Config)
+        vocab = config.draft_vocab_size or config.vocab_size
         for name in ("confidence", "sharpness"):
             value = getattr(self, name)
             if not 0 < value < float("inf"):

@@ -20,7 +20,8 @@ from eagle_jax.train.objectives.features import FeatureRegressionObjective
 from eagle_jax.train.objectives.medusa import MedusaObjective
 from eagle_jax.train.objectives.next_token import NextTokenObjective
 from eagle_jax.train.objectives.target import ENDS
-from eagle_jax.train.objectives.ttt import TrainingTimeTestObjective, draft_vocabulary
+from eagle_jax.train.objectives.ttt import TrainingTimeTestObjective
+from eagle_jax.vocabulary import draft_vocabulary
 
 _PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained"
 
@@ -81,6 +82,7 @@ def assemble(
     assert not isinstance(settings, configs.NextToken)
     _check_head("objective.target", target_config)
     if isinstance(settings, configs.FeatureRegression):
+        _check_whole(settings.draft)
         hf.check_fit(target_config, settings.draft)
         _check_length("objective.target", target_config, config)
         return FeatureRegressionObjective(
@@ -122,7 +124,8 @@ def _vocabulary(
         )
     counts = np.pad(counts, (0, draft.vocab_size - len(counts)))
     ends = Tokenizer.load(text.tokenizer).eos_ids
-    d2t, coverage = draft_vocabulary(counts, draft.draft_vocab_size, ends)
+    field = "objective.draft.draft_vocab_size"
+    d2t, coverage = draft_vocabulary(counts, draft.draft_vocab_size, ends, field)
     if jax.process_index() == 0:
         print(
             f"draft vocabulary: {draft.draft_vocab_size} of {draft.vocab_size} tokens cover "
@@ -136,6 +139,15 @@ def _vocabulary(
 def _check_same(name: str, draft: int, target: int) -> None:
     if draft != target:
         raise ValueError(f"objective.draft.{name}={draft}: the target has {target}; set it to that")
+
+
+def _check_whole(draft: configs.EagleConfig) -> None:
+    if draft.draft_vocab_size is not None:
+        raise ValueError(
+            f"objective.draft.draft_vocab_size={draft.draft_vocab_size}: EAGLE-1 is trained on the "
+            "target's whole vocabulary; leave it out, and convert the trained head with "
+            "--draft-vocabulary"
+        )
 
 
 def _check_head(field: str, model: configs.TransformerConfig) -> None:

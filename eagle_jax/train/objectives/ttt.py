@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,35 +65,6 @@ class Labels:
 OUTSIDE = -1
 
 
-def draft_vocabulary(
-    counts: np.ndarray, size: int, required: Sequence[int] = ()
-) -> tuple[np.ndarray, float]:
-    """The most frequent tokens as offsets `d2t`, and the share of the counted text they cover.
-
-    Args:
-        counts: [V], of every token of the target's vocabulary.
-        size: of the draft vocabulary.
-        required: tokens that are in it whatever their count.
-
-    Returns:
-        int32 [size]: draft id i is token `i + d2t[i]`, in ascending order; and the coverage.
-
-    Raises:
-        ValueError: `size` is smaller than the number of required tokens.
-    """
-    needed = np.zeros(len(counts), bool)
-    needed[list(required)] = True
-    if size < needed.sum():
-        raise ValueError(
-            f"objective.draft.draft_vocab_size={size}: the tokens that end an answer alone are "
-            f"{needed.sum()}; make it larger"
-        )
-    order = np.lexsort((np.arange(len(counts)), -counts, ~needed))  # the last key counts most
-    tokens = np.sort(order[:size])
-    coverage = float(counts[tokens].sum() / max(1, counts.sum()))
-    return (tokens - np.arange(size)).astype(np.int32), coverage
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainingTimeTestObjective:
     """EAGLE-3: distillation over several draft steps.
@@ -104,7 +75,7 @@ class TrainingTimeTestObjective:
     Attributes:
         settings: steps, weights, loss, and the draft's architecture.
         target_config, target: the frozen target.
-        d2t: int32 [draft vocabulary]; see `draft_vocabulary`.
+        d2t: int32 [draft vocabulary]; see `eagle_jax.vocabulary`.
         coverage: share of the training text inside the draft vocabulary.
         kernel: of the target's pass; `chain.causal` says why not of the draft's.
         chunk: queries whose attention scores are held at once.
