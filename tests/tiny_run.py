@@ -1,6 +1,7 @@
 """A training run that takes seconds: byte-level tokenizer, conversations, configurations."""
 
 import json
+import os
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -24,20 +25,28 @@ def write_tokenizer(folder: Path) -> int:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write(folder / "tokenizer.json", tokenizer.to_str())
     settings = {"eos_token": "<|end|>", "chat_template": TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    write(folder / "tokenizer_config.json", json.dumps(settings))
     return tokenizer.get_vocab_size()
+
+
+def write(path: Path, text: str) -> None:
+    """At once: processes that start together write the same files and read them."""
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_text(text)
+    part.replace(path)
 
 
 def write_conversations(path: Path, count: int, first: int = 0) -> str:
     """Sums to learn, of different lengths."""
-    with path.open("w") as file:
-        for n in range(first, first + count):
-            question = f"{n % 7}+{n % 5}" + "?" * (n % 11)
-            turns = [("user", question), ("assistant", f"is {n % 7 + n % 5}" + "." * (n % 4))]
-            messages = [{"role": role, "content": content} for role, content in turns]
-            file.write(json.dumps({"messages": messages}) + "\n")
+    lines = []
+    for n in range(first, first + count):
+        question = f"{n % 7}+{n % 5}" + "?" * (n % 11)
+        turns = [("user", question), ("assistant", f"is {n % 7 + n % 5}" + "." * (n % 4))]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    write(path, "".join(lines))
     return str(path)
 
 

@@ -158,13 +158,14 @@ def generate(
         temperature: 0 is greedy.
         top_k, top_p: filters of the sampled distribution; 0 and 1 switch them off.
         seed: of the sampling noise: a list with one per row, or one number, row i of a batch then
-            takes seed + i. A row's text depends on its prompt and seed alone, not on the method
-            nor on its neighbours.
+            takes seed + i. In float32 a row's text depends on its prompt and seed alone, not on the
+            method nor on its neighbours.
         raw: take strings as they are, without the chat template.
         ignore_eos: decode on to `max_new_tokens` (for measurements).
-        exact: in bfloat16 too, give every method the very same text. Otherwise passes over more and
+        exact: in bfloat16 too, give every method the very same text for the same batch of prompts
+            (but for rules that keep the law only, or are lossy). Otherwise passes over more and
             fewer tokens round differently there, and a near-tie may fall either way. Every pass,
-            vanilla's as well, then has 128 rows and one order of summation: slower, for checks.
+            vanilla's as well, then has 128 nodes and one order of summation: slower, for checks.
 
     Returns:
         Text, token ids and statistics.
@@ -265,6 +266,8 @@ class Options:
         if isinstance(method, str) and method == AUTO:
             method = tuned.method(params, rows, self.temperature)
         method = _method(method, params)
+        if not isinstance(self.exact, bool):
+            raise ValueError(f"exact={self.exact!r}: must be True or False")
         rows, depth = engine.EXACT_ROWS, engine.EXACT_DEPTH - 1
         if self.exact and (method.nodes > rows or method.depth > depth):
             raise ValueError(

@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     if (args.input is None) != (args.output is None):
         raise ValueError(f"output={args.output!r}: --input and --output go together")
     if args.exact and args.input is not None:
-        raise ValueError(f"input={args.input!r}: --exact is for one prompt; leave one of them out")
+        raise ValueError(f"input={args.input!r}: --exact is not for files; leave one of them out")
 
     distributed.join(args)
     from eagle_jax.params import load  # heavy; after the arguments are known to be good

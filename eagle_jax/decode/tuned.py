@@ -128,9 +128,10 @@ def entries(path: Path) -> list[Entry]:
 
 def _is_entry(entry: Any) -> bool:
     kinds = {"key": dict, "method": str, "tuned": str}
-    return isinstance(entry, dict) and all(
+    fits = isinstance(entry, dict) and all(
         isinstance(entry.get(name), kind) for name, kind in kinds.items()
     )
+    return fits and entry["method"].startswith("--method ")
 
 
 def store(params: Params, added: list[Entry]) -> Path:

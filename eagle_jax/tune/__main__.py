@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=[1],
         metavar="N",
-        help="prompts decoded together; each has an entry, which serves up to N (1)",
+        help="prompts decoded together; an entry each, for a power of two and less (1)",
     )
     out.add_argument("--new-tokens", type=int, default=96, metavar="N", help="longest answer (96)")
     out.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: by device")

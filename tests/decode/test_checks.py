@@ -43,7 +43,10 @@ WRONG: dict[str, tuple[Method, str]] = {
     "sharpness, negative": (Eagle(DynamicTree(), sharpness=-1.0), "sharpness=-1.0: must be"),
     "sharpness, nan": (Eagle(sharpness=float("nan")), "sharpness=nan: must be"),
     "sharpness, inf": (Eagle(sharpness=float("inf")), "sharpness=inf: must be"),
-    "confidence": (Eagle(confidence=0.0), "confidence=0.0: must be"),
+    "confidence": (Eagle(confidence=0.0), "confidence=0.0: must be a number from 0.001 to 1000.0"),
+    "confidence, large": (Eagle(confidence=1e39), "confidence=1e+39: must be"),
+    "confidence, text": (Eagle(confidence="2"), "confidence='2': must be"),  # type: ignore[arg-type]
+    "confidence, bool": (Eagle(confidence=True), "confidence=True: must be"),
     "heads": (Medusa(chain(4)), "tree of depth 4: the draft has 3 heads; use a tree of depth 1 to"),
     "no head": (Medusa(StaticTree(())), "tree of depth 0: the draft has 3 heads; use a tree"),
     "rank, medusa": (

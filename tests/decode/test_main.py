@@ -114,7 +114,7 @@ def test_a_prompt_from_standard_input(program, params, monkeypatch) -> None:
             ["Hi", "--method", "medusa", "--rule", "typical", "--set", "rule.delta=0"],
             "delta=0.0: must be a number above 0",
         ),
-        (["--exact", "--input", "a", "--output", "b"], "input='a': --exact is for one prompt"),
+        (["--exact", "--input", "a", "--output", "b"], "input='a': --exact is not for files"),
         (
             ["Hi", "--method", "eagle2", "--tree", "dynamic-2-3-99"],
             "tree drafted=99: depth 2 and k",

@@ -32,6 +32,8 @@ from eagle_jax.models.transformer import packed_mask
 from eagle_jax.params import Params
 from eagle_jax.types import Hidden, KeyValue, Tokens
 
+_LARGEST = 1000.0  # factor of scores, and one over the smallest
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +92,11 @@ class Eagle:
         vocab = config.draft_vocab_size or config.vocab_size
         for name in ("confidence", "sharpness"):
             value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name}={value}: must be a number above 0")
+            number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+            if not number or not 1 / _LARGEST <= value <= _LARGEST:
+                raise ValueError(
+                    f"{name}={value!r}: must be a number from {1 / _LARGEST} to {_LARGEST}"
+                )
         if isinstance(self.tree, DynamicTree):
             if self.tree.k > vocab:
                 raise ValueError(f"tree k={self.tree.k}: the draft knows {vocab} tokens; use fewer")
