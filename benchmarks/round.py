@@ -48,9 +48,10 @@ from eagle_jax.decode import (
     Speculative,
     Vanilla,
 )
-from eagle_jax.decode.method import Accepted, Context, Method, Models, Rule
+from eagle_jax.decode.method import Accepted, Context, Method, Rule
 from eagle_jax.decode.sampling import argmax
 from eagle_jax.decode.tree import MC_SIM_7B_63, Proposal, StaticTree
+from eagle_jax.evaluate.runner import Star
 from eagle_jax.models import Transformer, bind
 from eagle_jax.params import Params
 
@@ -75,20 +76,14 @@ def fixed_tree(nodes: int, depth: int) -> StaticTree:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fixed(Vanilla):
+class Fixed(Star):
     """A tree of a method's size, always the same and hardly ever right: a round without draft."""
 
-    nodes: int = 2
     depth: int = 1
     rule: Rule = Exact()
 
-    def propose(
-        self, models: Models, context: Context, state: tuple[()]
-    ) -> tuple[Proposal, tuple[()]]:
-        del models
-        root = context.root()
-        tokens = jnp.zeros((root.shape[0], self.nodes), root.dtype).at[:, 0].set(root)
-        return Proposal(tokens, fixed_tree(self.nodes, self.depth).shape(root.shape[0])), state
+    def tree(self) -> StaticTree:
+        return fixed_tree(self.nodes, self.depth)
 
 
 @dataclasses.dataclass(frozen=True)

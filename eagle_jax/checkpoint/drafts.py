@@ -116,10 +116,10 @@ def with_head(
     the target's head, which are gathered when they are read."""
     if not isinstance(config, EagleConfig) or config.draft_vocab_size is None:
         return params
-    offsets = np.asarray(params["d2t"])
+    tokens = _tokens("params", config, np.asarray(params["d2t"]))
     tied = target_config.tie_word_embeddings
     rows = target["embed_tokens.embedding"] if tied else target["lm_head.kernel"].T
-    return {**params, "lm_head.kernel": rows.rows(np.arange(len(offsets)) + offsets).T}
+    return {**params, "lm_head.kernel": rows.rows(tokens).T}
 
 
 def eagle3_json(config: Eagle3Config, dtype: str, coverage: float | None) -> dict[str, Any]:

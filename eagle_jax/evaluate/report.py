@@ -38,7 +38,7 @@ def tables(result: dict[str, Any]) -> Iterator[str]:
         )
         for row in group:
             yield f"{row['method']:{width}} {_figures(row)}"
-            if row["method"] == "auto":
+            if result["config"]["methods"][row["method"]] == repr("auto"):
                 yield f"{'':{width}} auto is {row['settings']}"
     yield from _acceptance(whole, width)
     yield from _categories([row for row in rows if row["category"]], width)

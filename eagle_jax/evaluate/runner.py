@@ -48,8 +48,10 @@ class Star(Vanilla):
         del models
         root = context.root()
         tokens = jnp.zeros((root.shape[0], self.nodes), root.dtype).at[:, 0].set(root)
-        tree = StaticTree(tuple((rank,) for rank in range(self.nodes - 1)))
-        return Proposal(tokens, tree.shape(root.shape[0])), state
+        return Proposal(tokens, self.tree().shape(root.shape[0])), state
+
+    def tree(self) -> StaticTree:
+        return StaticTree(tuple((rank,) for rank in range(self.nodes - 1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Runner:
         new, ignore = self.config.new_tokens, self.config.ignore_eos
         out = [
             [
-                Job(name, self._method(method, unit.temperature), unit, new, ignore)
+                Job(name, self._resolved(method, unit.temperature), unit, new, ignore)
                 for name, method in self.methods.items()
             ]
             for unit in units
@@ -144,8 +146,11 @@ class Runner:
             out.append([Job(f"step {n}", method, unit, new, True) for n, method in sizes])
         return out
 
-    def _method(self, method: Any, temperature: float) -> Method:
-        return resolved(method, self.params, self.config.batch_size, temperature)
+    def _resolved(self, method: Any, temperature: float) -> Method:
+        """A method, or what was tuned for this temperature where it is "auto"."""
+        if method != AUTO:
+            return method
+        return tuned.method(self.params, self.config.batch_size, temperature)
 
     def measure(self, groups: Sequence[Sequence[Job]]) -> None:
         """Takes every sample that is not there yet."""
@@ -318,11 +323,6 @@ def with_baseline(methods: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     if type(out.get(BASELINE, Vanilla())) is not Vanilla:
         raise ValueError(f"methods: {BASELINE!r} is {out[BASELINE]}; that name is the baseline's")
     return out if BASELINE in out else {BASELINE: Vanilla(), **out}
-
-
-def resolved(method: Any, params: Params, rows: int, temperature: float) -> Method:
-    """A method, or what was tuned for so many rows at this temperature where it is "auto"."""
-    return tuned.method(params, rows, temperature) if method == AUTO else method
 
 
 def check_methods(params: Params, config: EvalConfig) -> None:

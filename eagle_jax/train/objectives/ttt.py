@@ -93,9 +93,13 @@ class TrainingTimeTestObjective:
     def vocab_size(self) -> int:
         return self.target_config.vocab_size
 
+    def _tokens(self) -> np.ndarray:
+        """The target's token of every entry of the draft vocabulary."""
+        return np.arange(len(self.d2t)) + self.d2t
+
     def init(self, seed: int, frozen: Mapping[str, Any]) -> ParamDict:
         """Random, but for norm and head: the target's, at the rows of the draft vocabulary."""
-        tokens = np.arange(len(self.d2t)) + self.d2t
+        tokens = self._tokens()
         ends = target.ends(frozen)
         scale = ends["norm.scale"].astype(jnp.float32)
         if self.target_config.unit_offset_norm:
@@ -148,7 +152,7 @@ class TrainingTimeTestObjective:
         return bind(Eagle3Draft, self.settings.draft, {**params, "d2t": jnp.asarray(self.d2t)})
 
     def _labels(self, features: Hidden, head: Float[Array, "d v"]) -> Labels:
-        tokens = np.arange(len(self.d2t)) + self.d2t
+        tokens = self._tokens()
         entry = np.full(self.vocab_size, OUTSIDE, np.int32)
         entry[tokens] = np.arange(len(tokens))
         logits = project(features, head)
