@@ -22,7 +22,7 @@ from eagle_jax.config import TransformerConfig
 from eagle_jax.decode import engine, generate
 from eagle_jax.decode.batch import answer_file
 from eagle_jax.evaluate import EvalConfig, agreement, metrics
-from eagle_jax.models import Transformer, bind, cast, int8_kernel, param_shapes, quantize
+from eagle_jax.models import Transformer, bind, cast, param_shapes, quantize
 from eagle_jax.models.layers import matmul
 from eagle_jax.models.transformer import packed_mask
 from eagle_jax.params import Params
@@ -106,28 +106,6 @@ def test_half_precision_is_rounded_once() -> None:
     # Half a unit in the last of 8 bits.
     np.testing.assert_allclose(np.asarray(got, np.float64), whole, rtol=2**-8 * 1.01, atol=1e-5)
     np.testing.assert_allclose(matmul(x, kernel, jnp.float32, scale), whole, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("rows", [1, 8, 60])
-def test_our_own_kernel(monkeypatch, rows) -> None:
-    """Catches blocks that are skipped or counted twice, and a kernel that is never chosen."""
-    x = normal(rows, 256, seed=1, dtype=jnp.bfloat16)
-    kernel, scale = quantize.quantize(normal(256, 2, 48))
-    calls = []
-
-    def interpreted(*args):
-        calls.append(args)
-        return product(*args, interpret=True)
-
-    product, wanted = int8_kernel.product, matmul(x, kernel, jnp.float32, scale)
-    monkeypatch.setattr(int8_kernel, "product", interpreted)
-    monkeypatch.setattr(quantize, "KERNEL", "pallas")
-    got = matmul(x, kernel, jnp.float32, scale)
-    assert len(calls) == 1
-    np.testing.assert_allclose(got, wanted, atol=1e-3, rtol=1e-5)
-    for other in (x.astype(jnp.float32), normal(100, 256, dtype=jnp.bfloat16)):
-        matmul(other, kernel, scale=scale)  # float32, whose bits it would lose; many rows
-    assert len(calls) == 1
 
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}

@@ -254,7 +254,7 @@ def _round(program: Program, models: Models, state: State, settings: Sampling) -
 
     committed, done = _clip(program, state, accepted.emitted, accepted.count + 1)
     # Rejected nodes never reach the cache: only the accepted path is written, n slots at once.
-    cache = caches.write(state.cache, caches.gather(output.block, accepted.path), state.length - 1)
+    cache = caches.commit(state.cache, output.block, accepted.path, state.length - 1)
     verified = Verified(proposal, output, logits, targets, accepted.path, committed)
     # At an end token or the limit a round may commit drafted tokens and no bonus token.
     drafted = jnp.where(state.done, -1, jnp.minimum(committed, accepted.count))

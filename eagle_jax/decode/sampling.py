@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from eagle_jax import sharding
+from eagle_jax.models import kernels
 
 _TINY = 1e-30
 _CHUNK = 64  # of the vocabulary, for `top_k`
@@ -199,9 +200,38 @@ def top_k(
     return best, jnp.take_along_axis(index, place, axis=-1)
 
 
+def likeliest(
+    scores: Float[Array, "*lead v"], k: int
+) -> tuple[Float[Array, "*lead k"], Int[Array, "*lead k"]]:
+    """The k best of each row and the logs of their shares in the row's softmax.
+
+    Never positive, never NaN.
+    """
+    if kernels.top.fits(scores, k):
+        best, index, whole = _largest(scores, k)
+    else:
+        best, index = top_k(scores, k)
+        whole = jax.nn.logsumexp(scores, axis=-1)
+    log = jnp.minimum(best - whole[..., None], 0.0)
+    return jnp.where(jnp.isnan(log), -jnp.inf, log), index
+
+
+def _largest(
+    scores: Float[Array, "*lead v"], k: int
+) -> tuple[Float[Array, "*lead k"], Int[Array, "*lead k"], Float[Array, "*lead"]]:
+    *lead, vocab = scores.shape
+    found = kernels.top.largest(scores.reshape(-1, vocab), k)
+    best, index, whole = (x.reshape(*lead, *x.shape[1:]) for x in found)
+    return best, index, whole
+
+
 def _top_k(
     scores: Float[Array, "*lead v"], k: int
 ) -> tuple[Float[Array, "*lead k"], Int[Array, "*lead k"]]:
+    if kernels.top.fits(scores, k):
+        return _largest(scores, k)[:2]
+    if k == 1:
+        return jnp.max(scores, axis=-1, keepdims=True), argmax(scores)[..., None]
     *lead, vocab = scores.shape
     if vocab <= k * _CHUNK:
         best, index = jax.lax.top_k(scores, k)

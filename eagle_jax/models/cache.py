@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from eagle_jax.models import kernels
 from eagle_jax.sharding import constrain
 from eagle_jax.types import KeyValue
 
@@ -40,6 +41,15 @@ def write(cache: Cache, block: Cache, start: Int[Array, " b"]) -> Cache:
 
     written = jax.tree.map(lambda old, new: jax.vmap(one_row)(old, new, start), cache, block)
     return constrain(written, "batch", "heads")
+
+
+def commit(cache: Cache, block: Cache, path: Int[Array, "b n"], start: Int[Array, " b"]) -> Cache:
+    """As `write`, of the entries `path` of each row's block."""
+    arrays, structure = jax.tree.flatten(cache)
+    if kernels.commit.fits(arrays):
+        written = kernels.commit.commit(arrays, jax.tree.leaves(block), path, start)
+        return jax.tree.unflatten(structure, written)
+    return write(cache, gather(block, path), start)
 
 
 def gather(block: Cache, index: Int[Array, "b n"]) -> Cache:

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from eagle_jax.config import TransformerConfig
-from eagle_jax.models import quantize
+from eagle_jax.models import kernels, quantize
 from eagle_jax.models.attention import AttentionKernel, aligned_attention, two_segment_attention
 from eagle_jax.models.quantize import Quantization
 from eagle_jax.models.rotary import rotary
@@ -48,19 +48,24 @@ def matmul(
 ) -> Float[Array, "..."]:
     """`x @ kernel` over the last axis; `dtype` is the result's, by default that of the operands.
 
-    An int8 kernel comes with its `scale` and may have several axes of outputs (`quantize`).
-
-    On GPUs XLA makes a reduction of its own of one row by a matrix, which reads weights more slowly
-    than the library's product of two rows: a single row gets a row of zeros beside it.
+    A kernel may have several axes of outputs; an int8 kernel comes with its `scale` (`quantize`).
+    The one place that chooses who multiplies.
     """
-    if scale is not None:
+    width, columns = x.shape[-1], kernel.shape[1:]
+    rows, flat = x.reshape(-1, width), kernel.reshape(width, -1)
+    if kernels.product.fits(rows, flat):
+        flat_scale = None if scale is None else scale.reshape(-1)
+        y = kernels.product.product(rows, flat, flat_scale, x.dtype if dtype is None else dtype)
+    elif scale is not None:
         return quantize.product(x, kernel, scale, dtype)
-    if x.size == x.shape[-1] and jax.default_backend() == "gpu":
-        row = x.reshape(1, -1)
-        pair = jnp.concatenate([row, jnp.zeros_like(row)])
-        y = jnp.matmul(pair, kernel, preferred_element_type=dtype)[:1]
-        return y.reshape(*x.shape[:-1], -1)
-    return jnp.matmul(x, kernel, preferred_element_type=dtype)
+    elif len(rows) == 1 and jax.default_backend() == "gpu":
+        # XLA makes a reduction of its own of one row by a matrix, which reads weights more slowly
+        # than a product of two rows.
+        pair = jnp.concatenate([rows, jnp.zeros_like(rows)])
+        y = jnp.matmul(pair, flat, preferred_element_type=dtype)[:1]
+    else:
+        return jnp.tensordot(x, kernel, 1, preferred_element_type=dtype)
+    return y.reshape(*x.shape[:-1], *columns)
 
 
 def _matrix(
@@ -277,10 +282,7 @@ class MLP(nnx.Module):
     def __call__(self, x: Hidden) -> Hidden:
         if self.fused:
             kernel, scale = _weight(self.gate_up_proj)
-            if scale is None:
-                both = jnp.einsum("btd,dgf->btgf", x, kernel)
-            else:
-                both = matmul(x, kernel, scale=scale)
+            both = matmul(x, kernel, scale=scale)
             gate, up = both[:, :, 0], both[:, :, 1]
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)

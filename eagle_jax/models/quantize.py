@@ -25,9 +25,6 @@ QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 SCALE = "_scale"
 """What the name of a matrix's scales ends in, after the name of the matrix."""
 
-# Which kernel multiplies on GPUs: XLA's, or `int8_kernel`, which is not measured yet.
-KERNEL: Literal["xla", "pallas"] = "xla"
-
 # On GPUs XLA's product of one row takes 2.16 ms over a set of 7B matrices, of eight rows 1.55.
 LEAST_ROWS = 8
 
@@ -105,25 +102,14 @@ def product(
     scale: Float32[Array, "..."],
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
-    """`x` times the weight, summed and scaled in float32: the one place that chooses a kernel."""
+    """`x` times the weight, summed and scaled in float32, by XLA."""
     dtype = x.dtype if dtype is None else dtype
     width, shape = x.shape[-1], (*x.shape[:-1], *kernel.shape[1:])
     few = x.size // width
-    if KERNEL == "pallas" and _one_device():  # XLA does not cut our own kernel for a mesh
-        from eagle_jax.models import int8_kernel
-
-        rows, flat = x.reshape(few, width), kernel.reshape(width, -1)
-        if int8_kernel.fits(rows, flat):
-            return int8_kernel.product(rows, flat, scale.reshape(-1), dtype).reshape(shape)
     if few < LEAST_ROWS and jax.default_backend() == "gpu":
         rows = jnp.pad(x.reshape(few, width), ((0, LEAST_ROWS - few), (0, 0)))
         return _xla(rows, kernel, scale, dtype)[:few].reshape(shape)
     return _xla(x, kernel, scale, dtype)
-
-
-def _one_device() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or mesh.size == 1
 
 
 def _xla(x: jax.Array, kernel: jax.Array, scale: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int
 from eagle_jax.config import TransformerConfig
 from eagle_jax.models.attention import AttentionKernel, bend
 from eagle_jax.models.cache import Cache
-from eagle_jax.models.layers import DecoderLayer, Embedding, Linear, RMSNorm, matmul
+from eagle_jax.models.layers import DecoderLayer, Embedding, Linear, RMSNorm
 from eagle_jax.sharding import constrain
 from eagle_jax.types import Hidden, Logits
 
@@ -101,7 +101,13 @@ class Transformer(nnx.Module):
     def logits(self, features: Hidden) -> Logits:
         """The vocabulary head, float32 out."""
         if self.lm_head is None:
-            logits = matmul(features, self.embed_tokens.embedding[...].T, jnp.float32)
+            # XLA's: a kernel of ours would want the matrix turned round in memory.
+            logits = jnp.einsum(
+                "btd,vd->btv",
+                features,
+                self.embed_tokens.embedding[...],
+                preferred_element_type=jnp.float32,
+            )
         else:
             logits = self.lm_head.product(features, jnp.float32)
         return self.finish(logits)

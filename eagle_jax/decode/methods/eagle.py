@@ -25,7 +25,7 @@ from eagle_jax.config import Eagle3Config, EagleConfig
 from eagle_jax.decode.accept import Exact
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
 from eagle_jax.decode.prefill import fill
-from eagle_jax.decode.sampling import argmax, process, top_k
+from eagle_jax.decode.sampling import likeliest, process, top_k
 from eagle_jax.decode.tree import MC_SIM_7B_63, DynamicTree, Proposal, StaticTree, rerank
 from eagle_jax.models import cache as caches
 from eagle_jax.models.transformer import packed_mask
@@ -196,7 +196,7 @@ class Eagle:
             row = np.searchsorted(parents, tree.parents[level])
             widest = int(tree.ranks[level].max()) + 1
             scores = self._scores(models, context, feature, depth)
-            ranked = self._best(models, scores, widest)[1]
+            ranked = self._known(models, top_k(scores, widest)[1])
             tokens.append(ranked[:, row, tree.ranks[level]])
             inner = np.flatnonzero(np.isin(level, tree.parents[1:]))
             if not inner.size:
@@ -227,7 +227,7 @@ class Eagle:
         """Tokens, scores and parents of the candidates found from a frontier of the k best."""
         b, k = feature.shape[0], tree.k
         own = jnp.broadcast_to(jnp.eye(k, dtype=bool)[None], (b, k, k))
-        scores, tokens = self._best(models, self._log_scores(models, context, feature, 1), k)
+        scores, tokens = self._likeliest(models, context, feature, 1)
         scores, tokens = scores[:, 0], tokens[:, 0]
         pool = [(tokens, scores, jnp.zeros((b, k), jnp.int32))]
         # Of the frontier: index in the pool, and which earlier frontier nodes are its ancestors.
@@ -238,13 +238,12 @@ class Eagle:
             feature, before = self._feed(
                 models, context, state, tokens, feature, depth, seen, before
             )
-            log_scores = self._log_scores(models, context, feature, depth + 1)
-            gained, children = self._best(models, log_scores, k)
+            gained, children = self._likeliest(models, context, feature, depth + 1)
             total = (scores[:, :, None] + gained).reshape(b, k * k)
             children = children.reshape(b, k * k)
             start = k + (depth - 1) * k * k
             pool.append((children, total, jnp.repeat(index + 1, k, axis=1)))
-            scores, best = jax.lax.top_k(total, k)
+            scores, best = top_k(total, k)
             tokens = jnp.take_along_axis(children, best, axis=1)
             index, above = start + best, best // k
             feature = jnp.take_along_axis(feature, above[:, :, None], axis=1)
@@ -293,24 +292,19 @@ class Eagle:
             scores = process(scores, context.sampling) * self.confidence + noise
         return scores
 
-    def _log_scores(
+    def _likeliest(
         self, models: Models, context: Context, feature: Hidden, depth: int
-    ) -> Float[Array, "b m v"]:
-        """Log of each child's chance; never positive, never NaN: `rerank` counts on that."""
+    ) -> tuple[Float[Array, "b m k"], Int[Array, "b m k"]]:
+        """The k likeliest children of every node, as the target's tokens, and the log of each
+        one's chance; never positive, never NaN: `rerank` counts on that."""
+        assert isinstance(self.tree, DynamicTree)
         scores = self._scores(models, context, feature, depth)
         if self.coupled and context.noise is not None:
             scores = scores * self.sharpness
-        log = jnp.minimum(jax.nn.log_softmax(scores, axis=-1), 0.0)
-        return jnp.where(jnp.isnan(log), -jnp.inf, log)
+        log, index = likeliest(scores, self.tree.k)
+        return log, self._known(models, index)
 
-    def _best(
-        self, models: Models, scores: Float[Array, "b m v"], count: int
-    ) -> tuple[Float[Array, "b m r"], Int[Array, "b m r"]]:
-        """The `count` best children of every node and their scores, as the target's tokens."""
-        if count == 1:
-            index = argmax(scores)[..., None]
-            best = jnp.max(scores, axis=-1, keepdims=True)
-        else:
-            best, index = top_k(scores, count)
+    def _known(self, models: Models, index: Int[Array, "b m r"]) -> Int[Array, "b m r"]:
+        """The target's tokens of entries of the draft's vocabulary."""
         ids = models.draft.tokens()
-        return best, index if ids is None else ids[index]
+        return index if ids is None else ids[index]

@@ -1,0 +1,123 @@
+"""Few rows by a matrix: as fast as the matrix can be read.
+
+A program owns some columns of the result and a part of the sum, and walks down the matrix. Parts
+make enough programs for the device where there are few columns; XLA adds them up in whatever
+kernel reads the result. An int8 matrix becomes the activations' dtype in registers, so that memory
+is read at a byte a weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Num
+
+from eagle_jax.models.kernels import device
+
+_ROWS = (16, 32, 64)  # a tensor core multiplies at least 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How a product is cut: columns a program, rows of the matrix a step, parts of the sum."""
+
+    columns: int
+    step: int
+    parts: int
+    warps: int = 4
+    stages: int = 4
+
+
+def tile(rows: int, width: int, columns: int, itemsize: int) -> Tile | None:
+    """The cut for so many rows and a matrix [width, columns]; None where none fits.
+
+    The numbers are those of the fastest of about 20 cuts each, over the matrices of a 7B model on
+    an H100 (docs/performance.md).
+    """
+    wide, stages = 128, 4
+    programs = 256 if itemsize == 1 else 120
+    if rows > _ROWS[0]:
+        stages = 3
+        if itemsize == 2 and columns // wide < programs:
+            wide, programs, stages = 64, 190, 4
+    step = 64
+    while wide > 16 and columns % wide:
+        wide //= 2
+    while step > 16 and width % step:
+        step //= 2
+    if rows > _ROWS[-1] or columns % wide or width % step:
+        return None
+    parts = 1
+    while columns // wide * parts < programs and parts < 8 and width // step % (2 * parts) == 0:
+        parts *= 2
+    return Tile(wide, step, parts, stages=stages)
+
+
+def fits(x: jax.Array, kernel: jax.Array) -> bool:
+    """Whether `product` can do x [n, i] by kernel [i, o]."""
+    small = kernel.dtype == jnp.int8 or kernel.dtype == x.dtype
+    return small and device.usable(x) and _tile(x, kernel) is not None
+
+
+def _tile(x: jax.Array, kernel: jax.Array) -> Tile | None:
+    width, columns = kernel.shape
+    return tile(x.shape[0], width, columns, kernel.dtype.itemsize)
+
+
+def product(
+    x: Float[Array, "n i"],
+    kernel: Num[Array, "i o"],
+    scale: Float32[Array, " o"] | None,
+    dtype: DTypeLike,
+    cut: Tile | None = None,
+) -> Float[Array, "n o"]:
+    """`x @ kernel (* scale)`, summed and scaled in float32; `scale` comes with an int8 kernel."""
+    (n, width), columns = x.shape, kernel.shape[1]
+    cut = cut or _tile(x, kernel)
+    assert cut is not None
+    rows = next(size for size in _ROWS if size >= n)
+    steps = width // cut.step // cut.parts
+
+    def program(x_ref, kernel_ref, *rest) -> None:  # the references are to memory
+        scale_ref, out_ref = rest if scale is not None else (None, *rest)
+        first = pl.program_id(1) * steps
+        seen = jax.lax.broadcasted_iota(jnp.int32, (rows, cut.step), 0) < n
+
+        def add(i: jax.Array, total: jax.Array) -> jax.Array:
+            at = pl.ds((first + i) * cut.step, cut.step)
+            some = triton.load(x_ref.at[pl.ds(0, rows), at], mask=seen, other=0)
+            return total + jnp.dot(
+                some, kernel_ref[at, :].astype(x.dtype), preferred_element_type=jnp.float32
+            )
+
+        total = jnp.zeros((rows, cut.columns), jnp.float32)
+        total = jax.lax.fori_loop(0, steps, add, total)
+        if scale_ref is not None:
+            total = total * jnp.broadcast_to(scale_ref[...][None], total.shape)
+        here = jax.lax.broadcasted_iota(jnp.int32, total.shape, 0) < n
+        triton.store(out_ref.at[pl.ds(0, rows), :], total.astype(out_ref.dtype), mask=here)
+
+    scales = [] if scale is None else [(scale, pl.BlockSpec((cut.columns,), lambda i, _: (i,)))]
+    result = jax.ShapeDtypeStruct(
+        (cut.parts, n, columns), dtype if cut.parts == 1 else jnp.dtype("float32")
+    )
+    parts = pl.pallas_call(
+        program,
+        grid=(columns // cut.columns, cut.parts),
+        in_specs=[
+            pl.BlockSpec((n, width), lambda *_: (0, 0)),
+            pl.BlockSpec((width, cut.columns), lambda i, _: (0, i)),
+            *(spec for _, spec in scales),
+        ],
+        out_specs=pl.BlockSpec((None, n, cut.columns), lambda i, part: (part, 0, i)),
+        out_shape=result,
+        compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
+        interpret=device.INTERPRET,
+        name="product",
+    )(x, kernel, *(array for array, _ in scales))
+    return parts[0] if cut.parts == 1 else jnp.sum(parts, axis=0).astype(dtype)

@@ -1,0 +1,118 @@
+"""The few largest of many, with the log of the sum of all exponentials.
+
+Every program finds the largest entries of a chunk, one after the other; then one a row those of
+what the chunks found. XLA sorts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float32, Int32
+
+from eagle_jax.models.kernels import device
+
+_CHUNK = 1024
+_MOST = 16  # of the largest; each takes a turn
+_NOWHERE = 2**31 - 1
+
+
+def fits(scores: jax.Array, k: int) -> bool:
+    """Whether `largest` can do it: float32, few of them."""
+    return device.usable() and scores.dtype == jnp.float32 and k <= min(_MOST, scores.shape[-1])
+
+
+def largest(
+    scores: Float32[Array, "n v"], k: int
+) -> tuple[Float32[Array, "n k"], Int32[Array, "n k"], Float32[Array, " n"]]:
+    """The k largest of each row as `lax.top_k` has them, and the row's logsumexp.
+
+    Among equals the lowest index comes first. A NaN counts as the smallest.
+    """
+    n, vocab = scores.shape
+    chunks, kept = pl.cdiv(vocab, _CHUNK), pl.next_power_of_2(k)
+    size = min(_CHUNK, pl.next_power_of_2(vocab))
+
+    def of_chunk(scores_ref, best_ref, index_ref, top_ref, total_ref) -> None:
+        first = pl.program_id(1) * size
+        at = first + jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
+        values = triton.load(scores_ref.at[pl.ds(first, size)], mask=at < vocab, other=-jnp.inf)
+        values = jnp.where(values == values, values, -jnp.inf)
+        best_ref[...], index_ref[...] = _search(values, at, k, kept)
+        top = jnp.max(values)
+        # Of a chunk of nothing but -inf no exponential counts.
+        total = jnp.sum(jnp.exp(values - jnp.where(top == -jnp.inf, 0.0, top)))
+        top_ref[0], total_ref[0] = top, total
+
+    best, index, top, total = _call(
+        of_chunk,
+        grid=(n, chunks),
+        in_specs=[pl.BlockSpec((None, vocab), lambda i, _: (i, 0))],
+        out_specs=[
+            pl.BlockSpec((None, None, size), lambda i, c: (i, c, 0)) for size in (kept, kept, 1, 1)
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((n, chunks, size), dtype)
+            for size, dtype in (
+                (kept, jnp.float32),
+                (kept, jnp.int32),
+                (1, jnp.float32),
+                (1, jnp.float32),
+            )
+        ],
+    )(scores)
+    best, index, top, total = (x.reshape(n, -1) for x in (best, index, top, total))
+    if chunks > 1:
+        found = best.shape[1]
+        size = pl.next_power_of_2(found)
+
+        def of_row(values_ref, places_ref, best_ref, index_ref) -> None:
+            at = jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
+            values = triton.load(values_ref.at[pl.ds(0, size)], mask=at < found, other=-jnp.inf)
+            places = triton.load(places_ref.at[pl.ds(0, size)], mask=at < found, other=_NOWHERE)
+            best_ref[...], index_ref[...] = _search(values, places, k, kept)
+
+        best, index = _call(
+            of_row,
+            grid=(n,),
+            in_specs=[pl.BlockSpec((None, found), lambda i: (i, 0))] * 2,
+            out_specs=[pl.BlockSpec((None, kept), lambda i: (i, 0))] * 2,
+            out_shape=[
+                jax.ShapeDtypeStruct((n, kept), dtype) for dtype in (jnp.float32, jnp.int32)
+            ],
+        )(best, index)
+    whole = jax.nn.logsumexp(top, axis=-1, b=total)
+    return best[:, :k], index[:, :k], whole
+
+
+def _search(values: jax.Array, places: jax.Array, k: int, kept: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest values and their places, larger ones and lower places first."""
+    slot = jax.lax.broadcasted_iota(jnp.int32, (kept,), 0)
+
+    def turn(i, carry):
+        best, index, last, at = carry
+        left = (values < last) | ((values == last) & (places > at))
+        last = jnp.max(jnp.where(left, values, -jnp.inf))
+        at = jnp.min(jnp.where(left & (values == last), places, _NOWHERE))
+        here = slot == i
+        return jnp.where(here, last, best), jnp.where(here, at, index), last, at
+
+    best = jnp.full((kept,), -jnp.inf, jnp.float32)
+    index = jnp.full((kept,), _NOWHERE, jnp.int32)
+    carry = best, index, jnp.float32(jnp.inf), jnp.int32(-1)
+    best, index, _, _ = jax.lax.fori_loop(jnp.int32(0), jnp.int32(k), turn, carry)
+    return best, index
+
+
+def _call(program: Any, **shapes: Any) -> Any:
+    return pl.pallas_call(
+        program,
+        compiler_params=triton.CompilerParams(num_warps=4),
+        interpret=device.INTERPRET,
+        name="top",
+        **shapes,
+    )

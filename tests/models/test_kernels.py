@@ -1,0 +1,214 @@
+"""Kernels of our own, interpreted on the CPU, against XLA's way."""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eagle_jax.models import cache as caches
+from eagle_jax.models import kernels, quantize
+from eagle_jax.models.attention import two_segment_attention
+from eagle_jax.models.kernels import device
+from eagle_jax.models.layers import matmul
+
+sampling = importlib.import_module("eagle_jax.decode.sampling")  # a function has that name too
+
+BFLOAT16 = jnp.bfloat16
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    monkeypatch.setattr(device, "INTERPRET", True)
+
+
+def normal(*shape: int, seed: int = 0, dtype=BFLOAT16) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def exact(x: jax.Array) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
+# --- Products ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize(("width", "columns"), [(256, 96), (704, 128), (64, 48), (48, 2048)])
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 60])
+def test_products(interpreted, rows: int, width: int, columns: int, quantized: bool) -> None:
+    """Catches steps, parts and columns that are skipped or counted twice."""
+    x, kernel, scale = normal(rows, width), normal(width, columns, seed=1), None
+    whole = exact(kernel)
+    if quantized:
+        kernel, scale = quantize.quantize(kernel.astype(jnp.float32))
+        whole = exact(quantize.dequantize(kernel, scale))
+    assert kernels.product.fits(x, kernel)
+    got = kernels.product.product(x, kernel, scale, jnp.float32)
+    assert got.dtype == jnp.float32 and got.shape == (rows, columns)
+    np.testing.assert_allclose(got, exact(x) @ whole, atol=1e-3, rtol=1e-4)
+    rounded = kernels.product.product(x, kernel, scale, BFLOAT16)
+    assert rounded.dtype == BFLOAT16
+    np.testing.assert_allclose(exact(rounded), exact(x) @ whole, rtol=2**-8 * 1.01, atol=1e-3)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+def test_parts_of_a_sum(interpreted, parts: int) -> None:
+    x, kernel = normal(5, 512), normal(512, 64, seed=1)
+    cut = kernels.product.Tile(32, 64, parts)
+    got = kernels.product.product(x, kernel, None, jnp.float32, cut)
+    np.testing.assert_allclose(got, exact(x) @ exact(kernel), atol=1e-3, rtol=1e-4)
+
+
+def test_cuts_of_a_7b_model() -> None:
+    """Every matrix makes enough programs for 132 multiprocessors, and no sliver of a step."""
+    for rows in (1, 10, 60):
+        for itemsize in (1, 2):
+            for width, columns in ((4096, 4096), (4096, 22016), (11008, 4096), (4096, 32000)):
+                cut = kernels.product.tile(rows, width, columns, itemsize)
+                assert cut is not None and width % (cut.step * cut.parts) == 0
+                assert columns // cut.columns * cut.parts >= 120 and cut.step == 64
+
+
+def test_matmul_chooses_the_kernel(interpreted, monkeypatch) -> None:
+    """Catches a kernel that is never chosen, and one chosen where it may not be."""
+    calls = []
+    product = kernels.product.product
+    monkeypatch.setattr(kernels.product, "product", lambda *a: calls.append(a) or product(*a))
+    x, kernel = normal(2, 3, 64), normal(64, 2, 48, seed=1)
+    got = matmul(x, kernel, jnp.float32)
+    assert len(calls) == 1 and got.shape == (2, 3, 2, 48)
+    np.testing.assert_allclose(
+        got, np.einsum("bti,igo->btgo", exact(x), exact(kernel)), atol=1e-3, rtol=1e-4
+    )
+    quantized, scale = quantize.quantize(kernel.astype(jnp.float32))
+    got = matmul(x, quantized, scale=scale)
+    assert len(calls) == 2
+    np.testing.assert_allclose(exact(got), exact(quantize.product(x, quantized, scale)), rtol=0.01)
+    for other, matrix in (
+        (x.astype(jnp.float32), kernel.astype(jnp.float32)),  # whose bits are sacred
+        (normal(100, 64), kernel),  # many rows
+        (x, normal(64, 50)),  # no whole columns
+    ):
+        matmul(other, matrix)
+    assert len(calls) == 2
+
+
+def test_not_on_this_device() -> None:
+    assert not device.usable(normal(1))
+
+
+# --- Attention ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 5, 40], ids=lambda w: f"window {w}")
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "softcap"])
+@pytest.mark.parametrize("tokens", [1, 5, 21])
+@pytest.mark.parametrize("lengths", [(0, 128), (3, 77), (64, 65)], ids=str)
+def test_attention(interpreted, monkeypatch, lengths, tokens, softcap, window) -> None:
+    """Whatever is used of the cache: nothing, all, parts of a step; rows beyond a tile."""
+    b, h, k, e, slots = 2, 8, 2, 16, 128
+    query = normal(b, tokens, h, e)
+    block = (normal(b, k, tokens, e, seed=1), normal(b, k, tokens, e, seed=2))
+    prefix = (normal(b, k, slots, e, seed=3), normal(b, k, slots, e, seed=4))
+    mask = np.random.default_rng(5).random((b, tokens, tokens)) < 0.5
+    mask = jnp.asarray(mask | np.eye(tokens, dtype=bool))
+    length = jnp.asarray(lengths)
+    bounds = {"softcap": softcap, "scale": 0.4}
+    if window is not None:
+        bounds["oldest"] = length[:, None] + jnp.arange(tokens)[None] - window
+    calls = []
+    attend = kernels.attention.attend
+    monkeypatch.setattr(kernels.attention, "attend", lambda *a: calls.append(1) or attend(*a))
+    got = two_segment_attention(query, block, mask, prefix, length, **bounds)
+    monkeypatch.setattr(device, "INTERPRET", False)
+    wanted = two_segment_attention(query, block, mask, prefix, length, **bounds)
+    assert len(calls) == 1 and got.dtype == BFLOAT16
+    np.testing.assert_allclose(exact(got), exact(wanted), atol=0.03, rtol=0.02)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 8])
+@pytest.mark.parametrize("rows", [16, 64])
+def test_cuts_of_attention(interpreted, parts: int, rows: int) -> None:
+    b, k, q, e, slots, fresh = 1, 2, 40, 32, 96, 20
+    query = normal(b, k, q, e) * jnp.asarray(0.2, BFLOAT16)
+    block = (normal(b, k, fresh, e, seed=1), normal(b, k, fresh, e, seed=2))
+    prefix = (normal(b, k, slots, e, seed=3), normal(b, k, slots, e, seed=4))
+    mask = jnp.ones((b, q, fresh), bool)
+    run = functools.partial(
+        kernels.attention.attend, query, block, mask, prefix, jnp.array([50]), None, None
+    )
+    keys, values = (
+        np.concatenate([exact(old)[:, :, :50], exact(new)], axis=2)
+        for old, new in zip(prefix, block, strict=True)
+    )
+    weights = np.exp(exact(query) @ keys.swapaxes(2, 3))
+    wanted = weights / weights.sum(axis=-1, keepdims=True) @ values
+    cut = dataclasses.replace(kernels.attention.tile(q, slots, k), rows=rows, parts=parts)
+    np.testing.assert_allclose(exact(run(cut)), wanted, atol=0.02)
+
+
+# --- Caches ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [1, 2, 100])
+@pytest.mark.parametrize("n", [1, 7])
+def test_commit(interpreted, monkeypatch, n: int, layers: int) -> None:
+    b, k, slots, e, fresh = 2, 2, 32, 16, 9
+    pairs = range(layers)
+    cache = tuple(
+        (normal(b, k, slots, e, seed=i), normal(b, k, slots, e, seed=1000 + i)) for i in pairs
+    )
+    block = tuple(
+        (normal(b, k, fresh, e, seed=i + 1), normal(b, k, fresh, e, seed=i + 2)) for i in pairs
+    )
+    path = jnp.asarray(np.random.default_rng(0).integers(0, fresh, (b, n)), jnp.int32)
+    start = jnp.array([0, slots - n], jnp.int32)
+    calls = []
+    commit = kernels.commit.commit
+    monkeypatch.setattr(kernels.commit, "commit", lambda *a: calls.append(1) or commit(*a))
+    got = caches.commit(cache, block, path, start)
+    monkeypatch.setattr(device, "INTERPRET", False)
+    wanted = caches.commit(cache, block, path, start)
+    assert calls == [1]
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+# --- The largest -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+@pytest.mark.parametrize("vocab", [10, 100, 1024, 5000])
+def test_largest(interpreted, vocab: int, k: int) -> None:
+    """Values that stand more than once: the lowest index wins, within and across chunks."""
+    rng = np.random.default_rng(vocab)
+    scores = jnp.asarray(rng.integers(-20, 20, (4, vocab)), jnp.float32)
+    scores = scores.at[1].set(-jnp.inf).at[2, ::2].set(-jnp.inf).at[3].multiply(1e3)
+    best, index, whole = kernels.top.largest(scores, k)
+    wanted, places = jax.lax.top_k(scores, k)
+    np.testing.assert_array_equal(best, wanted)
+    np.testing.assert_array_equal(index, places)
+    np.testing.assert_allclose(whole, jax.nn.logsumexp(scores, axis=-1), rtol=1e-6)
+
+
+def test_no_number_is_never_among_the_largest(interpreted) -> None:
+    scores = jnp.array([[jnp.nan, 1.0, jnp.nan, 3.0, jnp.inf]], jnp.float32)
+    best, index, _ = kernels.top.largest(scores, 3)
+    np.testing.assert_array_equal(best[0], [jnp.inf, 3.0, 1.0])
+    np.testing.assert_array_equal(index[0], [4, 3, 1])
+
+
+def test_who_asks_for_the_largest(interpreted, monkeypatch) -> None:
+    calls, largest = [], kernels.top.largest
+    monkeypatch.setattr(kernels.top, "largest", lambda *a: calls.append(1) or largest(*a))
+    scores = normal(2, 3, 3000, dtype=jnp.float32)
+    found, shares = sampling.top_k(scores, 10), sampling.likeliest(scores, 10)
+    assert len(calls) == 2
+    monkeypatch.setattr(device, "INTERPRET", False)
+    jax.tree.map(np.testing.assert_array_equal, found, sampling.top_k(scores, 10))
+    wanted = sampling.likeliest(scores, 10)
+    np.testing.assert_array_equal(shares[1], wanted[1])
+    np.testing.assert_allclose(shares[0], wanted[0], rtol=1e-6)
