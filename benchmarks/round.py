@@ -52,7 +52,7 @@ from eagle_jax.decode.method import Accepted, Context, Method, Rule
 from eagle_jax.decode.sampling import argmax
 from eagle_jax.decode.tree import MC_SIM_7B_63, Proposal, StaticTree
 from eagle_jax.evaluate.runner import Star
-from eagle_jax.models import Transformer, bind
+from eagle_jax.models import Transformer, bind, kernels
 from eagle_jax.params import Params
 
 _EAGLE2 = DynamicTree(depth=6, k=10, drafted=59)
@@ -124,7 +124,8 @@ class Passes:
                 output = target(tokens, places, shape.ancestors, cache=cache, lengths=length - 1)
                 return argmax(target.logits(output.features)), length + 1
 
-            return jax.lax.fori_loop(0, count, body, (tokens, length))[0]
+            with kernels.decoding():  # as the engine's programs
+                return jax.lax.fori_loop(0, count, body, (tokens, length))[0]
 
         self.loop = loop
 

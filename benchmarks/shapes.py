@@ -146,7 +146,7 @@ def random_params(
         ValueError: this version of the package cannot store weights as `quantize` says, or as in
             `draft_configs`.
     """
-    target = dataclasses.replace(SHAPES[shape], fused_mlp=True)
+    target = dataclasses.replace(SHAPES[shape], fused=True)
     if quantize is not None:
         if "quantize" not in {field.name for field in dataclasses.fields(target)}:
             raise ValueError(f"--quantize {quantize}: this version of eagle_jax cannot quantise")
@@ -155,6 +155,6 @@ def random_params(
     for kind in kinds:
         config = draft_configs(shape, draft_vocabulary)[kind]
         if not isinstance(config, MedusaConfig):
-            config = dataclasses.replace(config, fused_mlp=True)
+            config = dataclasses.replace(config, fused=True)
         drafts[kind] = Draft(random_weights(DRAFTS[kind], config, 1), config)
     return Params(random_weights(Transformer, target), drafts, target)

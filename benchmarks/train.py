@@ -146,7 +146,7 @@ def main() -> None:
         model = settings.load(args.target_config or args.config, kind=TrainConfig).objective
         if not isinstance(model, NextToken):
             raise ValueError(f"--target-config {args.target_config}: give that of the target's run")
-        target = dataclasses.replace(model.model, fused_mlp=False)
+        target = dataclasses.replace(model.model, fused=False)
     first = next(iter(runs.values()))
     frozen = {}
     if not isinstance(first.objective, NextToken):

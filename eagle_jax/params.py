@@ -24,7 +24,7 @@ from eagle_jax.config import (
     TransformerConfig,
 )
 from eagle_jax.models import quantize as quantisation
-from eagle_jax.models.layers import fuse_mlp, fused_parts
+from eagle_jax.models.layers import fuse, fused_parts
 from eagle_jax.models.quantize import Quantization
 from eagle_jax.sharding import check_tensor, replicated, weight_shardings
 from eagle_jax.text import Tokenizer
@@ -141,11 +141,13 @@ def load(
         for kind, (config, params) in found.items():
             params = layouts.with_head(config, params, target_config, target)
             config, params = _for_decoding(config, params, untied=on_cpu)
-            drafts[kind] = Draft(_place(params, dtype, _draft_place(config, sharding)), config)
+            drafts[kind] = Draft(
+                _place(params, config, dtype, _draft_place(config, sharding)), config
+            )
     untied = on_cpu or quantization is not None
     target_config, target = _for_decoding(target_config, target, untied=untied)
     return Params(
-        target=_place(target, dtype, sharding, quantization),
+        target=_place(target, target_config, dtype, sharding, quantization),
         drafts=drafts,
         target_config=dataclasses.replace(target_config, quantize=quantization),
         tokenizer=tokenizer,
@@ -280,7 +282,7 @@ def _for_decoding(
         )
         config = dataclasses.replace(config, tie_word_embeddings=False)
         params = {**params, "lm_head.kernel": head}
-    return dataclasses.replace(config, fused_mlp=True), params
+    return dataclasses.replace(config, fused=True), params
 
 
 def shipped() -> list[str]:
@@ -325,15 +327,17 @@ def find(name_or_path: str | Path) -> Path:
 
 def _place(
     params: Mapping[str, Stored],
+    config: DraftConfig,
     dtype: jnp.dtype,
     sharding: Mesh | Sharding | None,
     quantize: Quantization | None = None,
 ) -> ParamDict:
-    """Reads, casts and places one array after the other, gate and up projections joined."""
+    """Reads, casts and places one array after the other, in the layout for decoding."""
     placed = {}
     for parts in fused_parts(params).values():
         names = [name for joined in parts for name in joined]
-        for name, array in fuse_mlp({name: np.asarray(params[name]) for name in names}).items():
+        read = {name: np.asarray(params[name]) for name in names}
+        for name, array in fuse(read, config).items():
             small = quantize is not None and quantisation.quantised(name)
             # A table of token ids is no weight; what becomes int8 is read with all its bits.
             if not small and not np.issubdtype(array.dtype, np.integer):

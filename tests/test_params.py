@@ -19,7 +19,7 @@ import eagle_jax
 from eagle_jax.checkpoint import hf, native, safetensors
 from eagle_jax.config import Eagle3Config, EagleConfig
 from eagle_jax.models import DRAFTS, bind
-from eagle_jax.models.layers import fuse_mlp
+from eagle_jax.models.layers import fuse
 from eagle_jax.sharding import make_mesh
 from eagle_jax.testing import tiny_params, tiny_target
 
@@ -67,7 +67,8 @@ def test_a_directory_gives_all_its_drafts(model) -> None:
     expected = tiny_params(tiny_target(params.target_config.vocab_size), 3)
     for kind, draft in params.drafts.items():
         assert draft.config.kind == kind
-        arrays = fuse_mlp({name: np.asarray(x) for name, x in expected.drafts[kind].params.items()})
+        given = {name: np.asarray(x) for name, x in expected.drafts[kind].params.items()}
+        arrays = fuse(given, draft.config)
         assert draft.params.keys() == arrays.keys()
         for name, array in arrays.items():
             np.testing.assert_array_equal(draft.params[name], array, err_msg=name)

@@ -111,9 +111,9 @@ def test_half_precision_is_rounded_once() -> None:
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 TARGETS = {
     "plain": tiny_target(),
-    "fused": tiny_target(fused_mlp=True, attention_bias=True, qk_norm=True),
+    "fused": tiny_target(fused=True, attention_bias=True, qk_norm=True),
     "experts": tiny_target(**EXPERTS),
-    "fused experts": tiny_target(**EXPERTS, fused_mlp=True),
+    "fused experts": tiny_target(**EXPERTS, fused=True),
     "tied": tiny_target(tie_word_embeddings=True),
 }
 
@@ -235,7 +235,7 @@ def test_several_devices_load_the_same(tiny_model) -> None:
 
 def test_experts_on_several_devices() -> None:
     """Catches an expert that meets another's scales."""
-    target = tiny_target(decoding.VOCAB, fused_mlp=True, num_experts=4, num_experts_per_tok=2)
+    target = tiny_target(decoding.VOCAB, fused=True, num_experts=4, num_experts_per_tok=2)
     params = small(tiny_params(target, seed=3)).only(None)
     wanted = texts("vanilla", "sampled", params)
     mesh = sharding.make_mesh(tensor=2, expert=2, devices=jax.devices()[:4])

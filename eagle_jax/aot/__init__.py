@@ -141,9 +141,9 @@ def _decoding(config: AotConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
     from eagle_jax.params import Draft, Params
 
     mesh = sharding.make_mesh(tensor=config.tensor, expert=config.expert, devices=where)
-    target, draft = dataclasses.replace(config.target, fused_mlp=True), config.draft
+    target, draft = dataclasses.replace(config.target, fused=True), config.draft
     if draft is not None and not isinstance(draft, MedusaConfig):
-        draft = dataclasses.replace(draft, fused_mlp=True)
+        draft = dataclasses.replace(draft, fused=True)
     sharding.check_tensor(mesh, [target] if draft is None else [target, draft])
     drafts = (
         {}

@@ -306,7 +306,7 @@ def to_json(
     """The keys that targets and EAGLE drafts have in common, and those of a target's family."""
     family = FAMILIES[model_type]
     # The model type says the first; the second is a layout in memory; the third is `rope`'s.
-    shared = _SHARED - {"attention_bias", "fused_mlp", "rope_scaling"}
+    shared = _SHARED - {"attention_bias", "fused", "rope_scaling"}
     settings = {
         "architectures": [family.architecture],
         "model_type": model_type,
@@ -404,7 +404,7 @@ def _values(kind: type, settings: Mapping[str, Any], family: Family) -> dict[str
     fields = {field.name: field for field in dataclasses.fields(kind)}
     values: dict[str, Any] = {
         "attention_bias": _attention_bias(kind, settings, family),
-        "fused_mlp": False,  # a layout in memory, whatever a file says
+        "fused": False,  # a layout in memory, whatever a file says
         **rope.from_json(fields, settings, family.defaults),
     }
     if kind is TransformerConfig:

@@ -33,7 +33,7 @@ from eagle_jax.decode.method import Context, Method, Models, Prompt, Verified
 from eagle_jax.decode.prefill import fill
 from eagle_jax.decode.sampling import Sampling, argmax, perturb, position_noise
 from eagle_jax.decode.tree import Proposal
-from eagle_jax.models import DRAFTS, Cache, Output, Transformer, attention, bind
+from eagle_jax.models import DRAFTS, Cache, Output, Transformer, attention, bind, kernels
 from eagle_jax.models import cache as caches
 from eagle_jax.params import Params
 from eagle_jax.types import Logits, Tokens
@@ -400,7 +400,7 @@ def _compiled(
 
 def _on(mesh: Mesh | None, function: Callable[..., State]) -> Callable[..., State]:
     def traced(*args: Any) -> State:
-        with sharding.using(mesh):
+        with sharding.using(mesh), kernels.decoding():
             return function(*args)
 
     return traced

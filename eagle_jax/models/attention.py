@@ -58,12 +58,14 @@ def two_segment_attention(
     k = block[0].shape[1]
     # [b, k, t*g, e]: the g query heads of a key head become rows of one matrix product.
     grouped = query.reshape(b, t, k, h // k, e).transpose(0, 2, 1, 3, 4).reshape(b, k, -1, e)
-    grouped = grouped * jnp.asarray(e**-0.5 if scale is None else scale, query.dtype)
+    factor = e**-0.5 if scale is None else scale
     if prefix is not None and lengths is not None and kernels.attention.fits(query, prefix):
         of_rows = jnp.repeat(mask, h // k, axis=1)
         edges = None if oldest is None else jnp.repeat(oldest, h // k, axis=1)
-        own = kernels.attention.attend(grouped, block, of_rows, prefix, lengths, edges, softcap)
-        return own.reshape(b, k, t, h // k, e).transpose(0, 2, 1, 3, 4).reshape(b, t, h, e)
+        return kernels.attention.attend(
+            grouped, block, of_rows, prefix, lengths, edges, t, factor, softcap
+        )
+    grouped = grouped * jnp.asarray(factor, query.dtype)
 
     def score(keys: jax.Array, visible: jax.Array) -> jax.Array:
         scores = jnp.einsum("bkqe,bkse->bkqs", grouped, keys, preferred_element_type=jnp.float32)

@@ -19,8 +19,11 @@ from eagle_jax.models.layers import (
     AttentionKernel,
     Embedding,
     Linear,
+    Parts,
     RMSNorm,
+    join,
     matmul,
+    total,
 )
 from eagle_jax.models.transformer import Output, Transformer
 from eagle_jax.types import Hidden, KeyValue
@@ -41,10 +44,10 @@ class Eagle3Layer(nnx.Module):
         """What attention projects."""
         return jnp.concatenate([self.input_layernorm(embeddings), self.hidden_norm(state)], axis=-1)
 
-    def leave(self, state: Hidden, mixed: Hidden) -> Hidden:
+    def leave(self, state: Hidden, mixed: Hidden | Parts) -> Hidden:
         """The layer's output, given what attention mixed; the residual is the state as it came."""
-        state = state + mixed
-        return state + self.mlp(self.post_attention_layernorm(state))
+        state, normed = join(state, mixed, self.post_attention_layernorm)
+        return total(state, self.mlp(normed))
 
 
 class Eagle3Draft(nnx.Module):

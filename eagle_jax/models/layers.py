@@ -7,6 +7,7 @@ by such a matrix at nearly the cost of one row, by its transpose at twice that.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -16,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Float32, Int, Num
 
 from eagle_jax.config import TransformerConfig
 from eagle_jax.models import kernels, quantize
 from eagle_jax.models.attention import AttentionKernel, aligned_attention, two_segment_attention
 from eagle_jax.models.quantize import Quantization
-from eagle_jax.models.rotary import rotary
+from eagle_jax.models.rotary import angles, rotary
 from eagle_jax.sharding import constrain, ways_of
 from eagle_jax.types import Hidden, KeyValue
 
@@ -30,6 +31,13 @@ from eagle_jax.types import Hidden, KeyValue
 Weight = tuple[jax.Array, jax.Array | None]
 
 _EMBEDDING_STD = 0.02
+
+# What `fused` joins: the first of them -> the name together, the others.
+_JOINED = {
+    "q_proj": ("qkv_proj", ("k_proj", "v_proj")),
+    "gate_proj": ("gate_up_proj", ("up_proj",)),
+}
+_JOINED_BEFORE = re.compile(r".*\.(k|v|up)_proj\.(kernel|bias)")
 
 # An expert's parameter: its list, its number, the rest.
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
@@ -49,23 +57,67 @@ def matmul(
     """`x @ kernel` over the last axis; `dtype` is the result's, by default that of the operands.
 
     A kernel may have several axes of outputs; an int8 kernel comes with its `scale` (`quantize`).
-    The one place that chooses who multiplies.
     """
-    width, columns = x.shape[-1], kernel.shape[1:]
-    rows, flat = x.reshape(-1, width), kernel.reshape(width, -1)
-    if kernels.product.fits(rows, flat):
-        flat_scale = None if scale is None else scale.reshape(-1)
-        y = kernels.product.product(rows, flat, flat_scale, x.dtype if dtype is None else dtype)
-    elif scale is not None:
+    if (parts := _parts(x, kernel, scale)) is not None:
+        return parts.total(dtype)
+    if scale is not None:
         return quantize.product(x, kernel, scale, dtype)
-    elif len(rows) == 1 and jax.default_backend() == "gpu":
+    if x.size == x.shape[-1] and jax.default_backend() == "gpu":
         # XLA makes a reduction of its own of one row by a matrix, which reads weights more slowly
         # than a product of two rows.
-        pair = jnp.concatenate([rows, jnp.zeros_like(rows)])
+        row, flat = x.reshape(1, -1), kernel.reshape(x.shape[-1], -1)
+        pair = jnp.concatenate([row, jnp.zeros_like(row)])
         y = jnp.matmul(pair, flat, preferred_element_type=dtype)[:1]
-    else:
-        return jnp.tensordot(x, kernel, 1, preferred_element_type=dtype)
-    return y.reshape(*x.shape[:-1], *columns)
+        return y.reshape(*x.shape[:-1], *kernel.shape[1:])
+    return jnp.tensordot(x, kernel, 1, preferred_element_type=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A product [*shape] of `kernels.product` whose parts are still to be added up.
+
+    Whoever reads it next does that in passing.
+    """
+
+    array: Float32[Array, "p n o"]
+    shape: tuple[int, ...]
+    dtype: DTypeLike
+
+    def total(self, dtype: DTypeLike | None = None) -> Float[Array, "..."]:
+        """The product, in `dtype` or that of its operand."""
+        added = self.array[0] if len(self.array) == 1 else jnp.sum(self.array, axis=0)
+        return added.astype(self.dtype if dtype is None else dtype).reshape(self.shape)
+
+
+def _parts(x: jax.Array, kernel: jax.Array, scale: jax.Array | None) -> Parts | None:
+    """The product by a kernel of our own, where it fits."""
+    rows, flat = x.reshape(-1, x.shape[-1]), kernel.reshape(x.shape[-1], -1)
+    if not kernels.product.fits(rows, flat):
+        return None
+    array = kernels.product.product(rows, flat, None if scale is None else scale.reshape(-1))
+    return Parts(array, (*x.shape[:-1], *kernel.shape[1:]), x.dtype)
+
+
+def whole(added: Hidden | Parts) -> Hidden:
+    """A result that may still be in parts."""
+    return added.total() if isinstance(added, Parts) else added
+
+
+def total(x: Hidden, added: Hidden | Parts) -> Hidden:
+    """The residual stream and what is added to it."""
+    return x + whole(added)
+
+
+def join(x: Hidden, added: Hidden | Parts, norm: RMSNorm) -> tuple[Hidden, Hidden]:
+    """The residual stream with what is added to it, and its norm."""
+    if isinstance(added, Parts) and kernels.norm.fits(x):
+        d = x.shape[-1]
+        scale = norm.scale[...]
+        both = kernels.norm.add(x.reshape(-1, d), added.array, scale, norm.eps, norm.unit_offset)
+        joined, normed = (y.reshape(x.shape) for y in both)
+        return joined, normed
+    x = total(x, added)
+    return x, norm(x)
 
 
 def _matrix(
@@ -122,6 +174,12 @@ class Linear(nnx.Module):
         kernel, scale = _weight(self)
         return matmul(x, kernel, dtype, scale)
 
+    def lazily(self, x: Float[Array, "*lead i"]) -> Float[Array, "*lead o"] | Parts:
+        """The result, or its parts, for `join` and `total`."""
+        kernel, scale = _weight(self)
+        parts = None if self.bias is not None else _parts(x, kernel, scale)
+        return self(x) if parts is None else parts
+
 
 class Embedding(nnx.Module):
     """Token embedding, [v, d]; `scale` multiplies what is looked up, not the matrix."""
@@ -176,14 +234,19 @@ class Attention(nnx.Module):
         d, e = inputs * config.hidden_size, config.head_dim
         h, k = config.num_attention_heads, config.num_key_value_heads
         bias, quantization = config.attention_bias, config.quantize
-        self.q_proj = Linear(d, h * e, bias=bias, quantization=quantization, rngs=rngs)
-        self.k_proj = Linear(d, k * e, bias=bias, quantization=quantization, rngs=rngs)
-        self.v_proj = Linear(d, k * e, bias=bias, quantization=quantization, rngs=rngs)
+        if config.fused:
+            shape = (d, k, h // k + 2, e)
+            self.qkv_proj = Stack(shape, bias=bias, quantization=quantization, rngs=rngs)
+        else:
+            self.q_proj = Linear(d, h * e, bias=bias, quantization=quantization, rngs=rngs)
+            self.k_proj = Linear(d, k * e, bias=bias, quantization=quantization, rngs=rngs)
+            self.v_proj = Linear(d, k * e, bias=bias, quantization=quantization, rngs=rngs)
+        self.fused = config.fused
         out = config.hidden_size
         self.o_proj = Linear(h * e, out, zero=True, quantization=quantization, rngs=rngs)
         self.q_norm = _norm(config, e, rngs) if config.qk_norm else None
         self.k_norm = _norm(config, e, rngs) if config.qk_norm else None
-        self.head_dim = e
+        self.head_dim, self.q_heads = e, h
         self.window = config.window(layer)
         self.theta, self.scaling = config.rope_theta, config.rope_scaling
         if self.window is not None and config.rope_local_base_freq is not None:
@@ -202,7 +265,7 @@ class Attention(nnx.Module):
         lengths: Int[Array, " b"] | None = None,
         before: KeyValue | None = None,
         kernel: AttentionKernel = "xla",
-    ) -> tuple[Hidden, KeyValue]:
+    ) -> tuple[Hidden | Parts, KeyValue]:
         """Attend from `x`; returns the mixed values and the block's own keys and values.
 
         `before` holds keys and values of earlier blocks of the same round (levels of a tree being
@@ -236,21 +299,40 @@ class Attention(nnx.Module):
             if before is not None:
                 seen = jax.tree.map(lambda a, c: jnp.concatenate([a, c], axis=2), before, block)
             mixed = two_segment_attention(query, seen, mask, prefix, lengths, **bounds)
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1)), block
+        return self.o_proj.lazily(mixed.reshape(*x.shape[:2], -1)), block
 
     def project(
         self, x: Float[Array, "b t i"], positions: Int[Array, "b t"]
     ) -> tuple[Float[Array, "b t h e"], Float[Array, "b t k e"], Float[Array, "b t k e"]]:
         """Query, keys and values of a block, rotated to their positions."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        query, keys = self.q_proj(x).reshape(heads), self.k_proj(x).reshape(heads)
+        plain = self.q_norm is None and self.k_norm is None
+        if self.fused:
+            kernel, scale = _weight(self.qkv_proj)
+            bias = self.qkv_proj.bias
+            parts = _parts(x, kernel, scale) if plain and bias is None else None
+            if parts is not None and kernels.rotary.fits(x, self.head_dim):
+                turn = angles(positions, self.head_dim // 2, self.theta, self.scaling)
+                grouped, keys, values = kernels.rotary.split(
+                    parts.array, *turn, kernel.shape[1:], x.dtype
+                )
+                (b, t), (k, h) = x.shape[:2], (kernel.shape[1], self.q_heads)
+                query = grouped.reshape(b, k, t, h // k, -1).transpose(0, 2, 1, 3, 4)
+                query = query.reshape(b, t, h, -1)
+                return query, keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
+            both = matmul(x, kernel, scale=scale)  # [b, t, k, g + 2, e]
+            if bias is not None:
+                both = both + jnp.broadcast_to(bias[...], both.shape)
+            query = both[:, :, :, :-2].reshape(*x.shape[:2], -1, self.head_dim)
+            keys, values = both[:, :, :, -2], both[:, :, :, -1]
+        else:
+            heads = (*x.shape[:2], -1, self.head_dim)
+            query, keys = self.q_proj(x).reshape(heads), self.k_proj(x).reshape(heads)
+            values = self.v_proj(x).reshape(heads)
         if self.q_norm is not None and self.k_norm is not None:
             query, keys = self.q_norm(query), self.k_norm(keys)
         query = rotary(query, positions, self.theta, self.scaling)
         keys = rotary(keys, positions, self.theta, self.scaling)
-        query, keys, values = constrain(
-            (query, keys, self.v_proj(x).reshape(heads)), "batch", None, "heads"
-        )
+        query, keys, values = constrain((query, keys, values), "batch", None, "heads")
         return query, keys, values
 
 
@@ -262,7 +344,7 @@ def _norm(config: TransformerConfig, width: int, rngs: nnx.Rngs) -> RMSNorm:
 class MLP(nnx.Module):
     """Gated feed-forward block: SwiGLU, or Gemma's with GELU.
 
-    Decoding has gate and up projection in one array (`fused_mlp`): one product instead of two.
+    Decoding has gate and up projection in one array (`fused`): one product instead of two.
     """
 
     def __init__(
@@ -270,23 +352,27 @@ class MLP(nnx.Module):
     ) -> None:
         d, f = config.hidden_size, width or config.intermediate_size
         quantization = config.quantize
-        if config.fused_mlp:
+        if config.fused:
             self.gate_up_proj = Stack((d, 2, f), quantization=quantization, rngs=rngs)
         else:
             self.gate_proj = Linear(d, f, quantization=quantization, rngs=rngs)
             self.up_proj = Linear(d, f, quantization=quantization, rngs=rngs)
         self.down_proj = Linear(f, d, zero=True, quantization=quantization, rngs=rngs)
-        self.fused = config.fused_mlp
+        self.fused, self.silu = config.fused, config.hidden_act == "silu"
         self.activation = _ACTIVATIONS[config.hidden_act]
 
-    def __call__(self, x: Hidden) -> Hidden:
+    def __call__(self, x: Hidden) -> Hidden | Parts:
         if self.fused:
             kernel, scale = _weight(self.gate_up_proj)
+            rows = x.reshape(-1, x.shape[-1])
+            if self.silu and scale is None and kernels.product.gates(rows, kernel):
+                hidden = kernels.product.gated(rows, kernel).reshape(*x.shape[:-1], -1)
+                return self.down_proj.lazily(hidden)
             both = matmul(x, kernel, scale=scale)
             gate, up = both[:, :, 0], both[:, :, 1]
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(self.activation(gate) * up)
+        return self.down_proj.lazily(self.activation(gate) * up)
 
 
 class Stack(nnx.Module):
@@ -297,16 +383,18 @@ class Stack(nnx.Module):
         shape: tuple[int, ...],
         *,
         axis: int = 0,
+        bias: bool = False,
         zero: bool = False,
         quantization: Quantization | None,
         rngs: nnx.Rngs,
     ) -> None:
         std = 0.0 if zero else shape[axis] ** -0.5
         self.kernel, self.kernel_scale = _matrix(shape, std, quantization, rngs, axis)
+        self.bias = nnx.Param(jnp.zeros(shape[1:])) if bias else None
 
 
 class StackedExperts(nnx.Module):
-    """Experts as decoding has them (`fused_mlp`): two arrays for all of a layer (x: experts)."""
+    """Experts as decoding has them (`fused`): two arrays for all of a layer (x: experts)."""
 
     def __init__(self, config: TransformerConfig, width: int, *, rngs: nnx.Rngs) -> None:
         experts, d = config.num_experts, config.hidden_size
@@ -321,7 +409,7 @@ class MixtureOfExperts(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
         width = config.moe_intermediate_size or config.intermediate_size
         self.gate = Linear(config.hidden_size, config.num_experts, rngs=rngs)
-        if config.fused_mlp:
+        if config.fused:
             self.experts = StackedExperts(config, width, rngs=rngs)
         else:
             self.experts = nnx.List(
@@ -393,30 +481,36 @@ class MixtureOfExperts(nnx.Module):
 
 
 def fused_parts(names: Iterable[str]) -> dict[str, list[tuple[str, ...]]]:
-    """What `fused_mlp` makes of parameters: the name of each array in that layout -> its parts.
+    """What `fused` makes of parameters: the name of each array in that layout -> its parts.
 
     The tuples are experts, by number, to be stacked (a list of one where there are no experts);
-    the names in a tuple are matrices to be put side by side, [d, 2, f].
+    the names in a tuple are matrices or biases to be put side by side.
     """
     numbered: dict[str, dict[int, tuple[str, ...]]] = {}
     for name in names:
         fused, joined = name, (name,)
-        if name.endswith(".up_proj.kernel"):
-            continue  # comes with its gate
-        if name.endswith(".gate_proj.kernel"):
-            joined = (name, name.replace("gate_proj", "up_proj"))
-            fused = name.replace("gate_proj", "gate_up_proj")
+        if _JOINED_BEFORE.fullmatch(name):
+            continue
+        for first, (whole, others) in _JOINED.items():
+            if f".{first}." in name:
+                joined = (name, *(name.replace(first, other) for other in others))
+                fused = name.replace(first, whole)
         if expert := _EXPERT.fullmatch(fused):
             fused = f"{expert[1]}.{expert[3]}"
         numbered.setdefault(fused, {})[int(expert[2]) if expert else 0] = joined
     return {name: [parts[i] for i in sorted(parts)] for name, parts in numbered.items()}
 
 
-def fuse_mlp(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Parameters for `fused_mlp`: gate and up joined to `gate_up_proj`, experts stacked."""
+def fuse(params: Mapping[str, np.ndarray], config: Any) -> dict[str, np.ndarray]:
+    """Parameters for `fused`: q, k and v as [d, k, g + 2, e], the queries of a key head before it;
+    gate and up as [d, 2, f]; experts stacked. `config` has the size of a head, if there are any."""
 
     def join(names: tuple[str, ...]) -> np.ndarray:
         parts = [params[name] for name in names]
+        if len(parts) == 3:
+            e = config.head_dim
+            heads = (*parts[1].shape[:-1], parts[1].shape[-1] // e, -1, e)
+            return np.concatenate([part.reshape(heads) for part in parts], axis=-2)
         return parts[0] if len(parts) == 1 else np.stack(parts, axis=1)
 
     return {
@@ -461,9 +555,9 @@ class DecoderLayer(nnx.Module):
         kernel: AttentionKernel = "xla",
     ) -> tuple[Hidden, KeyValue]:
         """One layer over a block; arguments as in `Attention`."""
-        normed = x if self.input_layernorm is None else self.input_layernorm(x)
-        mixed, block = self.self_attn(
-            normed,
+        _, x, added, block = self.step(
+            x,
+            None,
             positions,
             mask,
             prefix=prefix,
@@ -471,11 +565,33 @@ class DecoderLayer(nnx.Module):
             before=before,
             kernel=kernel,
         )
+        return constrain(total(x, added), "batch"), block
+
+    def step(
+        self,
+        x: Hidden,
+        added: Hidden | Parts | None,
+        positions: Int[Array, "b t"],
+        mask: Bool[Array, "b t u"],
+        **more: Any,
+    ) -> tuple[Hidden, Hidden, Hidden | Parts, KeyValue]:
+        """The layer over `x + added`, and without its own last addition.
+
+        Returns:
+            The residual stream that entered the layer, the stream and what is to be added to it,
+            and the block's keys and values.
+        """
+        if added is not None:
+            assert self.input_layernorm is not None
+            x, normed = join(x, added, self.input_layernorm)
+            x = constrain(x, "batch")
+        else:
+            normed = x if self.input_layernorm is None else self.input_layernorm(x)
+        entered = x
+        mixed, block = self.self_attn(normed, positions, mask, **more)
         before_mlp, after_mlp = self.pre_feedforward_layernorm, self.post_feedforward_layernorm
         if before_mlp is None or after_mlp is None:
-            x = x + mixed
-            x = x + self.mlp(self.post_attention_layernorm(x))
-        else:
-            x = x + self.post_attention_layernorm(mixed)
-            x = x + after_mlp(self.mlp(before_mlp(x)))
-        return constrain(x, "batch"), block
+            x, normed = join(x, mixed, self.post_attention_layernorm)
+            return entered, x, self.mlp(normed), block
+        x = x + self.post_attention_layernorm(whole(mixed))
+        return entered, x, after_mlp(whole(self.mlp(before_mlp(x)))), block

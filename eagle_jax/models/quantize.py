@@ -31,7 +31,7 @@ LEAST_ROWS = 8
 _LARGEST = 127  # of int8, both ways
 
 # The matrices of a target that are quantised. A router is small, and wrong choices are dear.
-_MATRIX = re.compile(r"(.*\.([qkvo]|gate|up|gate_up|down)_proj|lm_head)\.kernel")
+_MATRIX = re.compile(r"(.*\.([qkvo]|qkv|gate|up|gate_up|down)_proj|lm_head)\.kernel")
 _STACKED = re.compile(r".*\.experts\.[a-z].*")
 
 

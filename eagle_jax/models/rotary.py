@@ -6,7 +6,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from eagle_jax.config import RopeScaling
 
@@ -46,6 +46,22 @@ def _yarn_attention(scaling: RopeScaling) -> float:
     return term(1.0)
 
 
+def angles(
+    positions: Int[Array, "b t"], half: int, theta: float, scaling: RopeScaling | None
+) -> tuple[Float32[Array, "b t f"], Float32[Array, "b t f"]]:
+    """Cosines and sines for the `half` pairs of a head."""
+    if scaling is None:
+        frequency, factor = theta ** (-jnp.arange(half, dtype=jnp.float32) / half), 1.0
+    else:
+        table, factor = scaled_frequencies(theta, half, scaling)
+        frequency = jnp.asarray(table, jnp.float32)
+    angle = positions.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    if factor != 1.0:
+        sin, cos = sin * jnp.float32(factor), cos * jnp.float32(factor)
+    return cos, sin
+
+
 def rotary(
     x: Float[Array, "b t h e"],
     positions: Int[Array, "b t"],
@@ -53,16 +69,8 @@ def rotary(
     scaling: RopeScaling | None = None,
 ) -> Float[Array, "b t h e"]:
     """Rotary position embedding in Hugging Face's layout (halves, not interleaved pairs)."""
-    half, factor = x.shape[-1] // 2, 1.0
-    if scaling is None:
-        frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    else:
-        table, factor = scaled_frequencies(theta, half, scaling)
-        frequency = jnp.asarray(table, jnp.float32)
-    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    if factor != 1.0:
-        sin, cos = sin * jnp.float32(factor), cos * jnp.float32(factor)
+    both = angles(positions, x.shape[-1] // 2, theta, scaling)
+    cos, sin = (turn[:, :, None] for turn in both)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int
 from eagle_jax.config import TransformerConfig
 from eagle_jax.models.attention import AttentionKernel, bend
 from eagle_jax.models.cache import Cache
-from eagle_jax.models.layers import DecoderLayer, Embedding, Linear, RMSNorm
+from eagle_jax.models.layers import DecoderLayer, Embedding, Linear, RMSNorm, join
 from eagle_jax.sharding import constrain
 from eagle_jax.types import Hidden, Logits
 
@@ -86,17 +86,21 @@ class Transformer(nnx.Module):
             remat: recompute each layer in the backward pass.
         """
         x = constrain(self.embed_tokens(tokens), "batch")
-        residuals, block = [x], []
+        residuals, block, added = [], [], None
         for i, layer in enumerate(self.layers):
             prefix = None if cache is None else cache[i]
 
-            def apply(layer, x, prefix=prefix):  # bind the loop's variable for remat
-                return layer(x, positions, mask, prefix=prefix, lengths=lengths, kernel=kernel)
+            def apply(layer, x, added, prefix=prefix):  # bind the loop's variable for remat
+                more = {"prefix": prefix, "lengths": lengths, "kernel": kernel}
+                return layer.step(x, added, positions, mask, **more)
 
-            x, pair = (nnx.remat(apply) if remat else apply)(layer, x)
-            residuals.append(x)
+            entered, x, added, pair = (nnx.remat(apply) if remat else apply)(layer, x, added)
+            residuals.append(entered)
             block.append(pair)
-        return Output(self.norm(x), tuple(residuals), tuple(block))
+        assert added is not None  # there is a layer
+        x, features = join(x, added, self.norm)
+        residuals.append(constrain(x, "batch"))
+        return Output(features, tuple(residuals), tuple(block))
 
     def logits(self, features: Hidden) -> Logits:
         """The vocabulary head, float32 out."""

@@ -62,8 +62,8 @@ METHODS = {
 def pair(experts: int = 0) -> Params:
     """One target, and a draft of every kind whose sizes eight devices can share."""
     more = {"num_experts": experts, "num_experts_per_tok": 2} if experts else {}
-    target = tiny_target(VOCAB, intermediate_size=64, fused_mlp=True, **HEADS, **more)
-    size = {**HEADS, "intermediate_size": 64, "fused_mlp": True}
+    target = tiny_target(VOCAB, intermediate_size=64, fused=True, **HEADS, **more)
+    size = {**HEADS, "intermediate_size": 64, "fused": True}
     drafts = (
         tiny_draft(target, **size),
         tiny_eagle3(target, draft_vocab_size=32, **size),
@@ -201,7 +201,7 @@ def test_a_draft_vocabulary_on_a_mesh():
         pair().target_config,
         **HEADS,
         intermediate_size=64,
-        fused_mlp=True,
+        fused=True,
         draft_vocab_size=32,
     )
     whole = dataclasses.replace(pair(), drafts={"eagle": random_draft(draft, seed=2)})

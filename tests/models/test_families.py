@@ -17,7 +17,7 @@ from eagle_jax.checkpoint import hf, safetensors
 from eagle_jax.config import RopeScaling, TransformerConfig
 from eagle_jax.decode.methods.prompt_lookup import PromptLookup
 from eagle_jax.models import Transformer, bind, init_params
-from eagle_jax.models.layers import fuse_mlp
+from eagle_jax.models.layers import fuse
 from eagle_jax.models.transformer import packed_mask
 
 torch = pytest.importorskip("torch")
@@ -238,8 +238,8 @@ TREES = ["mistral", "qwen2 windows", "llama yarn", "mixtral window", "gemma2", "
 def test_tree_block_equals_its_paths_run_as_sequences(name: str, directory) -> None:
     """Catches a window that counts cache slots or nodes where it must count positions."""
     path, config = directory(name), CASES[name][1]
-    model, params = open_theirs(path), fuse_mlp(hf.load_target(path)[1])
-    config = dataclasses.replace(config, fused_mlp=True)
+    model, params = open_theirs(path), fuse(hf.load_target(path)[1], CASES[name][1])
+    config = dataclasses.replace(config, fused=True)
     tokens, lengths = random_tokens(2), [14, 3]
     paths = [_path(node) for node in range(len(_PARENTS))]
     nodes = random_tokens(2, len(_PARENTS) + 5)[:, 5:]
@@ -426,9 +426,9 @@ def test_initial_parameters_are_those_of_the_checkpoint_format(name: str) -> Non
     config = CASES[name][1]
     shapes = jax.eval_shape(lambda: init_params(Transformer, config, 0))
     assert {name: x.shape for name, x in shapes.items()} == hf.shapes(config)
-    decoding = dataclasses.replace(config, fused_mlp=True)
+    decoding = dataclasses.replace(config, fused=True)
     fused = jax.eval_shape(lambda: init_params(Transformer, decoding, 0))
-    expected = {name: x.shape for name, x in fuse_mlp(random_params(config)).items()}
+    expected = {name: x.shape for name, x in fuse(random_params(config), config).items()}
     assert {name: x.shape for name, x in fused.items()} == expected
 
 

@@ -8,12 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from eagle_jax.decode import chain
+from eagle_jax.models import Transformer, bind, cast, init_params, kernels, quantize
 from eagle_jax.models import cache as caches
-from eagle_jax.models import kernels, quantize
 from eagle_jax.models.attention import two_segment_attention
 from eagle_jax.models.kernels import device
-from eagle_jax.models.layers import matmul
+from eagle_jax.models.layers import Parts, RMSNorm, join, matmul
+from eagle_jax.models.rotary import angles, rotary
+from eagle_jax.testing import tiny_target
 
 sampling = importlib.import_module("eagle_jax.decode.sampling")  # a function has that name too
 
@@ -47,20 +51,28 @@ def test_products(interpreted, rows: int, width: int, columns: int, quantized: b
         kernel, scale = quantize.quantize(kernel.astype(jnp.float32))
         whole = exact(quantize.dequantize(kernel, scale))
     assert kernels.product.fits(x, kernel)
-    got = kernels.product.product(x, kernel, scale, jnp.float32)
-    assert got.dtype == jnp.float32 and got.shape == (rows, columns)
-    np.testing.assert_allclose(got, exact(x) @ whole, atol=1e-3, rtol=1e-4)
-    rounded = kernels.product.product(x, kernel, scale, BFLOAT16)
-    assert rounded.dtype == BFLOAT16
-    np.testing.assert_allclose(exact(rounded), exact(x) @ whole, rtol=2**-8 * 1.01, atol=1e-3)
+    got = kernels.product.product(x, kernel, scale)
+    assert got.dtype == jnp.float32 and got.shape[1:] == (rows, columns)
+    np.testing.assert_allclose(got.sum(axis=0), exact(x) @ whole, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 def test_parts_of_a_sum(interpreted, parts: int) -> None:
     x, kernel = normal(5, 512), normal(512, 64, seed=1)
     cut = kernels.product.Tile(32, 64, parts)
-    got = kernels.product.product(x, kernel, None, jnp.float32, cut)
-    np.testing.assert_allclose(got, exact(x) @ exact(kernel), atol=1e-3, rtol=1e-4)
+    got = kernels.product.product(x, kernel, None, cut)
+    assert len(got) == parts
+    np.testing.assert_allclose(got.sum(axis=0), exact(x) @ exact(kernel), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 60])
+def test_gated(interpreted, rows: int) -> None:
+    x, kernel = normal(rows, 128), normal(128, 2, 128 * 128, seed=1) * jnp.asarray(0.1, BFLOAT16)
+    assert kernels.product.gates(x, kernel)
+    gate, up = np.einsum("ni,igo->gno", exact(x), exact(kernel))
+    got = exact(kernels.product.gated(x, kernel))
+    np.testing.assert_allclose(got, gate / (1 + np.exp(-gate)) * up, rtol=0.02, atol=0.02)
+    assert not kernels.product.gates(x, normal(128, 2, 64))  # in parts: too few columns
 
 
 def test_cuts_of_a_7b_model() -> None:
@@ -101,6 +113,41 @@ def test_not_on_this_device() -> None:
     assert not device.usable(normal(1))
 
 
+# --- The residual stream, queries and keys -----------------------------------------------------
+
+
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize(("n", "d", "count"), [(1, 48, 1), (5, 64, 4)])
+def test_norm(interpreted, n: int, d: int, count: int, unit_offset: bool) -> None:
+    x, parts = normal(1, n, d), normal(count, n, d, seed=1, dtype=jnp.float32)
+    module = RMSNorm(d, 1e-5, unit_offset=unit_offset, rngs=nnx.Rngs(0))
+    module.scale = nnx.Param(normal(d, seed=2))
+    joined, normed = join(x, Parts(parts, x.shape, x.dtype), module)
+    total = x + jnp.sum(parts, axis=0).astype(BFLOAT16)[None]
+    np.testing.assert_array_equal(joined, total)
+    np.testing.assert_allclose(exact(normed), exact(module(total)), rtol=0.02, atol=1e-6)
+
+
+@pytest.mark.parametrize(("b", "t"), [(1, 1), (2, 5)])
+@pytest.mark.parametrize(("k", "g"), [(2, 1), (2, 4), (1, 3)])
+def test_rotary(interpreted, b: int, t: int, k: int, g: int) -> None:
+    e, count = 16, 3
+    parts = normal(count, b * t, k * (g + 2) * e, dtype=jnp.float32)
+    positions = jnp.asarray(np.random.default_rng(1).integers(0, 300, (b, t)))
+    turn = angles(positions, e // 2, 1e4, None)
+    got = kernels.rotary.split(parts, *turn, (k, g + 2, e), jnp.dtype(BFLOAT16))
+    both = jnp.sum(parts, axis=0).astype(BFLOAT16).reshape(b, t, k, g + 2, e)
+    query = rotary(both[:, :, :, :g].reshape(b, t, k * g, e), positions, 1e4)
+    keys = rotary(both[:, :, :, g], positions, 1e4)
+    wanted = (
+        query.reshape(b, t, k, g, e).transpose(0, 2, 1, 3, 4).reshape(b, k, t * g, e),
+        keys.transpose(0, 2, 1, 3),
+        both[:, :, :, g + 1].transpose(0, 2, 1, 3),
+    )
+    for ours, theirs in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(exact(ours), exact(theirs), rtol=2**-7, atol=1e-3)
+
+
 # --- Attention ---------------------------------------------------------------------------------
 
 
@@ -139,7 +186,7 @@ def test_cuts_of_attention(interpreted, parts: int, rows: int) -> None:
     prefix = (normal(b, k, slots, e, seed=3), normal(b, k, slots, e, seed=4))
     mask = jnp.ones((b, q, fresh), bool)
     run = functools.partial(
-        kernels.attention.attend, query, block, mask, prefix, jnp.array([50]), None, None
+        kernels.attention.attend, query, block, mask, prefix, jnp.array([50]), None, q, 1.0, None
     )
     keys, values = (
         np.concatenate([exact(old)[:, :, :50], exact(new)], axis=2)
@@ -148,7 +195,7 @@ def test_cuts_of_attention(interpreted, parts: int, rows: int) -> None:
     weights = np.exp(exact(query) @ keys.swapaxes(2, 3))
     wanted = weights / weights.sum(axis=-1, keepdims=True) @ values
     cut = dataclasses.replace(kernels.attention.tile(q, slots, k), rows=rows, parts=parts)
-    np.testing.assert_allclose(exact(run(cut)), wanted, atol=0.02)
+    np.testing.assert_allclose(exact(run(cut)), wanted.swapaxes(1, 2), atol=0.02)
 
 
 # --- Caches ------------------------------------------------------------------------------------
@@ -212,3 +259,53 @@ def test_who_asks_for_the_largest(interpreted, monkeypatch) -> None:
     wanted = sampling.likeliest(scores, 10)
     np.testing.assert_array_equal(shares[1], wanted[1])
     np.testing.assert_allclose(shares[0], wanted[0], rtol=1e-6)
+
+
+# --- Together ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"quantize": "int8"}], ids=["bfloat16", "int8"])
+def test_a_pass_with_all_of_them(interpreted, monkeypatch, changes) -> None:
+    """Catches heads, tokens and layers that are mixed up between one kernel and the next."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "fused": True}
+    config = tiny_target(64, **sizes)
+    params = cast(init_params(Transformer, config, 0), BFLOAT16)
+    rng = np.random.default_rng(0)
+    params = {
+        name: jnp.asarray(rng.normal(size=x.shape) * (0.1 if x.ndim > 1 else 1.0), x.dtype)
+        for name, x in params.items()
+    }
+    if changes:
+        config, params = dataclasses.replace(config, **changes), quantize.quantize_params(params)
+    b, t, slots, lengths = 2, 5, 48, jnp.array([7, 33])
+    cache = tuple(
+        (normal(b, 2, slots, 16, seed=i), normal(b, 2, slots, 16, seed=i + 9)) for i in range(2)
+    )
+    tokens = jnp.asarray(rng.integers(0, 64, (b, t)))
+    shape = chain(t - 1).shape(b)
+    used = []
+    of = kernels.product, kernels.product, kernels.norm, kernels.rotary, kernels.attention
+    for kernel, at in zip(of, ("product", "gated", "add", "split", "attend"), strict=True):
+        own = getattr(kernel, at)
+        monkeypatch.setattr(kernel, at, lambda *a, own=own, at=at: used.append(at) or own(*a))
+
+    def run():
+        model = bind(Transformer, config, params)
+        places = lengths[:, None] + shape.depth
+        output = model(tokens, places, shape.ancestors, cache=cache, lengths=lengths)
+        return model.logits(output.features), output.residuals, output.block
+
+    got = run()
+    assert {name: used.count(name) for name in set(used)} == {
+        **({"product": 2 * 4 + 1} if changes else {"product": 2 * 3 + 1, "gated": 2}),
+        "add": 4,
+        "split": 2,
+        "attend": 2,
+    }
+    monkeypatch.setattr(device, "INTERPRET", False)
+    wanted = run()
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        error = np.linalg.norm(exact(ours) - exact(theirs)) / np.linalg.norm(exact(theirs))
+        assert error < 0.02

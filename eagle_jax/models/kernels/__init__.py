@@ -1,12 +1,15 @@
 """Kernels of our own for what XLA does slowly on NVIDIA GPUs, in Pallas (Triton).
 
-`attention` reads the used part of a cache once, `product` multiplies few rows by a matrix, `commit`
+`product` multiplies few rows by a matrix, `norm` adds the result to the residual stream, `rotary`
+makes queries, keys and values of it, `attention` reads the used part of a cache once, `commit`
 writes accepted tokens into all layers' caches at once, `top` finds the best of a vocabulary. Each
-has one place that calls it, which takes XLA's way where `fits` says no: on CPUs and TPUs, over a
-mesh (XLA does not cut a kernel of ours), for shapes that do not fit, and in float32, where every
-way must give the same text (but for `top`, which gives the same anyway).
+has one place that calls it, which takes XLA's way where `fits` says no: outside of programs that
+decode (kernels have no gradients), on CPUs and TPUs, over a mesh (XLA does not cut a kernel of
+ours), for shapes that do not fit, and in float32, where every way must give the same text (but for
+`top`, which gives the same anyway).
 """
 
-from eagle_jax.models.kernels import attention, commit, product, top
+from eagle_jax.models.kernels import attention, commit, norm, product, rotary, top
+from eagle_jax.models.kernels.device import decoding
 
-__all__ = ["attention", "commit", "product", "top"]
+__all__ = ["attention", "commit", "decoding", "norm", "product", "rotary", "top"]

@@ -2,19 +2,20 @@
 
 A program owns a key head, some of its query rows and a part of the used slots, which it walks
 through with a running maximum and sum; slots that are not used are not read. The part that comes
-last takes the fresh tokens too. XLA joins the parts.
+last takes the fresh tokens too. A second launch joins the parts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from eagle_jax.models.kernels import device
 from eagle_jax.types import KeyValue
@@ -58,10 +59,12 @@ def attend(
     prefix: KeyValue,
     lengths: Int[Array, " b"],
     oldest: Int[Array, "b q"] | None,
+    tokens: int,
+    scale: float,
     softcap: float | None,
     cut: Tile | None = None,
-) -> Float[Array, "b k q e"]:
-    """As `two_segment_attention`, for scaled queries grouped by key head."""
+) -> Float[Array, "b t h e"]:
+    """As `two_segment_attention`, for queries grouped by key head (`kernels.rotary`)."""
     (b, k, q, e), slots, fresh = query.shape, prefix[0].shape[2], block[0].shape[2]
     cut = cut or tile(q, slots, b * k)
     step = math.gcd(cut.slots, slots)
@@ -86,7 +89,7 @@ def attend(
 
         def add(carry, keys, values, seen):
             mixed, largest, total = carry
-            scores = jnp.dot(mine, keys.T, preferred_element_type=jnp.float32)
+            scores = jnp.dot(mine, keys.T, preferred_element_type=jnp.float32) * scale
             if softcap is not None:  # tanh by exp: exact enough for either sign
                 scores = softcap * (1 - 2 / (jnp.exp(2 * scores / softcap) + 1))
             scores = jnp.where(seen, scores, -jnp.inf)
@@ -167,6 +170,55 @@ def attend(
         interpret=device.INTERPRET,
         name="attention",
     )(query, *prefix, lengths, *(array for array, _ in edges), *block, mask.astype(jnp.int8))
-    share = jnp.exp(largest - jnp.max(largest, axis=0, keepdims=True))
-    whole = jnp.sum(total * share, axis=0)
-    return (jnp.sum(mixed * share[..., None], axis=0) / whole[..., None]).astype(query.dtype)
+    return _join(mixed, largest, total, tokens, query.dtype)
+
+
+def _join(
+    mixed: Float32[Array, "p b k q e"],
+    largest: Float32[Array, "p b k q"],
+    total: Float32[Array, "p b k q"],
+    t: int,
+    dtype: jnp.dtype,
+) -> Float[Array, "b t h e"]:
+    """What all parts found together, by tokens and heads."""
+    count, b, k, q, e = mixed.shape
+    g, rows = q // t, min(16, pl.next_power_of_2(q))
+
+    def program(*refs) -> None:
+        mixed_refs, largest_refs, total_refs = (refs[i * count : (i + 1) * count] for i in range(3))
+        out_ref = refs[-1]
+        first, head = pl.program_id(1) * rows, pl.program_id(0) % k
+        row = first + jax.lax.broadcasted_iota(jnp.int32, (rows,), 0)
+        line = first + jax.lax.broadcasted_iota(jnp.int32, (rows, e), 0)
+        at, inside = pl.ds(first, rows), row < q
+
+        def read(ref) -> jax.Array:
+            return triton.load(ref.at[at], mask=inside, other=0)
+
+        tops = [read(ref) for ref in largest_refs]
+        top = functools.reduce(jnp.maximum, tops)
+        weighted, weight = jnp.zeros((rows, e), jnp.float32), jnp.zeros((rows,), jnp.float32)
+        for own, mixed_ref, total_ref in zip(tops, mixed_refs, total_refs, strict=True):
+            share = jnp.exp(own - top)
+            weight = weight + read(total_ref) * share
+            more = triton.load(mixed_ref.at[at, :], mask=line < q, other=0)
+            weighted = weighted + more * share[:, None]
+        out = (weighted / jnp.where(inside, weight, 1)[:, None]).astype(dtype)
+        column = jax.lax.broadcasted_iota(jnp.int32, (rows, e), 1)
+        triton.store(out_ref.at[line // g, head * g + line % g, column], out, mask=line < q)
+
+    def of_part(part: int, *shape: int) -> pl.BlockSpec:
+        rest = (0,) * len(shape)
+        return pl.BlockSpec((None, None, None, *shape), lambda i, _: (part, i // k, i % k, *rest))
+
+    shapes = ((q, e), (q,), (q,))
+    return pl.pallas_call(
+        program,
+        grid=(b * k, -(-q // rows)),
+        in_specs=[of_part(part, *shape) for shape in shapes for part in range(count)],
+        out_specs=pl.BlockSpec((None, t, k * g, e), lambda i, _: (i // k, 0, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct((b, t, k * g, e), dtype),
+        compiler_params=triton.CompilerParams(num_warps=2),
+        interpret=device.INTERPRET,
+        name="attention_join",
+    )(*[mixed] * count, *[largest] * count, *[total] * count)

@@ -1,8 +1,8 @@
 """Few rows by a matrix: as fast as the matrix can be read.
 
 A program owns some columns of the result and a part of the sum, and walks down the matrix. Parts
-make enough programs for the device where there are few columns; XLA adds them up in whatever
-kernel reads the result. An int8 matrix becomes the activations' dtype in registers, so that memory
+make enough programs for the device where there are few columns; whoever reads the result adds
+them up. An int8 matrix becomes the activations' dtype in registers, so that memory
 is read at a byte a weight.
 """
 
@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Num
 
 from eagle_jax.models.kernels import device
@@ -72,41 +71,24 @@ def _tile(x: jax.Array, kernel: jax.Array) -> Tile | None:
 def product(
     x: Float[Array, "n i"],
     kernel: Num[Array, "i o"],
-    scale: Float32[Array, " o"] | None,
-    dtype: DTypeLike,
+    scale: Float32[Array, " o"] | None = None,
     cut: Tile | None = None,
-) -> Float[Array, "n o"]:
-    """`x @ kernel (* scale)`, summed and scaled in float32; `scale` comes with an int8 kernel."""
+) -> Float32[Array, "p n o"]:
+    """`x @ kernel (* scale)` in parts of the sum; `scale` comes with an int8 kernel."""
     (n, width), columns = x.shape, kernel.shape[1]
     cut = cut or _tile(x, kernel)
     assert cut is not None
-    rows = next(size for size in _ROWS if size >= n)
-    steps = width // cut.step // cut.parts
+    rows, steps = _rows(n), width // cut.step // cut.parts
 
     def program(x_ref, kernel_ref, *rest) -> None:  # the references are to memory
         scale_ref, out_ref = rest if scale is not None else (None, *rest)
-        first = pl.program_id(1) * steps
-        seen = jax.lax.broadcasted_iota(jnp.int32, (rows, cut.step), 0) < n
-
-        def add(i: jax.Array, total: jax.Array) -> jax.Array:
-            at = pl.ds((first + i) * cut.step, cut.step)
-            some = triton.load(x_ref.at[pl.ds(0, rows), at], mask=seen, other=0)
-            return total + jnp.dot(
-                some, kernel_ref[at, :].astype(x.dtype), preferred_element_type=jnp.float32
-            )
-
-        total = jnp.zeros((rows, cut.columns), jnp.float32)
-        total = jax.lax.fori_loop(0, steps, add, total)
+        total = _walk(x_ref, kernel_ref, n, rows, cut, pl.program_id(1) * steps, steps)
         if scale_ref is not None:
             total = total * jnp.broadcast_to(scale_ref[...][None], total.shape)
-        here = jax.lax.broadcasted_iota(jnp.int32, total.shape, 0) < n
-        triton.store(out_ref.at[pl.ds(0, rows), :], total.astype(out_ref.dtype), mask=here)
+        _put(out_ref, total, n)
 
     scales = [] if scale is None else [(scale, pl.BlockSpec((cut.columns,), lambda i, _: (i,)))]
-    result = jax.ShapeDtypeStruct(
-        (cut.parts, n, columns), dtype if cut.parts == 1 else jnp.dtype("float32")
-    )
-    parts = pl.pallas_call(
+    return pl.pallas_call(
         program,
         grid=(columns // cut.columns, cut.parts),
         in_specs=[
@@ -115,9 +97,81 @@ def product(
             *(spec for _, spec in scales),
         ],
         out_specs=pl.BlockSpec((None, n, cut.columns), lambda i, part: (part, 0, i)),
-        out_shape=result,
+        out_shape=jax.ShapeDtypeStruct((cut.parts, n, columns), jnp.float32),
         compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
         interpret=device.INTERPRET,
         name="product",
     )(x, kernel, *(array for array, _ in scales))
-    return parts[0] if cut.parts == 1 else jnp.sum(parts, axis=0).astype(dtype)
+
+
+def gates(x: jax.Array, kernel: jax.Array) -> bool:
+    """Whether `gated` can do x [n, i] by kernel [i, 2, f], and in one part."""
+    cut = _tile(x, kernel.reshape(len(kernel), -1)) if kernel.dtype == x.dtype else None
+    whole = cut is not None and cut.parts == 1 and kernel.shape[2] % (cut.columns // 2) == 0
+    return device.usable(x) and whole
+
+
+def gated(x: Float[Array, "n i"], kernel: Float[Array, "i 2 f"]) -> Float[Array, "n f"]:
+    """`silu(x @ kernel[:, 0]) * (x @ kernel[:, 1])`."""
+    (n, width), columns = x.shape, kernel.shape[2]
+    cut = _tile(x, kernel.reshape(width, -1))
+    assert cut is not None
+    cut = dataclasses.replace(cut, columns=cut.columns // 2)
+    rows, steps, blocks = _rows(n), width // cut.step, columns // cut.columns
+
+    def program(x_ref, gate_ref, up_ref, out_ref) -> None:
+        seen = jax.lax.broadcasted_iota(jnp.int32, (rows, cut.step), 0) < n
+
+        def add(i, totals):
+            at = pl.ds(i * cut.step, cut.step)
+            some = triton.load(x_ref.at[pl.ds(0, rows), at], mask=seen, other=0)
+            return tuple(
+                total + jnp.dot(some, ref[at, :], preferred_element_type=jnp.float32)
+                for total, ref in zip(totals, (gate_ref, up_ref), strict=True)
+            )
+
+        zeros = jnp.zeros((rows, cut.columns), jnp.float32)
+        totals = jax.lax.fori_loop(jnp.int32(0), jnp.int32(steps), add, (zeros, zeros))
+        # Rounded as a product is that another kernel reads.
+        gate, up = (total.astype(x.dtype).astype(jnp.float32) for total in totals)
+        _put(out_ref, gate / (1 + jnp.exp(-gate)) * up, n)
+
+    flat = kernel.reshape(width, -1)
+    return pl.pallas_call(
+        program,
+        grid=(blocks,),
+        in_specs=[
+            pl.BlockSpec((n, width), lambda _: (0, 0)),
+            pl.BlockSpec((width, cut.columns), lambda i: (0, i)),
+            pl.BlockSpec((width, cut.columns), lambda i: (0, blocks + i)),
+        ],
+        out_specs=pl.BlockSpec((n, cut.columns), lambda i: (0, i)),
+        out_shape=jax.ShapeDtypeStruct((n, columns), x.dtype),
+        compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
+        interpret=device.INTERPRET,
+        name="gated",
+    )(x, flat, flat)
+
+
+def _rows(n: int) -> int:
+    return next(size for size in _ROWS if size >= n)
+
+
+def _walk(x_ref, kernel_ref, n: int, rows: int, cut: Tile, first, steps: int) -> jax.Array:
+    """The product of all rows by a program's columns, over some steps down the matrix."""
+    seen = jax.lax.broadcasted_iota(jnp.int32, (rows, cut.step), 0) < n
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        at = pl.ds((first + i) * cut.step, cut.step)
+        some = triton.load(x_ref.at[pl.ds(0, rows), at], mask=seen, other=0)
+        return total + jnp.dot(
+            some, kernel_ref[at, :].astype(some.dtype), preferred_element_type=jnp.float32
+        )
+
+    total = jnp.zeros((rows, cut.columns), jnp.float32)
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(steps), add, total)
+
+
+def _put(out_ref, total: jax.Array, n: int) -> None:
+    here = jax.lax.broadcasted_iota(jnp.int32, total.shape, 0) < n
+    triton.store(out_ref.at[pl.ds(0, len(total)), :], total.astype(out_ref.dtype), mask=here)
