@@ -108,12 +108,14 @@ def total(x: Hidden, added: Hidden | Parts) -> Hidden:
     return x + whole(added)
 
 
-def join(x: Hidden, added: Hidden | Parts, norm: RMSNorm) -> tuple[Hidden, Hidden]:
-    """The residual stream with what is added to it, and its norm."""
+def join(
+    x: Hidden, added: Hidden | Parts, norm: RMSNorm, following: jax.Array | None = None
+) -> tuple[Hidden, Hidden]:
+    """The residual stream with what is added to it, and its norm; `following` is the matrix that
+    will multiply that, which may be read ahead."""
     if isinstance(added, Parts) and kernels.norm.fits(x):
-        d = x.shape[-1]
-        scale = norm.scale[...]
-        both = kernels.norm.add(x.reshape(-1, d), added.array, scale, norm.eps, norm.unit_offset)
+        flat, scale = x.reshape(-1, x.shape[-1]), norm.scale[...]
+        both = kernels.norm.add(flat, added.array, scale, norm.eps, norm.unit_offset, following)
         joined, normed = (y.reshape(x.shape) for y in both)
         return joined, normed
     x = total(x, added)
@@ -298,7 +300,10 @@ class Attention(nnx.Module):
             seen = block
             if before is not None:
                 seen = jax.tree.map(lambda a, c: jnp.concatenate([a, c], axis=2), before, block)
-            mixed = two_segment_attention(query, seen, mask, prefix, lengths, **bounds)
+            following = self.o_proj.kernel[...]
+            mixed = two_segment_attention(
+                query, seen, mask, prefix, lengths, **bounds, following=following
+            )
         return self.o_proj.lazily(mixed.reshape(*x.shape[:2], -1)), block
 
     def project(
@@ -583,7 +588,8 @@ class DecoderLayer(nnx.Module):
         """
         if added is not None:
             assert self.input_layernorm is not None
-            x, normed = join(x, added, self.input_layernorm)
+            following = self.self_attn.qkv_proj.kernel[...] if self.self_attn.fused else None
+            x, normed = join(x, added, self.input_layernorm, following)
             x = constrain(x, "batch")
         else:
             normed = x if self.input_layernorm is None else self.input_layernorm(x)
@@ -591,7 +597,11 @@ class DecoderLayer(nnx.Module):
         mixed, block = self.self_attn(normed, positions, mask, **more)
         before_mlp, after_mlp = self.pre_feedforward_layernorm, self.post_feedforward_layernorm
         if before_mlp is None or after_mlp is None:
-            x, normed = join(x, mixed, self.post_attention_layernorm)
+            mlp = self.mlp
+            following = None
+            if isinstance(mlp, MLP) and mlp.fused:
+                following = mlp.gate_up_proj.kernel[...]
+            x, normed = join(x, mixed, self.post_attention_layernorm, following)
             return entered, x, self.mlp(normed), block
         x = x + self.post_attention_layernorm(whole(mixed))
         return entered, x, after_mlp(whole(self.mlp(before_mlp(x)))), block

@@ -98,7 +98,8 @@ class Transformer(nnx.Module):
             residuals.append(entered)
             block.append(pair)
         assert added is not None  # there is a layer
-        x, features = join(x, added, self.norm)
+        following = None if self.lm_head is None else self.lm_head.kernel[...]
+        x, features = join(x, added, self.norm, following)
         residuals.append(constrain(x, "batch"))
         return Output(features, tuple(residuals), tuple(block))
 
