@@ -27,7 +27,6 @@ def two_segment_attention(
     oldest: Int[Array, "b t"] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    following: jax.Array | None = None,
 ) -> Float[Array, "b t h e"]:
     """Attention over a read-only prefix cache and a fresh block, joined in one softmax.
 
@@ -51,7 +50,6 @@ def two_segment_attention(
             number is its token's position, and siblings of a tree share theirs.
         scale: of the scores; by default 1 / sqrt(e).
         softcap: c, where scores x become c tanh(x / c).
-        following: the matrix that will multiply the result, which may be read ahead.
 
     Returns:
         [b, t, h, e] in the query's dtype; scores and softmax are float32.
@@ -65,7 +63,7 @@ def two_segment_attention(
         of_rows = jnp.repeat(mask, h // k, axis=1)
         edges = None if oldest is None else jnp.repeat(oldest, h // k, axis=1)
         return kernels.attention.attend(
-            grouped, block, of_rows, prefix, lengths, edges, t, factor, softcap, None, following
+            grouped, block, of_rows, prefix, lengths, edges, t, factor, softcap
         )
     grouped = grouped * jnp.asarray(factor, query.dtype)
 

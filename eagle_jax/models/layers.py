@@ -108,14 +108,11 @@ def total(x: Hidden, added: Hidden | Parts) -> Hidden:
     return x + whole(added)
 
 
-def join(
-    x: Hidden, added: Hidden | Parts, norm: RMSNorm, following: jax.Array | None = None
-) -> tuple[Hidden, Hidden]:
-    """The residual stream with what is added to it, and its norm; `following` is the matrix that
-    will multiply that, which may be read ahead."""
+def join(x: Hidden, added: Hidden | Parts, norm: RMSNorm) -> tuple[Hidden, Hidden]:
+    """The residual stream with what is added to it, and its norm."""
     if isinstance(added, Parts) and kernels.norm.fits(x):
         flat, scale = x.reshape(-1, x.shape[-1]), norm.scale[...]
-        both = kernels.norm.add(flat, added.array, scale, norm.eps, norm.unit_offset, following)
+        both = kernels.norm.add(flat, added.array, scale, norm.eps, norm.unit_offset)
         joined, normed = (y.reshape(x.shape) for y in both)
         return joined, normed
     x = total(x, added)
@@ -300,10 +297,7 @@ class Attention(nnx.Module):
             seen = block
             if before is not None:
                 seen = jax.tree.map(lambda a, c: jnp.concatenate([a, c], axis=2), before, block)
-            following = self.o_proj.kernel[...]
-            mixed = two_segment_attention(
-                query, seen, mask, prefix, lengths, **bounds, following=following
-            )
+            mixed = two_segment_attention(query, seen, mask, prefix, lengths, **bounds)
         return self.o_proj.lazily(mixed.reshape(*x.shape[:2], -1)), block
 
     def project(
@@ -588,8 +582,7 @@ class DecoderLayer(nnx.Module):
         """
         if added is not None:
             assert self.input_layernorm is not None
-            following = self.self_attn.qkv_proj.kernel[...] if self.self_attn.fused else None
-            x, normed = join(x, added, self.input_layernorm, following)
+            x, normed = join(x, added, self.input_layernorm)
             x = constrain(x, "batch")
         else:
             normed = x if self.input_layernorm is None else self.input_layernorm(x)
@@ -597,11 +590,7 @@ class DecoderLayer(nnx.Module):
         mixed, block = self.self_attn(normed, positions, mask, **more)
         before_mlp, after_mlp = self.pre_feedforward_layernorm, self.post_feedforward_layernorm
         if before_mlp is None or after_mlp is None:
-            mlp = self.mlp
-            following = None
-            if isinstance(mlp, MLP) and mlp.fused:
-                following = mlp.gate_up_proj.kernel[...]
-            x, normed = join(x, mixed, self.post_attention_layernorm, following)
+            x, normed = join(x, mixed, self.post_attention_layernorm)
             return entered, x, self.mlp(normed), block
         x = x + self.post_attention_layernorm(whole(mixed))
         return entered, x, after_mlp(whole(self.mlp(before_mlp(x)))), block

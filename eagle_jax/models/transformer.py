@@ -98,8 +98,7 @@ class Transformer(nnx.Module):
             residuals.append(entered)
             block.append(pair)
         assert added is not None  # there is a layer
-        following = None if self.lm_head is None else self.lm_head.kernel[...]
-        x, features = join(x, added, self.norm, following)
+        x, features = join(x, added, self.norm)
         residuals.append(constrain(x, "batch"))
         return Output(features, tuple(residuals), tuple(block))
 

@@ -162,26 +162,6 @@ def test_rotary(interpreted, b: int, t: int, k: int, g: int) -> None:
         np.testing.assert_allclose(exact(ours), exact(theirs), rtol=2**-7, atol=1e-3)
 
 
-def test_reading_ahead_changes_nothing(interpreted) -> None:
-    """Programs that only read stand beside those that work, and read inside the matrix."""
-    matrix = normal(512, 2, 256, seed=7)
-    plan = kernels.ahead.plan(matrix, 1)
-    assert plan is not None and plan.programs == 2 * 8  # blocks across, parts
-    x, parts, scale = normal(3, 64), normal(2, 3, 64, dtype=jnp.float32), normal(64, seed=2)
-    args = (x, parts, scale, 1e-5, False)
-    jax.tree.map(
-        np.testing.assert_array_equal, kernels.norm.add(*args, matrix), kernels.norm.add(*args)
-    )
-    query, block = normal(2, 2, 3, 16), (normal(2, 2, 3, 16), normal(2, 2, 3, 16, seed=1))
-    prefix = (normal(2, 2, 48, 16, seed=3), normal(2, 2, 48, 16, seed=4))
-    mask, lengths = jnp.ones((2, 3, 3), bool), jnp.array([3, 40])
-    attend = functools.partial(kernels.attention.attend, query, block, mask, prefix, lengths)
-    got = attend(None, 3, 0.5, None, None, matrix.reshape(512, -1))
-    np.testing.assert_array_equal(got, attend(None, 3, 0.5, None))
-    assert kernels.ahead.plan(normal(64, 100), 1) is None
-    assert kernels.ahead.plan(None, 1) is None
-
-
 # --- Attention ---------------------------------------------------------------------------------
 
 

@@ -6,10 +6,12 @@ writes accepted tokens into all layers' caches at once, `top` finds the best of 
 has one place that calls it, which takes XLA's way where `fits` says no: outside of programs that
 decode (kernels have no gradients), on CPUs and TPUs, over a mesh (XLA does not cut a kernel of
 ours), for shapes that do not fit, and in float32, where every way must give the same text (but for
-`top`, which gives the same anyway). `ahead` lets small kernels read for the next product.
+`top`, which gives the same anyway).
+
+Their functions are jitted: one that is called in every layer is traced and lowered once.
 """
 
-from eagle_jax.models.kernels import ahead, attention, commit, norm, product, rotary, top
+from eagle_jax.models.kernels import attention, commit, norm, product, rotary, top
 from eagle_jax.models.kernels.device import decoding
 
-__all__ = ["ahead", "attention", "commit", "decoding", "norm", "product", "rotary", "top"]
+__all__ = ["attention", "commit", "decoding", "norm", "product", "rotary", "top"]

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from eagle_jax.models.kernels import ahead, device
+from eagle_jax.models.kernels import device
 from eagle_jax.types import KeyValue
 
 _MOST = 128  # fresh tokens
@@ -52,6 +52,7 @@ def fits(query: jax.Array, prefix: KeyValue) -> bool:
     return device.usable(query, *prefix) and query.shape[1] <= _MOST and sizes
 
 
+@functools.partial(jax.jit, static_argnames=("tokens", "scale", "softcap", "cut"))
 def attend(
     query: Float[Array, "b k q e"],
     block: KeyValue,
@@ -63,42 +64,18 @@ def attend(
     scale: float,
     softcap: float | None,
     cut: Tile | None = None,
-    following: jax.Array | None = None,
 ) -> Float[Array, "b t h e"]:
-    """As `two_segment_attention`, for queries grouped by key head (`kernels.rotary`); `following`
-    is the matrix that multiplies the result."""
+    """As `two_segment_attention`, for queries grouped by key head (`kernels.rotary`)."""
     (b, k, q, e), slots, fresh = query.shape, prefix[0].shape[2], block[0].shape[2]
     cut = cut or tile(q, slots, b * k)
     step = math.gcd(cut.slots, slots)
     span = min(64, max(16, pl.next_power_of_2(fresh)))  # fresh tokens a step
     spans, last = -(-fresh // span), cut.parts - 1
 
-    tiles = -(-q // cut.rows)
-    more = ahead.plan(following, b * tokens)
-    extra = 0 if more is None else -(-more.programs // (b * k * tiles))
-
-    def program(*refs) -> None:
-        head, turn, part = (pl.program_id(axis) for axis in range(3))
-        if more is None:
-            own(turn, part, *refs)
-            return
-        matrix_ref, *refs, check_ref = refs
-        late = part - cut.parts
-        at = (late * tiles + turn) * (b * k) + head
-
-        @pl.when(late < 0)
-        def _() -> None:
-            own(turn, part, *refs)
-
-        @pl.when((late >= 0) & (at < more.programs))
-        def _() -> None:
-            assert more is not None
-            more.read(matrix_ref, check_ref, at)
-
-    def own(turn, part, query_ref, keys_ref, values_ref, lengths_ref, *rest) -> None:
+    def program(query_ref, keys_ref, values_ref, lengths_ref, *rest) -> None:
         oldest_ref, rest = (None, rest) if oldest is None else (rest[0], rest[1:])
         fresh_keys_ref, fresh_values_ref, mask_ref, mixed_ref, largest_ref, total_ref = rest
-        first = turn * cut.rows
+        first, part = pl.program_id(1) * cut.rows, pl.program_id(2)
         length = lengths_ref[0]
 
         def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
@@ -168,16 +145,14 @@ def attend(
     def of_part(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec(
             (None, None, None, *shape),
-            lambda i, _, part: (jnp.minimum(part, last), i // k, i % k, *(0 for _ in shape)),
+            lambda i, _, part: (part, i // k, i % k, *(0 for _ in shape)),
         )
 
     edges = [] if oldest is None else [(oldest, of_row(q))]
-    extras = [] if more is None else [more.matrix]
     mixed, largest, total = pl.pallas_call(
         program,
-        grid=(b * k, tiles, cut.parts + extra),
+        grid=(b * k, -(-q // cut.rows), cut.parts),
         in_specs=[
-            *([] if more is None else [more.spec]),
             of_head(q, e),
             of_head(slots, e),
             of_head(slots, e),
@@ -187,29 +162,15 @@ def attend(
             of_head(fresh, e),
             of_row(q, fresh),
         ],
-        out_specs=[
-            *(of_part(q, e), of_part(q), of_part(q)),
-            *([] if more is None else [pl.BlockSpec(more.checks.shape, lambda *_: (0,))]),
-        ],
+        out_specs=[of_part(q, e), of_part(q), of_part(q)],
         out_shape=[
-            *(
-                jax.ShapeDtypeStruct((cut.parts, b, k, *shape), jnp.float32)
-                for shape in ((q, e), (q,), (q,))
-            ),
-            *([] if more is None else [more.checks]),
+            jax.ShapeDtypeStruct((cut.parts, b, k, *shape), jnp.float32)
+            for shape in ((q, e), (q,), (q,))
         ],
         compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
         interpret=device.INTERPRET,
         name="attention",
-    )(
-        *extras,
-        query,
-        *prefix,
-        lengths,
-        *(array for array, _ in edges),
-        *block,
-        mask.astype(jnp.int8),
-    )[:3]
+    )(query, *prefix, lengths, *(array for array, _ in edges), *block, mask.astype(jnp.int8))
     return _join(mixed, largest, total, tokens, query.dtype)
 
 

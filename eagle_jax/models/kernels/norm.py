@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Float32
 
-from eagle_jax.models.kernels import ahead, device
+from eagle_jax.models.kernels import device
 
 
 def fits(x: jax.Array) -> bool:
@@ -22,37 +22,20 @@ def fits(x: jax.Array) -> bool:
     return device.usable(x)
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "unit_offset"))
 def add(
     x: Float[Array, "n d"],
     parts: Float32[Array, "p n d"],
     scale: Float[Array, " d"],
     eps: float,
     unit_offset: bool,
-    following: jax.Array | None = None,
 ) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
-    """`x` and the sum of `parts`, and its norm as `RMSNorm` has it; `following` is the matrix that
-    multiplies the norm."""
+    """`x` and the sum of `parts`, and its norm as `RMSNorm` has it."""
     (n, d), count = x.shape, len(parts)
-    size, more = pl.next_power_of_2(d), ahead.plan(following, len(x))
+    size = pl.next_power_of_2(d)
 
     def program(x_ref, scale_ref, *refs) -> None:
-        parts_refs, refs = refs[:count], refs[count:]
-        if more is None:
-            own(x_ref, scale_ref, parts_refs, *refs)
-            return
-        matrix_ref, sum_ref, norm_ref, check_ref = refs
-        at = pl.program_id(0)
-
-        @pl.when(at < n)
-        def _() -> None:
-            own(x_ref, scale_ref, parts_refs, sum_ref, norm_ref)
-
-        @pl.when(at >= n)
-        def _() -> None:
-            assert more is not None
-            more.read(matrix_ref, check_ref, at - n)
-
-    def own(x_ref, scale_ref, parts_refs, sum_ref, norm_ref) -> None:
+        parts_refs, (sum_ref, norm_ref) = refs[:count], refs[count:]
         at, inside = pl.ds(0, size), jax.lax.broadcasted_iota(jnp.int32, (size,), 0) < d
 
         def read(ref) -> jax.Array:
@@ -71,27 +54,18 @@ def add(
             normed = whole.astype(x.dtype) * factor
         triton.store(norm_ref.at[at], normed, mask=inside)
 
-    def row(i: jax.Array) -> jax.Array:
-        return i if more is None else jnp.minimum(i, n - 1)
-
     def of_part(part: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, d), lambda i: (part, row(i), 0))
+        return pl.BlockSpec((None, None, d), lambda i: (part, i, 0))
 
-    of_row = pl.BlockSpec((None, d), lambda i: (row(i), 0))
-    in_specs = [of_row, pl.BlockSpec((d,), lambda _: (0,)), *map(of_part, range(count))]
-    out_specs, out_shape = [of_row, of_row], [jax.ShapeDtypeStruct(x.shape, x.dtype)] * 2
-    if more is not None:
-        in_specs.append(more.spec)
-        out_specs.append(pl.BlockSpec(more.checks.shape, lambda _: (0,)))
-        out_shape.append(more.checks)
+    of_row = pl.BlockSpec((None, d), lambda i: (i, 0))
     total, normed = pl.pallas_call(
         program,
-        grid=(n + (0 if more is None else more.programs),),
-        in_specs=in_specs,
-        out_specs=out_specs,
-        out_shape=out_shape,
+        grid=(n,),
+        in_specs=[of_row, pl.BlockSpec((d,), lambda _: (0,)), *map(of_part, range(count))],
+        out_specs=[of_row, of_row],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype)] * 2,
         compiler_params=triton.CompilerParams(num_warps=16 if size > 2048 else 4),
         interpret=device.INTERPRET,
         name="norm",
-    )(x, scale, *[parts] * count, *([] if more is None else [more.matrix]))[:2]
+    )(x, scale, *[parts] * count)
     return total, normed

@@ -10,6 +10,7 @@ multiply.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +79,7 @@ def _tile(x: jax.Array, kernel: jax.Array) -> Tile | None:
     return tile(x.shape[0], width, columns, kernel.dtype.itemsize)
 
 
+@functools.partial(jax.jit, static_argnames="cut")
 def product(
     x: Float[Array, "n i"],
     kernel: Num[Array, "i o"],
@@ -129,6 +131,7 @@ def gates(x: jax.Array, kernel: jax.Array) -> bool:
     return device.usable(x) and whole
 
 
+@jax.jit
 def gated(x: Float[Array, "n i"], kernel: Float[Array, "i 2 f"]) -> Float[Array, "n f"]:
     """`silu(x @ kernel[:, 0]) * (x @ kernel[:, 1])`."""
     (n, width), columns = x.shape, kernel.shape[2]

@@ -19,6 +19,7 @@ def fits(x: jax.Array, head_dim: int) -> bool:
     return device.usable(x) and head_dim >= 2 and head_dim & (head_dim - 1) == 0
 
 
+@functools.partial(jax.jit, static_argnames=("heads", "dtype"))
 def split(
     parts: Float32[Array, "p n o"],
     cos: Float32[Array, "b t f"],

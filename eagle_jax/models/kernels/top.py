@@ -6,6 +6,7 @@ what the chunks found. XLA sorts.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ def fits(scores: jax.Array, k: int) -> bool:
     return device.usable() and scores.dtype == jnp.float32 and k <= min(_MOST, scores.shape[-1])
 
 
+@functools.partial(jax.jit, static_argnames="k")
 def largest(
     scores: Float32[Array, "n v"], k: int
 ) -> tuple[Float32[Array, "n k"], Int32[Array, "n k"], Float32[Array, " n"]]:
