@@ -81,9 +81,8 @@ def test_cuts_of_a_7b_model() -> None:
         for itemsize in (1, 2):
             for width, columns in ((4096, 4096), (4096, 22016), (11008, 4096), (4096, 32000)):
                 cut = kernels.product.tile(rows, width, columns, itemsize)
-                assert cut is not None and cut.step >= 64
-                assert itemsize == rows == 1 or width % (cut.step * cut.parts) == 0
-                assert columns // cut.columns * cut.parts >= 120
+                assert cut is not None and width % (cut.step * cut.parts) == 0
+                assert cut.step == 64 and columns // cut.columns * cut.parts >= 120
 
 
 def test_matmul_chooses_the_kernel(interpreted, monkeypatch) -> None:
@@ -108,19 +107,6 @@ def test_matmul_chooses_the_kernel(interpreted, monkeypatch) -> None:
     ):
         matmul(other, matrix)
     assert len(calls) == 2
-
-
-@pytest.mark.parametrize("width", [256, 2816])
-def test_one_row_by_int8(interpreted, width: int) -> None:
-    """Catches a part of the sum that ends beyond the matrix."""
-    x, kernel = normal(1, width), normal(width, 256, seed=1, dtype=jnp.float32)
-    kernel, scale = quantize.quantize(kernel)
-    cut = kernels.product.tile(1, width, 256, 1)
-    assert cut is not None and not cut.cores
-    whole = exact(x) @ exact(quantize.dequantize(kernel, scale))
-    got = kernels.product.product(x, kernel, scale)
-    assert len(got) == {256: 1, 2816: 6}[width]  # of 11 steps, two a part
-    np.testing.assert_allclose(got.sum(axis=0), whole, atol=1e-3, rtol=1e-4)
 
 
 def test_not_on_this_device() -> None:

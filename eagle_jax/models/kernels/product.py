@@ -3,8 +3,7 @@
 A program owns some columns of the result and a part of the sum, and walks down the matrix. Parts
 make enough programs for the device where there are few columns; whoever reads the result adds
 them up. An int8 matrix becomes the activations' dtype in registers, so that memory is read at a
-byte a weight; one row by it takes no tensor cores, whose operands cost more to arrange than to
-multiply.
+byte a weight.
 """
 
 from __future__ import annotations
@@ -21,22 +20,17 @@ from jaxtyping import Array, Float, Float32, Num
 from eagle_jax.models.kernels import device
 
 _ROWS = (16, 32, 64)  # a tensor core multiplies at least 16
-_DEEP = 256  # rows of an int8 matrix that a program reads at once, for one row
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """How a product is cut: columns a program, rows of the matrix a step, parts of the sum.
-
-    `cores`: tensor cores multiply.
-    """
+    """How a product is cut: columns a program, rows of the matrix a step, parts of the sum."""
 
     columns: int
     step: int
     parts: int
     warps: int = 4
     stages: int = 4
-    cores: bool = True
 
 
 def tile(rows: int, width: int, columns: int, itemsize: int) -> Tile | None:
@@ -45,10 +39,6 @@ def tile(rows: int, width: int, columns: int, itemsize: int) -> Tile | None:
     The numbers are those of the fastest of about 20 cuts each, over the matrices of a 7B model on
     an H100 (docs/performance.md).
     """
-    if rows == 1 and itemsize == 1 and columns % 128 == 0 and width % _DEEP == 0:
-        steps = width // _DEEP
-        each = -(-steps // min(8, steps, max(1, 512 // (columns // 128))))
-        return Tile(128, _DEEP, -(-steps // each), 8, cores=False)
     wide, stages = 128, 4
     programs = 256 if itemsize == 1 else 120
     if rows > _ROWS[0]:
@@ -94,12 +84,6 @@ def product(
 
     def program(x_ref, kernel_ref, *rest) -> None:  # the references are to memory
         scale_ref, out_ref = rest if scale is not None else (None, *rest)
-        if not cut.cores:
-            total = _sum(x_ref, kernel_ref, cut, width // cut.step)
-            if scale_ref is not None:
-                total = total * scale_ref[...]
-            out_ref[...] = total
-            return
         total = _walk(x_ref, kernel_ref, n, rows, cut, pl.program_id(1) * steps, steps)
         if scale_ref is not None:
             total = total * jnp.broadcast_to(scale_ref[...][None], total.shape)
@@ -110,13 +94,11 @@ def product(
         program,
         grid=(columns // cut.columns, cut.parts),
         in_specs=[
-            pl.BlockSpec((n if cut.cores else None, width), lambda *_: (0, 0)),
+            pl.BlockSpec((n, width), lambda *_: (0, 0)),
             pl.BlockSpec((width, cut.columns), lambda i, _: (0, i)),
             *(spec for _, spec in scales),
         ],
-        out_specs=pl.BlockSpec(
-            (None, n if cut.cores else None, cut.columns), lambda i, part: (part, 0, i)
-        ),
+        out_specs=pl.BlockSpec((None, n, cut.columns), lambda i, part: (part, 0, i)),
         out_shape=jax.ShapeDtypeStruct((cut.parts, n, columns), jnp.float32),
         compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
         interpret=device.INTERPRET,
@@ -191,20 +173,6 @@ def _walk(x_ref, kernel_ref, n: int, rows: int, cut: Tile, first, steps: int) ->
 
     total = jnp.zeros((rows, cut.columns), jnp.float32)
     return jax.lax.fori_loop(jnp.int32(0), jnp.int32(steps), add, total)
-
-
-def _sum(x_ref, kernel_ref, cut: Tile, steps: int) -> jax.Array:
-    """The product of one row by a program's columns, over its part of `steps` down the matrix."""
-    each = -(-steps // cut.parts)
-    first = pl.program_id(1) * each
-
-    def add(i: jax.Array, total: jax.Array) -> jax.Array:
-        at = pl.ds(i * cut.step, cut.step)
-        some = jnp.broadcast_to(x_ref[at].astype(jnp.float32)[:, None], (cut.step, cut.columns))
-        return total + jnp.sum(kernel_ref[at, :].astype(jnp.float32) * some, axis=0)
-
-    end = jnp.minimum(first + each, steps)
-    return jax.lax.fori_loop(first, end, add, jnp.zeros((cut.columns,), jnp.float32))
 
 
 def _put(out_ref, total: jax.Array, n: int) -> None:

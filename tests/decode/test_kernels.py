@@ -1,0 +1,117 @@
+"""Kernels of our own in the loop: every method still gives vanilla's text. Interpreted on CPUs."""
+
+import functools
+
+import jax.numpy as jnp
+import pytest
+
+from eagle_jax.decode import (
+    DynamicTree,
+    Eagle,
+    Lookahead,
+    Medusa,
+    Speculative,
+    engine,
+    generate,
+    static_tree,
+)
+from eagle_jax.models import Transformer, cast, kernels
+from eagle_jax.models.kernels import device
+from eagle_jax.params import Draft, Params
+from eagle_jax.testing import (
+    random_draft,
+    random_params,
+    tiny_draft,
+    tiny_eagle3,
+    tiny_medusa,
+    tiny_target,
+)
+
+VOCAB, NEW = 64, 20
+PROMPTS = [[7], [3, 9, 11], [i * i % VOCAB for i in range(17)]]
+TREE = static_tree([[0], [1], [0, 0], [0, 1]])
+METHODS = {
+    "eagle": Eagle(TREE),
+    "eagle2": Eagle(DynamicTree(depth=3, k=4, drafted=10)),
+    "eagle3": Eagle(DynamicTree(depth=3, k=4, drafted=10), head="eagle3"),
+    "medusa": Medusa(TREE),
+    "speculative": Speculative(3),  # its draft is the target: every draft is right
+    "lookahead": Lookahead(ngram=3, window=4, guesses=2),
+}
+
+
+@functools.cache
+def pair() -> Params:
+    """In bfloat16 and in decoding's layout, of sizes that the kernels take."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    config = tiny_target(VOCAB, fused=True, **sizes)
+    configs = (
+        tiny_draft(config, fused=True),
+        tiny_eagle3(config, fused=True, head_dim=16),
+        tiny_medusa(config),
+    )
+    target = cast(random_params(Transformer, config, 3), jnp.bfloat16)
+    drafts = {own.kind: random_draft(own, 4) for own in configs}
+    drafts = {
+        kind: Draft(cast(draft.params, jnp.bfloat16), draft.config)
+        for kind, draft in drafts.items()
+    }
+    return Params(target, {**drafts, config.kind: Draft(target, config)}, config)
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setattr(device, "INTERPRET", True)
+    engine.forget()
+    yield
+    engine.forget()  # other tests have their own programs
+
+
+@functools.cache
+def vanilla(temperature: float) -> list[list[int]]:
+    return texts("vanilla", temperature)
+
+
+def texts(method, temperature: float) -> list[list[int]]:
+    return [
+        list(
+            generate(
+                pair(),
+                prompt,
+                method=method,
+                max_new_tokens=NEW,
+                temperature=temperature,
+                seed=37,  # of 30 the one whose tokens win by most: rounding must not decide
+                ignore_eos=True,
+            ).tokens
+        )
+        for prompt in PROMPTS
+    ]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", METHODS)
+def test_texts(monkeypatch, name: str, temperature: float) -> None:
+    """Catches a cache that holds something else than the text that was committed."""
+    used = set()
+    for module, at in (
+        (kernels.product, "product"),
+        (kernels.norm, "add"),
+        (kernels.rotary, "split"),
+        (kernels.attention, "attend"),
+        (kernels.commit, "commit"),
+    ):
+        own = getattr(module, at)
+        monkeypatch.setattr(
+            module, at, lambda *a, own=own, at=at, **k: used.add(at) or own(*a, **k)
+        )
+    assert texts(METHODS[name], temperature) == vanilla(temperature)
+    assert used == {"product", "add", "split", "attend", "commit"}
+
+
+def test_a_right_draft_is_accepted() -> None:
+    answer = generate(
+        pair(), PROMPTS[2], method=Speculative(3), max_new_tokens=NEW, temperature=0.0,
+        ignore_eos=True,
+    )  # fmt: skip
+    assert sum(answer.statistics.rounds) <= NEW // 4 + 2
