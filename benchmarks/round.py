@@ -163,7 +163,7 @@ def jobs_of(
 def main() -> None:
     """Measure rounds and their parts."""
     names = ("--shape", "--batch", "--cache", "--used", "--rounds", "--repeats")
-    names += ("--quantize", "--threads")
+    names += ("--quantize", "--layers", "--threads")
     parser = common.parser(__doc__, *names)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M")
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -178,7 +178,9 @@ def main() -> None:
 
     methods = {name: METHODS[name] for name in dict.fromkeys(["vanilla", *args.methods])}
     kinds = sorted({m.draft for m in methods.values() if m.draft is not None})
-    params = shapes.random_params(args.shape, kinds, args.quantize, args.draft_vocabulary)
+    params = shapes.random_params(
+        args.shape, kinds, args.quantize, args.draft_vocabulary, args.layers
+    )
     place = Slots(params.target_config, args.cache, args.batch)
 
     def make(method: Method) -> Rounds:
@@ -203,6 +205,7 @@ def main() -> None:
         **{name: getattr(args, name) for name in ("shape", "batch", "cache", "used")},
         temperature=args.temperature,
         quantize=args.quantize,
+        layers=args.layers,
         draft_vocabulary=args.draft_vocabulary,
         **common.environment(),
     )

@@ -139,14 +139,20 @@ def random_params(
     kinds: Sequence[str] = (),
     quantize: str | None = None,
     draft_vocabulary: int | None = None,
+    layers: int | None = None,
 ) -> Params:
     """A target of `shape` laid out for decoding, with drafts of these kinds.
 
     Raises:
         ValueError: this version of the package cannot store weights as `quantize` says, or as in
-            `draft_configs`.
+            `draft_configs`; there are not so many layers.
     """
     target = dataclasses.replace(SHAPES[shape], fused=True)
+    if layers is not None:
+        most, least = target.num_hidden_layers, 2 if "eagle3" in kinds else 1
+        if not least <= layers <= most:
+            raise ValueError(f"--layers {layers}: shape {shape} has {most}; use {least} to {most}")
+        target = dataclasses.replace(target, num_hidden_layers=layers)
     if quantize is not None:
         if "quantize" not in {field.name for field in dataclasses.fields(target)}:
             raise ValueError(f"--quantize {quantize}: this version of eagle_jax cannot quantise")
@@ -154,6 +160,8 @@ def random_params(
     drafts = {}
     for kind in kinds:
         config = draft_configs(shape, draft_vocabulary)[kind]
+        if isinstance(config, Eagle3Config) and layers is not None:
+            config = dataclasses.replace(config, aux_layers=(0, layers // 2, layers))
         if not isinstance(config, MedusaConfig):
             config = dataclasses.replace(config, fused=True)
         drafts[kind] = Draft(random_weights(DRAFTS[kind], config, 1), config)

@@ -22,7 +22,7 @@ from eagle_jax.evaluate.runner import Star
 
 def main() -> None:
     """Measure every combination."""
-    names = ("--shape", "--batch", "--rounds", "--repeats", "--quantize", "--threads")
+    names = ("--shape", "--batch", "--rounds", "--repeats", "--quantize", "--layers", "--threads")
     parser = common.parser(__doc__, *names)
     number = {"type": common.positive, "nargs": "+"}
     parser.add_argument("--tokens", default=[1, 2, 4, 8, 16, 32, 64, 128], **number)
@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
 
     copy = common.copy_bandwidth()
-    params = shapes.random_params(args.shape, quantize=args.quantize)
+    params = shapes.random_params(args.shape, quantize=args.quantize, layers=args.layers)
     weights, kv = weight_bytes(params.target), kv_bytes(params)
     rows = []
     for slots in args.cache:
@@ -65,6 +65,7 @@ def main() -> None:
         shape=args.shape,
         batch=args.batch,
         quantize=args.quantize,
+        layers=args.layers,
         weight_bytes=weights,
         kv_bytes_per_token=kv,
         copy_GBps=copy / 1e9,

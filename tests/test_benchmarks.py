@@ -63,6 +63,26 @@ def test_step() -> None:
         assert row["of copy"] == pytest.approx(row["floor ms"] / row["ms"])
 
 
+def test_fewer_layers() -> None:
+    """A quick look reads fewer weights; more layers than there are is one line."""
+    options = ["--tokens", "1", "--cache", "128", "--used", "20", "--rounds", "4"]
+    whole, half = (run("step", *SMALL, *options, *more) for more in ((), ("--layers", "1")))
+    assert half["layers"] == 1 and half["weight_bytes"] < whole["weight_bytes"]
+    command = [sys.executable, "benchmarks/step.py", "--shape", "tiny", "--layers", "99"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: --layers 99: ")
+
+
+@pytest.mark.parametrize("more", [(), ("--quantize", "int8")], ids=["bfloat16", "int8"])
+def test_cuts(more: tuple[str, ...]) -> None:
+    """Every matrix by every cut that fits; the chosen one is among them."""
+    options = ("--rows", "1", "--matrices", "o", "down", "--repeats", "1")
+    result = run("cuts", "--shape", "tiny", *options, *more)
+    assert [row["matrix"] for row in result["rows"]] == ["o", "down"]
+    for row in result["rows"]:
+        assert row["now"] >= row["best"] > 0 and row["xla"] > 0 and row["floor"] > 0
+
+
 def test_what_does_not_fit_is_one_line() -> None:
     command = [sys.executable, "benchmarks/step.py", "--shape", "tiny", "--cache", "32"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -327,7 +347,7 @@ def test_what_is_stopped_saves_first(module, tmp_path) -> None:
 def test_every_benchmark_teaches() -> None:
     """--help is the docstring, which begins with what is measured and how to call it."""
     programs = set(FOLDER.glob("*.py")) - {FOLDER / f"{name}.py" for name in HELPERS}
-    assert len(programs) == 7
+    assert len(programs) == 8
     for path in programs:
         assert any(f"python benchmarks/{path.name}" in x for x in path.read_text().splitlines()[:8])
     done = subprocess.run(

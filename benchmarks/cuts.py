@@ -1,0 +1,158 @@
+"""How should products of few rows be cut on this GPU? Microseconds of `kernels.product` and of XLA.
+
+    python benchmarks/cuts.py --shape 7b
+    python benchmarks/cuts.py --shape 8b --rows 1 60 --quantize int8
+
+Every matrix of a layer and the head, by every cut at hand; several of each, so that none is in the
+device's cache. `now` is the cut that `kernels.product.tile` chooses, `best` the fastest. A product
+adds to the next one's operand: that is in the figures, for all alike. It says what could be
+changed in `tile`, and runs where the kernels do: on NVIDIA GPUs (`--shape tiny` anywhere, slowly).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import common
+import jax
+import jax.numpy as jnp
+import shapes
+
+from eagle_jax.models import kernels, quantize
+from eagle_jax.models.kernels import device
+from eagle_jax.models.kernels.product import Tile, product, tile
+
+_BYTES = 2**30  # of matrices that are read in turn
+_CUTS = ((128, 64), (64, 64), (64, 128), (128, 32), (128, 128), (256, 64), (32, 128))
+_PARTS = (1, 2, 4, 8)
+
+
+def matrices(shape: str) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each."""
+    config = shapes.SHAPES[shape]
+    d, f, e = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, own = config.num_attention_heads, config.num_key_value_heads
+    return {
+        "qkv": (d, (heads + 2 * own) * e),
+        "o": (heads * e, d),
+        "gate_up": (d, 2 * f),
+        "down": (f, d),
+        "head": (d, config.vocab_size),
+    }
+
+
+def cuts(rows: int, width: int, columns: int) -> Iterator[Tile]:
+    """Those that fit."""
+    for (wide, step), parts, warps in itertools.product(_CUTS, _PARTS, (4, 8)):
+        if columns % wide == 0 and width % (step * parts) == 0:
+            yield Tile(wide, step, parts, warps, 4 if rows <= 16 else 3)
+
+
+def timed(
+    multiply: Callable[[jax.Array, jax.Array], jax.Array],
+    x: jax.Array,
+    all_of_them: list[jax.Array],
+) -> Callable[[], float]:
+    """Compiled; microseconds of a product when called."""
+    loops = 1 if device.INTERPRET else 20
+
+    @jax.jit
+    def run(x: jax.Array, all_of_them: list[jax.Array]) -> jax.Array:
+        def body(_: jax.Array, x: jax.Array) -> jax.Array:
+            for kernel in all_of_them:
+                first = multiply(x, kernel).reshape(-1)[0].astype(jnp.float32)
+                x = x.at[0, 0].add((first * jnp.float32(1e-30)).astype(x.dtype))
+            return x
+
+        return jax.lax.fori_loop(0, loops, body, x)
+
+    compiled = run.lower(x, all_of_them).compile()
+    jax.block_until_ready(compiled(x, all_of_them))
+
+    def measure() -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(compiled(x, all_of_them))
+        return 1e6 * (time.perf_counter() - begin) / loops / len(all_of_them)
+
+    return measure
+
+
+def sweep(shape: tuple[int, int], rows: int, small: bool, args: Any) -> dict[str, Any]:
+    """One matrix, all cuts."""
+    width, columns = shape
+    size = width * columns * (1 if small else 2)
+    count = 2 if device.INTERPRET else max(2, _BYTES // size)
+    kernels_ = [shapes.draw(jax.random.key(i), shape, 0.0, 1.0, jnp.bfloat16) for i in range(count)]
+    scale = None
+    if small:
+        kernels_, scales = zip(*map(quantize.quantize, kernels_), strict=True)
+        kernels_, scale = list(kernels_), scales[0]
+    x = shapes.draw(jax.random.key(99), (rows, width), 0.0, 1.0, jnp.bfloat16)
+
+    def xla(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+    def own(x: jax.Array, kernel: jax.Array, cut: Tile) -> jax.Array:
+        return jnp.sum(product(x, kernel, scale, cut), axis=0)
+
+    now = tile(rows, width, columns, 1 if small else 2)
+    tried: list[Tile] = [] if now is None else [now]
+    tried += [cut for cut in cuts(rows, width, columns) if cut != now]
+    jobs: dict[Any, Any] = {"xla": xla, **{cut: functools.partial(own, cut=cut) for cut in tried}}
+    with ThreadPoolExecutor(args.threads) as pool:
+        ready = dict(
+            zip(jobs, pool.map(lambda job: timed(job, x, kernels_), jobs.values()), strict=True)
+        )
+    us = common.interleave(ready, args.repeats)
+    best = min(tried, key=lambda cut: us[cut])
+    return {
+        "rows": rows,
+        "floor": size / args.copy * 1e6,
+        "xla": us["xla"],
+        "now": None if now is None else us[now],
+        "cut": None if now is None else _said(now),
+        "best": us[best],
+        "best cut": _said(best),
+    }
+
+
+def _said(cut: Tile) -> str:
+    return f"{cut.columns}x{cut.step} p{cut.parts} w{cut.warps}"
+
+
+def main() -> None:
+    """Sweep every matrix."""
+    parser = common.parser(__doc__, "--shape", "--repeats", "--quantize", "--threads")
+    parser.add_argument("--rows", default=[1, 10, 60], type=common.positive, nargs="+")
+    parser.add_argument("--matrices", nargs="+", choices=tuple(matrices("tiny")), metavar="M")
+    args = parser.parse_args()
+    device.INTERPRET = args.shape == "tiny" and jax.default_backend() == "cpu"
+    x = jnp.zeros((1, 64), jnp.bfloat16)
+    with kernels.decoding():
+        if not device.usable(x):
+            raise ValueError("no kernels here: they want an NVIDIA GPU; --shape tiny runs anywhere")
+        if args.quantize not in (None, "int8"):
+            raise ValueError(f"--quantize {args.quantize}: use int8")
+        args.copy = common.copy_bandwidth()
+        found = []
+        for name, shape in matrices(args.shape).items():
+            for rows in args.rows if args.matrices is None or name in args.matrices else ():
+                row = sweep(shape, rows, args.quantize is not None, args)
+                found.append({"matrix": name, **row})
+    common.report(
+        found,
+        benchmark="cuts",
+        shape=args.shape,
+        quantize=args.quantize,
+        copy_GBps=args.copy / 1e9,
+        **common.environment(),
+    )
+
+
+if __name__ == "__main__":
+    common.run(main)
