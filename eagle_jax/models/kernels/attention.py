@@ -2,7 +2,7 @@
 
 A program owns a key head, some of its query rows and a part of the used slots, which it walks
 through with a running maximum and sum; slots that are not used are not read. The part that comes
-last takes the fresh tokens too. A second launch joins the parts.
+last takes the fresh tokens. A second launch joins the parts.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def attend(
     cut = cut or tile(q, slots, b * k)
     step = math.gcd(cut.slots, slots)
     span = min(64, max(16, pl.next_power_of_2(fresh)))  # fresh tokens a step
-    spans, last = -(-fresh // span), cut.parts - 1
+    spans, last = -(-fresh // span), cut.parts
 
     def program(query_ref, keys_ref, values_ref, lengths_ref, *rest) -> None:
         oldest_ref, rest = (None, rest) if oldest is None else (rest[0], rest[1:])
@@ -123,7 +123,7 @@ def attend(
             jnp.zeros((cut.rows,), jnp.float32),
         )
         steps = (length + step - 1) // step
-        each = (steps + last) // cut.parts
+        each = (steps + cut.parts - 1) // cut.parts
         end = jnp.minimum((part + 1) * each, steps)
         carry = jax.lax.fori_loop(part * each, end, cached, carry)
         # Of int32 as it stands: Triton's loops want bounds of one type.
@@ -151,7 +151,7 @@ def attend(
     edges = [] if oldest is None else [(oldest, of_row(q))]
     mixed, largest, total = pl.pallas_call(
         program,
-        grid=(b * k, -(-q // cut.rows), cut.parts),
+        grid=(b * k, -(-q // cut.rows), cut.parts + 1),
         in_specs=[
             of_head(q, e),
             of_head(slots, e),
@@ -164,7 +164,7 @@ def attend(
         ],
         out_specs=[of_part(q, e), of_part(q), of_part(q)],
         out_shape=[
-            jax.ShapeDtypeStruct((cut.parts, b, k, *shape), jnp.float32)
+            jax.ShapeDtypeStruct((cut.parts + 1, b, k, *shape), jnp.float32)
             for shape in ((q, e), (q,), (q,))
         ],
         compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),

@@ -41,13 +41,13 @@ def add(
         def read(ref) -> jax.Array:
             return triton.load(ref.at[at], mask=inside, other=0)
 
+        factor = read(scale_ref)  # before the mean, for which all threads wait
         added = functools.reduce(operator.add, map(read, parts_refs))
         # Rounded as a product is that another kernel reads.
         total = read(x_ref) + added.astype(x.dtype)
         triton.store(sum_ref.at[at], total, mask=inside)
         whole = total.astype(jnp.float32)
         whole = whole * jax.lax.rsqrt(jnp.sum(whole * whole) / d + eps)
-        factor = read(scale_ref)
         if unit_offset:
             normed = (whole * (1 + factor.astype(jnp.float32))).astype(x.dtype)
         else:
