@@ -234,7 +234,8 @@ class Attention(nnx.Module):
         h, k = config.num_attention_heads, config.num_key_value_heads
         bias, quantization = config.attention_bias, config.quantize
         if config.fused:
-            shape = (d, k, h // k + 2, e)
+            # Heads and their parts in one axis: TPUs pad the last two axes to whole tiles.
+            shape = (d, k, (h // k + 2) * e)
             self.qkv_proj = Stack(shape, bias=bias, quantization=quantization, rngs=rngs)
         else:
             self.q_proj = Linear(d, h * e, bias=bias, quantization=quantization, rngs=rngs)
@@ -311,16 +312,16 @@ class Attention(nnx.Module):
             parts = _parts(x, kernel, scale) if plain and bias is None else None
             if parts is not None and kernels.rotary.fits(x, self.head_dim):
                 turn = angles(positions, self.head_dim // 2, self.theta, self.scaling)
-                grouped, keys, values = kernels.rotary.split(
-                    parts.array, *turn, kernel.shape[1:], x.dtype
-                )
                 (b, t), (k, h) = x.shape[:2], (kernel.shape[1], self.q_heads)
+                heads = (k, h // k + 2, self.head_dim)
+                grouped, keys, values = kernels.rotary.split(parts.array, *turn, heads, x.dtype)
                 query = grouped.reshape(b, k, t, h // k, -1).transpose(0, 2, 1, 3, 4)
                 query = query.reshape(b, t, h, -1)
                 return query, keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
-            both = matmul(x, kernel, scale=scale)  # [b, t, k, g + 2, e]
+            both = matmul(x, kernel, scale=scale)
             if bias is not None:
                 both = both + jnp.broadcast_to(bias[...], both.shape)
+            both = both.reshape(*both.shape[:3], -1, self.head_dim)  # [b, t, k, g + 2, e]
             query = both[:, :, :, :-2].reshape(*x.shape[:2], -1, self.head_dim)
             keys, values = both[:, :, :, -2], both[:, :, :, -1]
         else:
@@ -501,15 +502,14 @@ def fused_parts(names: Iterable[str]) -> dict[str, list[tuple[str, ...]]]:
 
 
 def fuse(params: Mapping[str, np.ndarray], config: Any) -> dict[str, np.ndarray]:
-    """Parameters for `fused`: q, k and v as [d, k, g + 2, e], the queries of a key head before it;
+    """Parameters for `fused`: q, k and v as [d, k, (g + 2) e], the queries of a key head before it;
     gate and up as [d, 2, f]; experts stacked. `config` has the size of a head, if there are any."""
 
     def join(names: tuple[str, ...]) -> np.ndarray:
         parts = [params[name] for name in names]
         if len(parts) == 3:
-            e = config.head_dim
-            heads = (*parts[1].shape[:-1], parts[1].shape[-1] // e, -1, e)
-            return np.concatenate([part.reshape(heads) for part in parts], axis=-2)
+            heads = (*parts[1].shape[:-1], parts[1].shape[-1] // config.head_dim, -1)
+            return np.concatenate([part.reshape(heads) for part in parts], axis=-1)
         return parts[0] if len(parts) == 1 else np.stack(parts, axis=1)
 
     return {
