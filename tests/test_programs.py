@@ -31,7 +31,10 @@ RUN = {
     "decode/demo.py",
     "decode/eagle.ipynb",
     "decode/recipes/gpu_node.py",  # by test_recipes.py
-    *(f"benchmarks/{name}.py" for name in ("baselines", "batch", "large_pair", "pair", "round")),
+    *(
+        f"benchmarks/{name}.py"
+        for name in ("baselines", "batch", "cuts", "large_pair", "pair", "round")
+    ),
     *(f"benchmarks/{name}.py" for name in ("common", "loops", "shapes", "step", "torch_worker")),
     "benchmarks/train.py",
 }
