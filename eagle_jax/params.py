@@ -24,7 +24,7 @@ from eagle_jax.config import (
     TransformerConfig,
 )
 from eagle_jax.models import quantize as quantisation
-from eagle_jax.models.layers import fuse, fused_parts
+from eagle_jax.models.fused import fuse, fused_parts
 from eagle_jax.models.quantize import Quantization
 from eagle_jax.sharding import check_tensor, replicated, weight_shardings
 from eagle_jax.text import Tokenizer

@@ -19,7 +19,7 @@ import eagle_jax
 from eagle_jax.checkpoint import hf, native, safetensors
 from eagle_jax.config import Eagle3Config, EagleConfig
 from eagle_jax.models import DRAFTS, bind
-from eagle_jax.models.layers import fuse
+from eagle_jax.models.fused import fuse
 from eagle_jax.sharding import make_mesh
 from eagle_jax.testing import tiny_params, tiny_target
 

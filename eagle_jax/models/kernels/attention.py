@@ -65,7 +65,17 @@ def attend(
     softcap: float | None,
     cut: Tile | None = None,
 ) -> Float[Array, "b t h e"]:
-    """As `two_segment_attention`, for queries grouped by key head (`kernels.rotary`)."""
+    """As `two_segment_attention`, for queries grouped by key head (`kernels.rotary.split`).
+
+    Args:
+        query: unscaled; q = t g rows of each key head, a token's g heads in order.
+        block, prefix, lengths, softcap: as there.
+        mask: query row -> block token.
+        oldest: the first prefix slot that each query row sees; None: the first of all.
+        tokens: t.
+        scale: of the scores.
+        cut: by default that of `tile`.
+    """
     (b, k, q, e), slots, fresh = query.shape, prefix[0].shape[2], block[0].shape[2]
     cut = cut or tile(q, slots, b * k)
     step = math.gcd(cut.slots, slots)

@@ -36,8 +36,8 @@ class Tile:
 def tile(rows: int, width: int, columns: int, itemsize: int) -> Tile | None:
     """The cut for so many rows and a matrix [width, columns]; None where none fits.
 
-    The numbers are those of the fastest of about 20 cuts each, over the matrices of a 7B model on
-    an H100 (docs/performance.md).
+    The numbers are those of the fastest cuts of a sweep over the matrices of a 7B model on an H100;
+    `benchmarks/cuts.py` sweeps.
     """
     wide, stages = 128, 4
     programs = 256 if itemsize == 1 else 120
@@ -76,7 +76,14 @@ def product(
     scale: Float32[Array, " o"] | None = None,
     cut: Tile | None = None,
 ) -> Float32[Array, "p n o"]:
-    """`x @ kernel (* scale)` in parts of the sum; `scale` comes with an int8 kernel."""
+    """`x @ kernel (* scale)` in p parts of the sum, all float32.
+
+    Args:
+        x: few rows: as many as `fits` takes.
+        kernel: of the dtype of `x`, or int8.
+        scale: of an int8 kernel's columns.
+        cut: by default that of `tile`.
+    """
     (n, width), columns = x.shape, kernel.shape[1]
     cut = cut or _tile(x, kernel)
     assert cut is not None
