@@ -108,7 +108,7 @@ def assemble(
     _check_layers(settings.draft.aux_layers, target_config.num_hidden_layers)
     d2t, coverage = vocabulary(settings.draft, config.data)
     return TrainingTimeTestObjective(
-        settings, target_config, target, d2t, coverage, config.attention
+        settings, target_config, target, d2t, coverage, config.attention, config.remat
     )
 
 

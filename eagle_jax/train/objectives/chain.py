@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from eagle_jax.types import KeyValue
 
 CHUNK = 256
+_GROUPS = 8  # of chunks, each with the keys up to its end: 9/16 of the scores there would be
 # What the backward pass keeps of `causal`, for `jax.checkpoint_policies.save_only_these_names`.
 SAVED = "causal"
 
@@ -92,7 +93,9 @@ def _forward(
 ) -> tuple[Queries, PerQuery]:
     t = query.shape[3]
 
-    def part(inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    def part(
+        keys: Array, values: Array, segments: Array, inputs: tuple[Array, Array, Array]
+    ) -> tuple[Array, Array]:
         query, own, index = inputs
         scores = _scores(query, keys, _visible(own, segments, index))
         top = jnp.max(scores, axis=-1, keepdims=True)  # finite: a row sees itself
@@ -101,8 +104,16 @@ def _forward(
         mixed = _product("bkgts,bkse->bkgte", weights.astype(values.dtype), values)
         return mixed / total, (top + jnp.log(total))[..., 0]
 
-    mixed, total = jax.lax.map(part, (_cut(query, 3, chunk), *_rows(segments, chunk)))
-    return _join(mixed, 3, t), _join(total, 3, t)
+    found = []
+    for first, end in _groups(t, chunk):
+        seen = keys[:, :, :end], values[:, :, :end], segments[:, :end]
+        rows = _rows(segments, first, end, chunk)
+        mixed, total = jax.lax.map(
+            functools.partial(part, *seen), (_cut(query[..., first:end, :], 3, chunk), *rows)
+        )
+        found.append((_join(mixed, 3, end - first), _join(total, 3, end - first)))
+    mixed, total = (jnp.concatenate(parts, axis=3) for parts in zip(*found, strict=True))
+    return mixed, total
 
 
 def _causal_forward(
@@ -122,7 +133,13 @@ def _causal_backward(
     # d softmax: weights * (their gradient - its mean); the log-sum-exp adds weights * d_total.
     offset = jnp.sum(d_mixed * mixed, axis=-1) - d_total
 
-    def part(sums: tuple[Array, Array], inputs: tuple[Array, ...]) -> tuple[Any, Array]:
+    def part(
+        keys: Array,
+        values: Array,
+        segments: Array,
+        sums: tuple[Array, Array],
+        inputs: tuple[Array, ...],
+    ) -> tuple[Any, Array]:
         query, total, d_mixed, offset, own, index = inputs
         d_mixed = d_mixed.astype(values.dtype)
         scores = _scores(query, keys, _visible(own, segments, index))
@@ -136,13 +153,28 @@ def _causal_backward(
         )
         return sums, _product("bkgts,bkse->bkgte", d_scores, keys).astype(query.dtype)
 
-    # Rows that only fill the last chunk up repeat the last row, with no gradient.
-    repeated = (_cut(query, 3, chunk), _cut(total, 3, chunk))
-    zeroed = (_cut(d_mixed, 3, chunk, "constant"), _cut(offset, 3, chunk, "constant"))
-    start = (jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32))
-    sums, d_query = jax.lax.scan(part, start, (*repeated, *zeroed, *_rows(segments, chunk)))
-    d_keys, d_values = sums[0].astype(keys.dtype), sums[1].astype(values.dtype)
-    return _join(d_query, 3, query.shape[3]), d_keys, d_values, None
+    # From the last group to the first: keys behind a group's end have got all they get.
+    t = query.shape[3]
+    sums = jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
+    d_query, d_keys, d_values = [], [], []
+    for first, end in reversed(_groups(t, chunk)):
+        seen = keys[:, :, :end], values[:, :, :end], segments[:, :end]
+        # Rows that only fill the last chunk up repeat the last row, with no gradient.
+        repeated = (_cut(x[:, :, :, first:end], 3, chunk) for x in (query, total))
+        zeroed = (_cut(x[:, :, :, first:end], 3, chunk, "constant") for x in (d_mixed, offset))
+        rows = _rows(segments, first, end, chunk)
+        sums, found = jax.lax.scan(
+            functools.partial(part, *seen), sums, (*repeated, *zeroed, *rows)
+        )
+        d_query.append(_join(found, 3, end - first))
+        d_keys.append(sums[0][:, :, first:].astype(keys.dtype))
+        d_values.append(sums[1][:, :, first:].astype(values.dtype))
+        sums = sums[0][:, :, :first], sums[1][:, :, :first]
+    whole = [
+        jnp.concatenate(parts[::-1], axis=axis)
+        for parts, axis in ((d_query, 3), (d_keys, 2), (d_values, 2))
+    ]
+    return whole[0], whole[1], whole[2], None
 
 
 causal.defvjp(_causal_forward, _causal_backward)
@@ -164,10 +196,19 @@ def _visible(
     return (own[:, :, None] == segments[:, None, :]) & earlier[None]
 
 
-def _rows(segments: Int[Array, "b t"], chunk: int) -> tuple[Array, Array]:
+def _groups(length: int, chunk: int) -> list[tuple[int, int]]:
+    """First query and end of each group of whole chunks; the last one may be shorter."""
+    size = -(-length // (chunk * _GROUPS)) * chunk
+    return [(first, min(first + size, length)) for first in range(0, length, size)]
+
+
+def _rows(
+    segments: Int[Array, "b t"], first: int, end: int, chunk: int
+) -> tuple[Int[Array, "n b c"], Int[Array, "n c"]]:
     """Segments and places of the queries of each chunk."""
-    own = _cut(segments, 1, chunk)
-    return own, jnp.arange(own.shape[0] * own.shape[2]).reshape(own.shape[0], own.shape[2])
+    own = _cut(segments[:, first:end], 1, chunk)
+    count, _, size = own.shape
+    return own, first + jnp.arange(count * size).reshape(count, size)
 
 
 def _cut(x: Array, axis: int, chunk: int, mode: str = "edge") -> Array:

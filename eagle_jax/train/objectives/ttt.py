@@ -78,6 +78,7 @@ class TrainingTimeTestObjective:
         d2t: int32 [draft vocabulary]; see `eagle_jax.vocabulary`.
         coverage: share of the training text inside the draft vocabulary.
         kernel: of the target's pass; `chain.causal` says why not of the draft's.
+        remat: as in `TrainConfig`: also of the draft's products, whose results are kept otherwise.
         chunk: queries whose attention scores are held at once.
     """
 
@@ -87,6 +88,7 @@ class TrainingTimeTestObjective:
     d2t: np.ndarray = dataclasses.field(repr=False)
     coverage: float | None = None
     kernel: AttentionKernel = "xla"
+    remat: bool = False
     chunk: int = chain.CHUNK
 
     @property
@@ -128,13 +130,20 @@ class TrainingTimeTestObjective:
         *streams, last = target.features(self.target_config, layers, frozen, batch, self.kernel)
         labels = self._labels(last, head_kernel(self.target_config, frozen))
         state = self._draft(trainable).fuse(jnp.concatenate(streams, axis=-1))
-        # Of a step the backward pass keeps the states, keys and values that it read; logits of
-        # all steps at once would not fit.
+        # Scores of attention and logits of all steps at once would not fit: they are computed
+        # again. Of a step's layer the backward pass keeps what it read and its attention's result,
+        # and results of products where there is room.
         keep = jax.checkpoint_policies.save_only_these_names(chain.SAVED)
+        if not self.remat:
+            products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            keep = jax.checkpoint_policies.save_from_both_policies(keep, products)
         total, pairs, measured = jnp.zeros(()), (), []
         for j in range(self.settings.steps):
             step = jax.checkpoint(functools.partial(self._step, j), policy=keep)
-            state, pair, sums = step(trainable, frozen, state, pairs, batch, labels)
+            left, pair = step(trainable, frozen, state, pairs, batch)
+            measure = jax.checkpoint(functools.partial(self._measure, j))
+            sums = measure(trainable, left, labels, batch)
+            state = self._draft(trainable).feed_back(left)
             pairs = (*pairs, pair)
             measured.append(sums)
             total += self.settings.decay**j * self._mean(sums, batch)
@@ -174,9 +183,8 @@ class TrainingTimeTestObjective:
         state: Hidden,
         pairs: tuple[KeyValue, ...],
         batch: Batch,
-        labels: Labels,
-    ) -> tuple[Hidden, KeyValue, Sums]:
-        """The next state, this step's keys and values, and sums over its rows."""
+    ) -> tuple[Hidden, KeyValue]:
+        """What the layer makes of the states, and this step's keys and values."""
         draft = self._draft(params)
         layer = draft.midlayer
         embed = draft.embed_tokens or target.embedding(self.target_config, frozen)
@@ -188,16 +196,15 @@ class TrainingTimeTestObjective:
         real, *own = *pairs, pair
         mixed = chain.attend(query, real, own, batch["segment_ids"], self.chunk)
         mixed = layer.self_attn.o_proj(mixed.reshape(*state.shape[:2], -1))
-        left = layer.leave(state, mixed)
-        # `Eagle3Draft.logits`, with the cheaper gradient of `project`.
-        logits = project(draft.norm(left), params["lm_head.kernel"])
-        sums = self._sums(logits, labels.ahead(j + 1), next_weights(batch, j + 2))
-        return draft.feed_back(left), pair, sums
+        return layer.leave(state, mixed), pair
 
-    def _sums(
-        self, logits: Float[Array, "b t v"], labels: Labels, marked: Float[Array, "b t"]
+    def _measure(
+        self, j: int, params: ParamDict, left: Hidden, labels: Labels, batch: Batch
     ) -> Sums:
         """Sums over rows: those that are marked, and of these those with a label ("rows")."""
+        labels, marked = labels.ahead(j + 1), next_weights(batch, j + 2)
+        # `Eagle3Draft.logits`, with the cheaper gradient of `project`.
+        logits = project(self._draft(params).norm(left), params["lm_head.kernel"])
         weights = jnp.where(labels.best == OUTSIDE, 0.0, marked)
         place = rank(logits, jnp.maximum(labels.best, 0))
         if self.settings.loss == "lk":
