@@ -79,8 +79,10 @@ class TransformerConfig:
         max_position_embeddings: longest sequence (prompt and answer together), in tokens.
         tie_word_embeddings: the output head is the embedding matrix.
         attention_bias: biases on the q, k and v projections (Qwen2).
-        fused: query, key and value projections are one matrix, gate and up projections another,
-            the experts of a layer one stack; in memory only, `eagle_jax.load` sets it.
+        fused: gate and up projections are one matrix, the experts of a layer one stack; in memory
+            only, `eagle_jax.load` sets it.
+        fused_qkv: query, key and value projections are one matrix, as kernels of our own take
+            them; in memory only, `eagle_jax.load` sets it where those run.
         quantize: how the matrices of the layers and of the head are stored
             (`eagle_jax.models.quantize`); in memory only, `eagle_jax.load` sets it.
         rope_scaling: of the rotary embedding, for long contexts.
@@ -118,6 +120,7 @@ class TransformerConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     fused: bool = False
+    fused_qkv: bool = False
     quantize: Literal["int8"] | None = None
     rope_scaling: RopeScaling | None = None
     rope_local_base_freq: float | None = None
@@ -217,8 +220,8 @@ class EagleConfig:
     Attributes:
         hidden_size: width of the features, equal to the target's.
         intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rope_theta,
-            rms_norm_eps, attention_bias, fused, rope_scaling: of its decoder layer, as in
-            `TransformerConfig`.
+            rms_norm_eps, attention_bias, fused, fused_qkv, rope_scaling: of its decoder layer, as
+            in `TransformerConfig`.
         vocab_size: the target's; the embedding and the head are the target's own, frozen.
         bias: `fc` has a bias (the published default; Llama-3 heads have none).
         draft_vocab_size: how many of the target's tokens are drafted, through columns of its head;
@@ -235,6 +238,7 @@ class EagleConfig:
     rms_norm_eps: float = 1e-5
     attention_bias: bool = False
     fused: bool = False
+    fused_qkv: bool = False
     bias: bool = True
     rope_scaling: RopeScaling | None = None
     draft_vocab_size: int | None = None
@@ -264,8 +268,8 @@ class Eagle3Config:
         draft_vocab_size: rows of the draft's own head; `d2t` maps them to the target's tokens.
         hidden_size: width `d` of the draft.
         intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rope_theta,
-            rms_norm_eps, attention_bias, fused, rope_scaling: of its decoder layer, as in
-            `TransformerConfig`.
+            rms_norm_eps, attention_bias, fused, fused_qkv, rope_scaling: of its decoder layer, as
+            in `TransformerConfig`.
         aux_layers: which residual streams are fused, by the layer they enter; the number of the
             target's layers means the one that leaves the last. The official rule for L layers is
             2, L // 2, L - 3.
@@ -287,6 +291,7 @@ class Eagle3Config:
     rms_norm_eps: float = 1e-5
     attention_bias: bool = False
     fused: bool = False
+    fused_qkv: bool = False
     fc_norm: bool = False
     norm_output: bool = False
     rope_scaling: RopeScaling | None = None

@@ -23,6 +23,7 @@ from eagle_jax.config import (
     MedusaConfig,
     TransformerConfig,
 )
+from eagle_jax.models import kernels
 from eagle_jax.models import quantize as quantisation
 from eagle_jax.models.fused import fuse, fused_parts
 from eagle_jax.models.quantize import Quantization
@@ -122,6 +123,7 @@ def load(
     target_dir = root / "target" if (root / "target").is_dir() else root
     on_cpu = jax.default_backend() == "cpu"
     dtype = _dtype(dtype if dtype is not None else ("float32" if on_cpu else "bfloat16"))
+    qkv = kernels.expected(dtype, _devices(sharding))
 
     given = _directories(draft)
     replaced = {hf.kind(directory) for directory in given}
@@ -140,12 +142,12 @@ def load(
             native.check_kinds(root, {path.name: parts[path.name] for path in own}, found)
         for kind, (config, params) in found.items():
             params = layouts.with_head(config, params, target_config, target)
-            config, params = _for_decoding(config, params, untied=on_cpu)
+            config, params = _for_decoding(config, params, untied=on_cpu, qkv=qkv)
             drafts[kind] = Draft(
                 _place(params, config, dtype, _draft_place(config, sharding)), config
             )
     untied = on_cpu or quantization is not None
-    target_config, target = _for_decoding(target_config, target, untied=untied)
+    target_config, target = _for_decoding(target_config, target, untied=untied, qkv=qkv)
     return Params(
         target=_place(target, target_config, dtype, sharding, quantization),
         drafts=drafts,
@@ -266,9 +268,13 @@ def _tokens(path: Path) -> dict[int, str]:
 
 
 def _for_decoding(
-    config: DraftConfig, params: Mapping[str, Stored], *, untied: bool
+    config: DraftConfig, params: Mapping[str, Stored], *, untied: bool, qkv: bool
 ) -> tuple[Any, Mapping[str, Stored]]:
-    """The same model laid out for speed; gate and up are joined when they are placed."""
+    """The same model laid out for speed; matrices are joined when they are placed.
+
+    Those of q, k and v only with `qkv`, for kernels of our own; for TPUs' compiler a tree's round
+    would take a sixth longer (docs/tpu.md).
+    """
     if isinstance(config, MedusaConfig):
         return config, params
     if isinstance(config, TransformerConfig) and config.tie_word_embeddings and untied:
@@ -282,7 +288,7 @@ def _for_decoding(
         )
         config = dataclasses.replace(config, tie_word_embeddings=False)
         params = {**params, "lm_head.kernel": head}
-    return dataclasses.replace(config, fused=True), params
+    return dataclasses.replace(config, fused=True, fused_qkv=qkv), params
 
 
 def shipped() -> list[str]:
@@ -334,7 +340,7 @@ def _place(
 ) -> ParamDict:
     """Reads, casts and places one array after the other, in the layout for decoding."""
     placed = {}
-    for parts in fused_parts(params).values():
+    for parts in fused_parts(params, config).values():
         names = [name for joined in parts for name in joined]
         read = {name: np.asarray(params[name]) for name in names}
         for name, array in fuse(read, config).items():
@@ -360,6 +366,12 @@ def _quantised(name: str, kernel: jax.Array, sharding: Mesh | Sharding | None) -
         where = tuple(places[name] for name in names)
     run = jax.jit(quantisation.quantize, static_argnames="axis", out_shardings=where)
     return dict(zip(names, run(kernel, axis=axis), strict=True))
+
+
+def _devices(sharding: Mesh | Sharding | None) -> int:
+    if sharding is None:
+        return 1
+    return sharding.size if isinstance(sharding, Mesh) else sharding.num_devices
 
 
 def _draft_place(config: DraftConfig, sharding: Mesh | Sharding | None) -> Mesh | Sharding | None:

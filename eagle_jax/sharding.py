@@ -47,8 +47,6 @@ WEIGHTS: dict[str, tuple[str | None, ...]] = {
     "*experts.down_proj.kernel": ("experts", None, None),
     "*[qkv]_proj.kernel": (None, "heads"),
     "*[qkv]_proj.bias": ("heads",),
-    "*qkv_proj.kernel": (None, "heads", None),
-    "*qkv_proj.bias": ("heads", None),
     "*o_proj.kernel": ("heads", None),
     "*gate_up_proj.kernel": (None, None, "mlp"),
     "*gate_proj.kernel": (None, "mlp"),
@@ -60,7 +58,6 @@ WEIGHTS: dict[str, tuple[str | None, ...]] = {
     "*experts.gate_up_proj.kernel_scale": ("experts", None, None),
     "*experts.down_proj.kernel_scale": ("experts", None),
     "*[qkv]_proj.kernel_scale": ("heads",),
-    "*qkv_proj.kernel_scale": ("heads", None),
     "*gate_up_proj.kernel_scale": (None, "mlp"),
     "*gate_proj.kernel_scale": ("mlp",),
     "*up_proj.kernel_scale": ("mlp",),
@@ -256,9 +253,13 @@ def check_tensor(mesh: Mesh, configs: Iterable[DraftConfig]) -> None:
                 )
 
 
-def _logical(name: str, rank: int) -> tuple[str | None, ...]:
+def _logical(name: str, leaf: Any) -> tuple[str | None, ...]:
+    rank = len(leaf.shape)
     for pattern, axes in WEIGHTS.items():
         if fnmatch.fnmatchcase(name, pattern) and len(axes) == rank:
+            if leaf.dtype == np.int8:  # eight bits have the inputs last (`models.quantize`)
+                at = int(axes[0] == "experts")
+                return (*axes[:at], *axes[at + 1 :], axes[at])
             return axes
     return (None,) * rank
 
@@ -266,7 +267,7 @@ def _logical(name: str, rank: int) -> tuple[str | None, ...]:
 def _weight(mesh: Mesh, name: str, leaf: Any, *, stored: bool) -> NamedSharding:
     """By its name over tensor and expert groups; where it is stored, over fsdp too: the largest
     axis left that divides, the first of equals."""
-    axes = list(_logical(name, len(leaf.shape)))
+    axes = list(_logical(name, leaf))
     for i, (logical, size) in enumerate(zip(axes, leaf.shape, strict=True)):
         if logical == "vocab" and size % ways(mesh, logical):
             axes[i] = None  # vocabularies have odd sizes; all else is made to be cut

@@ -20,7 +20,8 @@ from eagle_jax.checkpoint import hf, native, safetensors
 from eagle_jax.config import Eagle3Config, EagleConfig
 from eagle_jax.models import DRAFTS, bind
 from eagle_jax.models.fused import fuse
-from eagle_jax.sharding import make_mesh
+from eagle_jax.models.kernels import device
+from eagle_jax.sharding import make_mesh, replicated
 from eagle_jax.testing import tiny_params, tiny_target
 
 KINDS = ("eagle", "eagle3", "medusa", "model")
@@ -82,6 +83,41 @@ def test_every_draft_that_is_loaded_can_be_bound(model) -> None:
         assert {name: x.shape for name, x in found.items()} == {
             name: x.shape for name, x in draft.params.items()
         }
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "devices", "joined"),
+    [
+        (True, "bfloat16", 0, True),
+        (True, "float16", 1, True),
+        (True, "float32", 0, False),
+        (True, "bfloat16", 2, False),
+        (False, "bfloat16", 0, False),
+    ],
+    ids=["bfloat16", "a mesh of one", "float32", "two devices", "no GPU"],
+)
+def test_q_k_and_v_are_joined_for_our_kernels_only(
+    model, monkeypatch, gpu: bool, dtype: str, devices: int, joined: bool
+) -> None:
+    """Catches the layout of one GPU on TPUs and meshes, where it is slower or cannot be cut."""
+    monkeypatch.setattr(device, "_gpu", lambda: gpu)
+    places = [None]
+    if devices:
+        mesh = make_mesh(tensor=devices, devices=jax.devices()[:devices])
+        places = [mesh, replicated(mesh)]
+    plain = hf.load_target(model / "target")
+    for place in places:
+        params = eagle_jax.load(model, dtype=dtype, sharding=place)
+        assert params.target_config.fused and params.target_config.fused_qkv == joined
+        for kind, draft in params.drafts.items():
+            own = kind != "medusa" and joined
+            assert getattr(draft.config, "fused_qkv", False) == own, kind
+            assert any("qkv_proj" in name for name in draft.params) == own, kind
+        wanted = fuse(plain[1], params.target_config)
+        assert ("layers.0.self_attn.qkv_proj.kernel" in wanted) == joined
+        for name, array in wanted.items():
+            got = params.target[name]
+            np.testing.assert_array_equal(got, array.astype(got.dtype), err_msg=name)
 
 
 def test_a_bare_target_has_no_drafts_but_takes_one(model) -> None:

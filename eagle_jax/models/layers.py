@@ -38,13 +38,14 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 def matmul(
     x: Float[Array, "*lead i"],
-    kernel: Num[Array, "i ..."],
+    kernel: Num[Array, "..."],
     dtype: DTypeLike | None = None,
     scale: Float[Array, "..."] | None = None,
 ) -> Float[Array, "..."]:
     """`x @ kernel` over the last axis; `dtype` is the result's, by default that of the operands.
 
-    A kernel may have several axes of outputs; an int8 kernel comes with its `scale` (`quantize`).
+    A kernel may have several axes of outputs; an int8 kernel comes with its `scale` and has them
+    before its inputs (`quantize`).
     """
     if (parts := _parts(x, kernel, scale)) is not None:
         return parts.total(dtype)
@@ -79,11 +80,16 @@ class Parts:
 
 def _parts(x: jax.Array, kernel: jax.Array, scale: jax.Array | None) -> Parts | None:
     """The product by a kernel of our own, where it fits."""
-    rows, flat = x.reshape(-1, x.shape[-1]), kernel.reshape(x.shape[-1], -1)
+    rows, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
+    if scale is None:
+        flat, outputs = kernel.reshape(width, -1), kernel.shape[1:]
+    else:
+        flat, outputs = kernel.reshape(-1, width), scale.shape
+        scale = scale.reshape(-1)
     if not kernels.product.fits(rows, flat):
         return None
-    array = kernels.product.product(rows, flat, None if scale is None else scale.reshape(-1))
-    return Parts(array, (*x.shape[:-1], *kernel.shape[1:]), x.dtype)
+    array = kernels.product.product(rows, flat, scale)
+    return Parts(array, (*x.shape[:-1], *outputs), x.dtype)
 
 
 def whole(added: Hidden | Parts) -> Hidden:
@@ -221,20 +227,18 @@ class Attention(nnx.Module):
         d, e = inputs * config.hidden_size, config.head_dim
         h, k = config.num_attention_heads, config.num_key_value_heads
         bias, quantization = config.attention_bias, config.quantize
-        if config.fused:
-            # Heads and their parts in one axis: TPUs pad the last two axes to whole tiles.
-            shape = (d, k, (h // k + 2) * e)
-            self.qkv_proj = Stack(shape, bias=bias, quantization=quantization, rngs=rngs)
+        more: dict[str, Any] = {"bias": bias, "quantization": quantization, "rngs": rngs}
+        if config.fused_qkv:
+            self.qkv_proj = Linear(d, (h + 2 * k) * e, **more)  # key head by key head
         else:
-            self.q_proj = Linear(d, h * e, bias=bias, quantization=quantization, rngs=rngs)
-            self.k_proj = Linear(d, k * e, bias=bias, quantization=quantization, rngs=rngs)
-            self.v_proj = Linear(d, k * e, bias=bias, quantization=quantization, rngs=rngs)
-        self.fused = config.fused
+            self.q_proj = Linear(d, h * e, **more)
+            self.k_proj, self.v_proj = Linear(d, k * e, **more), Linear(d, k * e, **more)
+        self.fused_qkv = config.fused_qkv
         out = config.hidden_size
         self.o_proj = Linear(h * e, out, zero=True, quantization=quantization, rngs=rngs)
         self.q_norm = _norm(config, e, rngs) if config.qk_norm else None
         self.k_norm = _norm(config, e, rngs) if config.qk_norm else None
-        self.head_dim, self.q_heads = e, h
+        self.head_dim, self.q_heads, self.k_heads = e, h, k
         self.window = config.window(layer)
         self.theta, self.scaling = config.rope_theta, config.rope_scaling
         if self.window is not None and config.rope_local_base_freq is not None:
@@ -294,24 +298,19 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "b t h e"], Float[Array, "b t k e"], Float[Array, "b t k e"]]:
         """Query, keys and values of a block, rotated to their positions."""
         plain = self.q_norm is None and self.k_norm is None
-        if self.fused:
-            kernel, scale = _weight(self.qkv_proj)
-            bias = self.qkv_proj.bias
-            parts = _parts(x, kernel, scale) if plain and bias is None else None
-            if parts is not None and kernels.rotary.fits(x, self.head_dim):
+        if self.fused_qkv:
+            joined = self.qkv_proj.lazily(x)
+            (b, t), h, k = x.shape[:2], self.q_heads, self.k_heads
+            heads = (k, h // k + 2, self.head_dim)
+            if plain and isinstance(joined, Parts) and kernels.rotary.fits(x, self.head_dim):
                 turn = angles(positions, self.head_dim // 2, self.theta, self.scaling)
-                (b, t), (k, h) = x.shape[:2], (kernel.shape[1], self.q_heads)
-                heads = (k, h // k + 2, self.head_dim)
-                grouped, keys, values = kernels.rotary.split(parts.array, *turn, heads, x.dtype)
+                grouped, keys, values = kernels.rotary.split(joined.array, *turn, heads, x.dtype)
                 query = grouped.reshape(b, k, t, h // k, -1).transpose(0, 2, 1, 3, 4)
                 query = query.reshape(b, t, h, -1)
                 return query, keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
-            both = matmul(x, kernel, scale=scale)
-            if bias is not None:
-                both = both + jnp.broadcast_to(bias[...], both.shape)
-            both = both.reshape(*both.shape[:3], -1, self.head_dim)  # [b, t, k, g + 2, e]
-            query = both[:, :, :, :-2].reshape(*x.shape[:2], -1, self.head_dim)
-            keys, values = both[:, :, :, -2], both[:, :, :, -1]
+            split = whole(joined).reshape(b, t, *heads)
+            query = split[:, :, :, :-2].reshape(b, t, h, -1)
+            keys, values = split[:, :, :, -2], split[:, :, :, -1]
         else:
             heads = (*x.shape[:2], -1, self.head_dim)
             query, keys = self.q_proj(x).reshape(heads), self.k_proj(x).reshape(heads)
@@ -353,8 +352,8 @@ class MLP(nnx.Module):
         if self.fused:
             kernel, scale = _weight(self.gate_up_proj)
             rows = x.reshape(-1, x.shape[-1])
-            if self.silu and scale is None and kernels.product.gates(rows, kernel):
-                hidden = kernels.product.gated(rows, kernel).reshape(*x.shape[:-1], -1)
+            if self.silu and kernels.product.gates(rows, kernel):
+                hidden = kernels.product.gated(rows, kernel, scale).reshape(*x.shape[:-1], -1)
                 return self.down_proj.lazily(hidden)
             both = matmul(x, kernel, scale=scale)
             gate, up = both[:, :, 0], both[:, :, 1]
@@ -371,14 +370,12 @@ class Stack(nnx.Module):
         shape: tuple[int, ...],
         *,
         axis: int = 0,
-        bias: bool = False,
         zero: bool = False,
         quantization: Quantization | None,
         rngs: nnx.Rngs,
     ) -> None:
         std = 0.0 if zero else shape[axis] ** -0.5
         self.kernel, self.kernel_scale = _matrix(shape, std, quantization, rngs, axis)
-        self.bias = nnx.Param(jnp.zeros(shape[1:])) if bias else None
 
 
 class StackedExperts(nnx.Module):
@@ -423,7 +420,8 @@ class MixtureOfExperts(nnx.Module):
         return weights.astype(x.dtype), experts
 
     def matrices(self) -> tuple[Weight, Weight]:
-        """Gate and up side by side [x, d, 2, f], and down [x, f, d], of all experts."""
+        """Gate and up side by side [x, d, 2, f], and down [x, f, d], of all experts; of int8 [x, 2,
+        f, d] and [x, d, f]."""
         if isinstance(self.experts, StackedExperts):
             return _weight(self.experts.gate_up_proj), _weight(self.experts.down_proj)
 
@@ -431,7 +429,8 @@ class MixtureOfExperts(nnx.Module):
             return jax.tree.map(lambda *arrays: jnp.stack(arrays, axis), *weights)
 
         experts = list(self.experts)
-        gate_up = [stack(_weight(e.gate_proj), _weight(e.up_proj), axis=-2) for e in experts]
+        axis = 1 if experts[0].gate_proj.kernel_scale is None else 0
+        gate_up = [stack(_weight(e.gate_proj), _weight(e.up_proj), axis=axis) for e in experts]
         return stack(*gate_up), stack(*(_weight(expert.down_proj) for expert in experts))
 
     def _gathered(

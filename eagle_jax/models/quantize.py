@@ -1,10 +1,11 @@
 """Weights in eight bits: half of bfloat16's bytes to read in every pass.
 
-Of a matrix [in, out] every output column has a scale of its own: its largest magnitude over 127.
-Stored are `X.kernel`, int8, and `X.kernel_scale`, float32 [out], so that the weight is their
-product. Activations stay as they are. What a compiled loop reads of a matrix is its bytes: GPU and
-TPU compilers cast in the kernel that multiplies (on CPUs the cast matrices are temporaries of the
-call, and nothing is gained).
+Of a matrix [in, out] every output has a scale of its own: its largest magnitude over 127. Stored
+are `X.kernel`, int8 [out, in], and `X.kernel_scale`, float32 [out], so that the weight is their
+product. The inputs of an output lie side by side because tensor cores take them so, and what loads
+their operands turns pairs of bytes, not bytes. Activations stay as they are. What a compiled loop
+reads of a matrix is its bytes: GPU and TPU compilers cast in the kernel that multiplies (on CPUs
+the cast matrices are temporaries of the call, and nothing is gained).
 """
 
 from __future__ import annotations
@@ -61,20 +62,23 @@ def input_axis(name: str) -> int:
 
 def quantize(
     kernel: Float[Array, "*shape"], axis: int = 0
-) -> tuple[Int8[Array, "*shape"], Float32[Array, "*scales"]]:
-    """Symmetric int8, rounded to nearest, with a scale for every output: `axis` is the input's."""
+) -> tuple[Int8[Array, "*outputs i"], Float32[Array, "*outputs"]]:
+    """Symmetric int8, rounded to nearest, with a scale for every output.
+
+    `axis` is the input's: the last of the result.
+    """
     largest = jnp.max(jnp.abs(kernel), axis=axis, keepdims=True).astype(jnp.float32)
     # At least this, for outputs that are always zero.
     scale = jnp.maximum(largest / _LARGEST, jnp.finfo(jnp.float32).tiny)
     steps = jnp.round(kernel.astype(jnp.float32) / jnp.broadcast_to(scale, kernel.shape))
-    return steps.astype(jnp.int8), jnp.squeeze(scale, axis)
+    return jnp.moveaxis(steps.astype(jnp.int8), axis, -1), jnp.squeeze(scale, axis)
 
 
 def dequantize(
-    kernel: Int8[Array, "*shape"], scale: Float32[Array, "*scales"], axis: int = 0
+    kernel: Int8[Array, "*outputs i"], scale: Float32[Array, "*outputs"], axis: int = 0
 ) -> Float32[Array, "*shape"]:
-    """The weight that a product sees."""
-    return kernel.astype(jnp.float32) * jnp.expand_dims(scale, axis)
+    """The weight that a product sees, its inputs at `axis` again."""
+    return jnp.moveaxis(kernel.astype(jnp.float32) * scale[..., None], -1, axis)
 
 
 def quantize_params(params: ParamDict) -> dict[str, jax.Array]:
@@ -98,13 +102,13 @@ def quantize_params(params: ParamDict) -> dict[str, jax.Array]:
 
 def product(
     x: Float[Array, "*lead i"],
-    kernel: Int8[Array, "i ..."],
+    kernel: Int8[Array, "... i"],
     scale: Float32[Array, "..."],
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
     """`x` times the weight, summed and scaled in float32, by XLA."""
     dtype = x.dtype if dtype is None else dtype
-    width, shape = x.shape[-1], (*x.shape[:-1], *kernel.shape[1:])
+    width, shape = x.shape[-1], (*x.shape[:-1], *scale.shape)
     few = x.size // width
     if few < LEAST_ROWS and jax.default_backend() == "gpu":
         rows = jnp.pad(x.reshape(few, width), ((0, LEAST_ROWS - few), (0, 0)))
@@ -113,15 +117,20 @@ def product(
 
 
 def _xla(x: jax.Array, kernel: jax.Array, scale: jax.Array, dtype: DTypeLike) -> jax.Array:
-    y = jnp.tensordot(x, kernel.astype(x.dtype), 1, preferred_element_type=jnp.float32)
+    y = jnp.tensordot(x, kernel.astype(x.dtype), (-1, -1), preferred_element_type=jnp.float32)
     return (y * jnp.broadcast_to(scale, y.shape)).astype(dtype)
 
 
 def einsum(
     equation: str, x: Float[Array, "..."], kernel: jax.Array, scale: jax.Array | None
 ) -> Float[Array, "..."]:
-    """Products by several matrices at once; `scale` fits the result, None is of a float kernel."""
+    """Products by several matrices at once; `scale` fits the result, None is of a float kernel.
+
+    `equation` is that of a float kernel, whose inputs are the last axis of `x`.
+    """
     if scale is None:
         return jnp.einsum(equation, x, kernel)
+    left, axes, result = re.split(",|->", equation)
+    equation = f"{left},{axes.replace(left[-1], '')}{left[-1]}->{result}"
     y = jnp.einsum(equation, x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
     return (y * jnp.broadcast_to(scale, y.shape)).astype(x.dtype)

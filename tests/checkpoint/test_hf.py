@@ -51,10 +51,11 @@ def test_round_trip_is_bit_exact(tmp_path, config, dtype):
 
 
 def test_a_layout_in_memory_is_not_written(target):
-    """Catches `fused` in a file, whose reader has the two matrices apart."""
-    hf.save_target(target, dataclasses.replace(TARGET, fused=True), random_params(TARGET))
-    assert "fused" not in json.loads((target / "config.json").read_text())
-    edit(target, fused=True)
+    """Catches `fused` in a file, whose reader has all matrices apart."""
+    layout = {"fused": True, "fused_qkv": True}
+    hf.save_target(target, dataclasses.replace(TARGET, **layout), random_params(TARGET))
+    assert not layout.keys() & json.loads((target / "config.json").read_text()).keys()
+    edit(target, **layout)
     assert hf.load_target(target)[0] == TARGET
 
 

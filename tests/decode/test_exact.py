@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eagle_jax.decode import Eagle, Options, chain, engine, generate
+from eagle_jax import load
+from eagle_jax.decode import Eagle, Options, chain, engine, generate, stream
 from eagle_jax.models import attention, bind, cast, init_params
 from eagle_jax.models.cache import empty, write
 from eagle_jax.models.transformer import Transformer, packed_mask
@@ -78,6 +79,18 @@ def test_every_method_computes_the_same_bits(name: str) -> None:
     np.testing.assert_array_equal(state.tokens[:, : 60 + NEW], vanilla(True).tokens[:, : 60 + NEW])
     assert committed(state) == committed(vanilla(True))
     assert state.rounds.sum() < vanilla(True).rounds.sum()
+
+
+def test_streams_too() -> None:
+    """Catches a stream whose pieces are decoded by other programs."""
+    params = load("tiny", dtype="bfloat16")
+    options = {"max_new_tokens": 24, "temperature": 1.0, "seed": 3, "exact": True}
+    texts = {
+        generate(params, "Tell me a story.", method=method, **options).text
+        for method in ("vanilla", "eagle")
+    }
+    parts = list(stream(params, "Tell me a story.", method="eagle", **options))
+    assert texts == {"".join(part.text for part in parts)} and len(parts) > 1
 
 
 def test_windows_and_softcaps_too() -> None:

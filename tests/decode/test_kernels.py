@@ -44,10 +44,11 @@ METHODS = {
 def pair() -> Params:
     """In bfloat16 and in decoding's layout, of sizes that the kernels take."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
-    config = tiny_target(VOCAB, fused=True, **sizes)
+    layout = {"fused": True, "fused_qkv": True}
+    config = tiny_target(VOCAB, **layout, **sizes)
     configs = (
-        tiny_draft(config, fused=True),
-        tiny_eagle3(config, fused=True, head_dim=16),
+        tiny_draft(config, **layout),
+        tiny_eagle3(config, **layout, head_dim=16),
         tiny_medusa(config),
     )
     target = cast(random_params(Transformer, config, 3), jnp.bfloat16)

@@ -238,8 +238,8 @@ TREES = ["mistral", "qwen2 windows", "llama yarn", "mixtral window", "gemma2", "
 def test_tree_block_equals_its_paths_run_as_sequences(name: str, directory) -> None:
     """Catches a window that counts cache slots or nodes where it must count positions."""
     path, config = directory(name), CASES[name][1]
-    model, params = open_theirs(path), fuse(hf.load_target(path)[1], CASES[name][1])
-    config = dataclasses.replace(config, fused=True)
+    config = dataclasses.replace(config, fused=True, fused_qkv=True)
+    model, params = open_theirs(path), fuse(hf.load_target(path)[1], config)
     tokens, lengths = random_tokens(2), [14, 3]
     paths = [_path(node) for node in range(len(_PARENTS))]
     nodes = random_tokens(2, len(_PARENTS) + 5)[:, 5:]
@@ -420,15 +420,16 @@ def test_bfloat16_runs_and_stays_near(name: str, directory) -> None:
         assert np.corrcoef(np.ravel(logits), np.ravel(wanted))[0, 1] > 0.97
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe mixed", "gemma3"])
-def test_initial_parameters_are_those_of_the_checkpoint_format(name: str) -> None:
-    """Catches a module renamed away from the names that files have, in either layout."""
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2 windows", "qwen3_moe mixed", "gemma3"])
+def test_initial_parameters_are_those_of_the_checkpoint_format(name: str, joined: bool) -> None:
+    """Catches a module renamed away from the names that files have, in any layout."""
     config = CASES[name][1]
     shapes = jax.eval_shape(lambda: init_params(Transformer, config, 0))
     assert {name: x.shape for name, x in shapes.items()} == hf.shapes(config)
-    decoding = dataclasses.replace(config, fused=True)
+    decoding = dataclasses.replace(config, fused=True, fused_qkv=joined)
     fused = jax.eval_shape(lambda: init_params(Transformer, decoding, 0))
-    expected = {name: x.shape for name, x in fuse(random_params(config), config).items()}
+    expected = {name: x.shape for name, x in fuse(random_params(config), decoding).items()}
     assert {name: x.shape for name, x in fused.items()} == expected
 
 

@@ -65,12 +65,17 @@ def test_parts_of_a_sum(interpreted, parts: int) -> None:
     np.testing.assert_allclose(got.sum(axis=0), exact(x) @ exact(kernel), atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("quantized", [False, True], ids=["bfloat16", "int8"])
 @pytest.mark.parametrize("rows", [1, 60])
-def test_gated(interpreted, rows: int) -> None:
-    x, kernel = normal(rows, 128), normal(128, 2, 128 * 128, seed=1) * jnp.asarray(0.1, BFLOAT16)
+def test_gated(interpreted, rows: int, quantized: bool) -> None:
+    x, kernel = normal(rows, 128), normal(128, 2, 128 * 160, seed=1) * jnp.asarray(0.1, BFLOAT16)
+    whole, scale = exact(kernel), None
+    if quantized:
+        kernel, scale = quantize.quantize(kernel.astype(jnp.float32))
+        whole = exact(quantize.dequantize(kernel, scale))
     assert kernels.product.gates(x, kernel)
-    gate, up = np.einsum("ni,igo->gno", exact(x), exact(kernel))
-    got = exact(kernels.product.gated(x, kernel))
+    gate, up = np.einsum("ni,igo->gno", exact(x), whole)
+    got = exact(kernels.product.gated(x, kernel, scale))
     np.testing.assert_allclose(got, gate / (1 + np.exp(-gate)) * up, rtol=0.02, atol=0.02)
     assert not kernels.product.gates(x, normal(128, 2, 64))  # in parts: too few columns
 
@@ -82,7 +87,8 @@ def test_cuts_of_a_7b_model() -> None:
             for width, columns in ((4096, 4096), (4096, 22016), (11008, 4096), (4096, 32000)):
                 cut = kernels.product.tile(rows, width, columns, itemsize)
                 assert cut is not None and width % (cut.step * cut.parts) == 0
-                assert cut.step == 64 and columns // cut.columns * cut.parts >= 120
+                assert cut.step == (128 if (rows <= 16 and itemsize == 1) else 64)
+                assert columns // cut.columns * cut.parts >= 120
 
 
 def test_matmul_chooses_the_kernel(interpreted, monkeypatch) -> None:
@@ -110,7 +116,7 @@ def test_matmul_chooses_the_kernel(interpreted, monkeypatch) -> None:
 
 
 def test_not_on_this_device() -> None:
-    assert not device.usable(normal(1))
+    assert not device.usable(normal(1)) and not device.expected(normal(1).dtype, devices=1)
 
 
 # --- The residual stream, queries and keys -----------------------------------------------------
@@ -264,11 +270,15 @@ def test_who_asks_for_the_largest(interpreted, monkeypatch) -> None:
 # --- Together ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"quantize": "int8"}], ids=["bfloat16", "int8"])
-def test_a_pass_with_all_of_them(interpreted, monkeypatch, changes) -> None:
+@pytest.mark.parametrize(
+    ("joined", "changes"),
+    [(True, {}), (False, {}), (True, {"quantize": "int8"})],
+    ids=["bfloat16", "q, k and v apart", "int8"],
+)
+def test_a_pass_with_all_of_them(interpreted, monkeypatch, joined: bool, changes) -> None:
     """Catches heads, tokens and layers that are mixed up between one kernel and the next."""
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "fused": True}
-    config = tiny_target(64, **sizes)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    config = tiny_target(64, fused=True, fused_qkv=joined, **sizes)
     params = cast(init_params(Transformer, config, 0), BFLOAT16)
     rng = np.random.default_rng(0)
     params = {
@@ -296,10 +306,12 @@ def test_a_pass_with_all_of_them(interpreted, monkeypatch, changes) -> None:
         return model.logits(output.features), output.residuals, output.block
 
     got = run()
+    # Of a layer: one product for q, k and v or three, one for o and one for down.
+    products = 2 * (3 if joined else 5) + 1
     assert {name: used.count(name) for name in set(used)} == {
-        **({"product": 2 * 4 + 1} if changes else {"product": 2 * 3 + 1, "gated": 2}),
+        **{"product": products, "gated": 2},
+        **({"split": 2} if joined else {}),
         "add": 4,
-        "split": 2,
         "attend": 2,
     }
     monkeypatch.setattr(device, "INTERPRET", False)

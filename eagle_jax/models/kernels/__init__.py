@@ -12,6 +12,6 @@ Their functions are jitted: one that is called in every layer is traced and lowe
 """
 
 from eagle_jax.models.kernels import attention, commit, norm, product, rotary, top
-from eagle_jax.models.kernels.device import decoding
+from eagle_jax.models.kernels.device import decoding, expected
 
-__all__ = ["attention", "commit", "decoding", "norm", "product", "rotary", "top"]
+__all__ = ["attention", "commit", "decoding", "expected", "norm", "product", "rotary", "top"]

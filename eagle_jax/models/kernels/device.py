@@ -8,6 +8,7 @@ import functools
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 
 # Pallas runs the kernels anywhere on any device then, slowly; for tests.
 INTERPRET = False
@@ -27,12 +28,22 @@ def decoding() -> Iterator[None]:
         _decoding.reset(token)
 
 
+def expected(dtype: jnp.dtype, devices: int) -> bool:
+    """Whether kernels will run for a model of this dtype, whole on so many devices or cut over
+    them: what decides how it is laid out before anything is traced."""
+    return (INTERPRET or _gpu()) and _taken(dtype) and devices == 1
+
+
 def usable(*arrays: jax.Array) -> bool:
     """Whether kernels may run here at all, on operands like these: of two bytes a number."""
     mesh = jax.sharding.get_abstract_mesh()
     alone = mesh.empty or mesh.size == 1
     here = INTERPRET or (_decoding.get() and _gpu())
-    return here and alone and all(x.dtype.itemsize == 2 for x in arrays)
+    return here and alone and all(_taken(x.dtype) for x in arrays)
+
+
+def _taken(dtype: jnp.dtype) -> bool:
+    return dtype.itemsize == 2
 
 
 @functools.cache

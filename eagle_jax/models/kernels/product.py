@@ -2,8 +2,8 @@
 
 A program owns some columns of the result and a part of the sum, and walks down the matrix. Parts
 make enough programs for the device where there are few columns; whoever reads the result adds
-them up. An int8 matrix becomes the activations' dtype in registers, so that memory is read at a
-byte a weight.
+them up. An int8 matrix [o, i] becomes the activations' dtype in registers, so that memory is read
+at a byte a weight.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ def tile(rows: int, width: int, columns: int, itemsize: int) -> Tile | None:
     The numbers are those of the fastest cuts of a sweep over the matrices of a 7B model on an H100;
     `benchmarks/cuts.py` sweeps.
     """
-    wide, stages = 128, 4
+    wide, step, stages = 128, 64, 4
     programs = 256 if itemsize == 1 else 120
     if rows > _ROWS[0]:
         stages = 3
         if itemsize == 2 and columns // wide < programs:
             wide, programs, stages = 64, 190, 4
-    step = 64
+    elif itemsize == 1:
+        wide, step = 64 if columns // 64 >= 128 else 32, 128
     while wide > 16 and columns % wide:
         wide //= 2
     while step > 16 and width % step:
@@ -59,20 +60,20 @@ def tile(rows: int, width: int, columns: int, itemsize: int) -> Tile | None:
 
 
 def fits(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether `product` can do x [n, i] by kernel [i, o]."""
+    """Whether `product` can do x [n, i] by kernel [i, o], or [o, i] of int8."""
     small = kernel.dtype == jnp.int8 or kernel.dtype == x.dtype
     return small and device.usable(x) and _tile(x, kernel) is not None
 
 
 def _tile(x: jax.Array, kernel: jax.Array) -> Tile | None:
-    width, columns = kernel.shape
-    return tile(x.shape[0], width, columns, kernel.dtype.itemsize)
+    rows, width = x.shape
+    return tile(rows, width, kernel.size // width, kernel.dtype.itemsize)
 
 
 @functools.partial(jax.jit, static_argnames="cut")
 def product(
     x: Float[Array, "n i"],
-    kernel: Num[Array, "i o"],
+    kernel: Num[Array, "a b"],
     scale: Float32[Array, " o"] | None = None,
     cut: Tile | None = None,
 ) -> Float32[Array, "p n o"]:
@@ -80,29 +81,31 @@ def product(
 
     Args:
         x: few rows: as many as `fits` takes.
-        kernel: of the dtype of `x`, or int8.
-        scale: of an int8 kernel's columns.
+        kernel: [i, o], of the dtype of `x`, or [o, i], of int8.
+        scale: of an int8 kernel's outputs.
         cut: by default that of `tile`.
     """
-    (n, width), columns = x.shape, kernel.shape[1]
+    (n, width), turned = x.shape, scale is not None
+    columns = kernel.size // width
     cut = cut or _tile(x, kernel)
     assert cut is not None
     rows, steps = _rows(n), width // cut.step // cut.parts
 
-    def program(x_ref, kernel_ref, *rest) -> None:  # the references are to memory
-        scale_ref, out_ref = rest if scale is not None else (None, *rest)
-        total = _walk(x_ref, kernel_ref, n, rows, cut, pl.program_id(1) * steps, steps)
-        if scale_ref is not None:
-            total = total * jnp.broadcast_to(scale_ref[...][None], total.shape)
+    def program(x_ref, *rest) -> None:  # the references are to memory
+        *matrix, out_ref = rest
+        first = pl.program_id(1) * steps
+        (total,) = _walk(x_ref, matrix[:1], matrix[1:], n, rows, cut, first, steps)
         _put(out_ref, total, n)
 
     scales = [] if scale is None else [(scale, pl.BlockSpec((cut.columns,), lambda i, _: (i,)))]
+    tall = pl.BlockSpec((width, cut.columns), lambda i, _: (0, i))
+    flat = pl.BlockSpec((cut.columns, width), lambda i, _: (i, 0))
     return pl.pallas_call(
         program,
         grid=(columns // cut.columns, cut.parts),
         in_specs=[
             pl.BlockSpec((n, width), lambda *_: (0, 0)),
-            pl.BlockSpec((width, cut.columns), lambda i, _: (0, i)),
+            flat if turned else tall,
             *(spec for _, spec in scales),
         ],
         out_specs=pl.BlockSpec((None, n, cut.columns), lambda i, part: (part, 0, i)),
@@ -114,72 +117,86 @@ def product(
 
 
 def gates(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether `gated` can do x [n, i] by kernel [i, 2, f], and in one part."""
-    cut = _tile(x, kernel.reshape(len(kernel), -1)) if kernel.dtype == x.dtype else None
-    whole = cut is not None and cut.parts == 1 and kernel.shape[2] % (cut.columns // 2) == 0
-    return device.usable(x) and whole
+    """Whether `gated` can do x [n, i] by kernel [i, 2, f], or [2, f, i] of int8, in one part."""
+    f = kernel.size // x.shape[1] // 2
+    cut = _tile(x, kernel) if fits(x, kernel) else None
+    return cut is not None and cut.parts == 1 and f % (cut.columns // 2) == 0
 
 
 @jax.jit
-def gated(x: Float[Array, "n i"], kernel: Float[Array, "i 2 f"]) -> Float[Array, "n f"]:
-    """`silu(x @ kernel[:, 0]) * (x @ kernel[:, 1])`."""
-    (n, width), columns = x.shape, kernel.shape[2]
-    cut = _tile(x, kernel.reshape(width, -1))
+def gated(
+    x: Float[Array, "n i"],
+    kernel: Num[Array, "a b c"],
+    scale: Float32[Array, "2 f"] | None = None,
+) -> Float[Array, "n f"]:
+    """`silu(x @ gate) * (x @ up)`: the two are kernel [i, 2, f], or [2, f, i] of int8."""
+    (n, width), turned = x.shape, scale is not None
+    columns = kernel.size // width // 2
+    cut = _tile(x, kernel)
     assert cut is not None
     cut = dataclasses.replace(cut, columns=cut.columns // 2)
     rows, steps, blocks = _rows(n), width // cut.step, columns // cut.columns
 
-    def program(x_ref, gate_ref, up_ref, out_ref) -> None:
-        seen = jax.lax.broadcasted_iota(jnp.int32, (rows, cut.step), 0) < n
-
-        def add(i, totals):
-            at = pl.ds(i * cut.step, cut.step)
-            some = triton.load(x_ref.at[pl.ds(0, rows), at], mask=seen, other=0)
-            return tuple(
-                total + jnp.dot(some, ref[at, :], preferred_element_type=jnp.float32)
-                for total, ref in zip(totals, (gate_ref, up_ref), strict=True)
-            )
-
-        zeros = jnp.zeros((rows, cut.columns), jnp.float32)
-        totals = jax.lax.fori_loop(jnp.int32(0), jnp.int32(steps), add, (zeros, zeros))
+    def program(x_ref, *rest) -> None:
+        *matrices, out_ref = rest
+        both = _walk(x_ref, matrices[:2], matrices[2:], n, rows, cut, 0, steps)
         # Rounded as a product is that another kernel reads.
-        gate, up = (total.astype(x.dtype).astype(jnp.float32) for total in totals)
+        gate, up = (total.astype(x.dtype).astype(jnp.float32) for total in both)
         _put(out_ref, gate / (1 + jnp.exp(-gate)) * up, n)
 
-    flat = kernel.reshape(width, -1)
+    kernel = kernel.reshape((2 * columns, width) if turned else (width, 2 * columns))
+    halves = [lambda i: i, lambda i: blocks + i]
+    if turned:
+        specs = [pl.BlockSpec((cut.columns, width), lambda i, at=at: (at(i), 0)) for at in halves]
+    else:
+        specs = [pl.BlockSpec((width, cut.columns), lambda i, at=at: (0, at(i))) for at in halves]
+    scales = [] if scale is None else [scale.reshape(-1)] * 2
+    of_scales = [pl.BlockSpec((cut.columns,), lambda i, at=at: (at(i),)) for at in halves]
     return pl.pallas_call(
         program,
         grid=(blocks,),
         in_specs=[
             pl.BlockSpec((n, width), lambda _: (0, 0)),
-            pl.BlockSpec((width, cut.columns), lambda i: (0, i)),
-            pl.BlockSpec((width, cut.columns), lambda i: (0, blocks + i)),
+            *specs,
+            *of_scales[: len(scales)],
         ],
         out_specs=pl.BlockSpec((n, cut.columns), lambda i: (0, i)),
         out_shape=jax.ShapeDtypeStruct((n, columns), x.dtype),
         compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
         interpret=device.INTERPRET,
         name="gated",
-    )(x, flat, flat)
+    )(x, kernel, kernel, *scales)
 
 
 def _rows(n: int) -> int:
     return next(size for size in _ROWS if size >= n)
 
 
-def _walk(x_ref, kernel_ref, n: int, rows: int, cut: Tile, first, steps: int) -> jax.Array:
-    """The product of all rows by a program's columns, over some steps down the matrix."""
+def _walk(
+    x_ref, kernel_refs, scale_refs, n: int, rows: int, cut: Tile, first, steps: int
+) -> tuple[jax.Array, ...]:
+    """Products of all rows by a program's columns of some matrices, over some steps down them."""
     seen = jax.lax.broadcasted_iota(jnp.int32, (rows, cut.step), 0) < n
 
-    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+    def add(i: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         at = pl.ds((first + i) * cut.step, cut.step)
         some = triton.load(x_ref.at[pl.ds(0, rows), at], mask=seen, other=0)
-        return total + jnp.dot(
-            some, kernel_ref[at, :].astype(some.dtype), preferred_element_type=jnp.float32
+        matrices = [
+            ref[:, at].astype(some.dtype).T if scale_refs else ref[at, :] for ref in kernel_refs
+        ]
+        return tuple(
+            total + jnp.dot(some, matrix, preferred_element_type=jnp.float32)
+            for total, matrix in zip(totals, matrices, strict=True)
         )
 
-    total = jnp.zeros((rows, cut.columns), jnp.float32)
-    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(steps), add, total)
+    zeros = (jnp.zeros((rows, cut.columns), jnp.float32),) * len(kernel_refs)
+    totals = jax.lax.fori_loop(jnp.int32(0), jnp.int32(steps), add, zeros)
+    if not scale_refs:
+        return totals
+    return tuple(
+        total * jnp.broadcast_to(ref[...][None], total.shape)
+        for total, ref in zip(totals, scale_refs, strict=True)
+    )
 
 
 def _put(out_ref, total: jax.Array, n: int) -> None:

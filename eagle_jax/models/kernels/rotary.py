@@ -30,7 +30,7 @@ def split(
     """Queries by key head (token by token, its g heads in order), keys, values.
 
     Args:
-        parts: of the product by a kernel [d, k, (g + 2) e].
+        parts: of the product by a kernel [d, k (g + 2) e].
         cos, sin: of every token's angles.
         heads: k, g + 2, e; the g queries of a key head come before its key and its value.
         dtype: of the results.

@@ -113,7 +113,7 @@ def _search(values: jax.Array, places: jax.Array, k: int, kept: int) -> tuple[ja
 def _call(program: Any, **shapes: Any) -> Any:
     return pl.pallas_call(
         program,
-        compiler_params=triton.CompilerParams(num_warps=1),  # others would wait every turn
+        compiler_params=triton.CompilerParams(num_warps=4),
         interpret=device.INTERPRET,
         name="top",
         **shapes,
