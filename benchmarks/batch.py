@@ -200,11 +200,12 @@ def main() -> None:
 
     methods = methods_of(args)
     params = shapes.random_params(args.shape, args.methods, args.quantize)
+    print("Acceptance is SIMULATED, by rates: weights are random. The cost of rounds is real.")
     rows = []
     for batch in dict.fromkeys(args.batch):
-        rows += measure(params, methods, batch, args)
+        rows += (found := measure(params, methods, batch, args))
+        common.table(found)  # all of them take minutes: whoever stops has these
         engine.forget()  # the next size compiles its own, and needs the memory
-    print("Acceptance is SIMULATED, by rates: weights are random. The cost of rounds is real.")
     common.report(
         rows,
         benchmark="batch",

@@ -132,12 +132,18 @@ def driver() -> str | None:
 
 def report(rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
     """Prints rows as a table, then everything as one line of JSON."""
+    table(rows)
+    print(json.dumps({**more, "rows": list(rows)}), flush=True)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints rows under the names of their fields."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
-    print(json.dumps({**more, "rows": list(rows)}), flush=True)
+    sys.stdout.flush()
 
 
 def _cell(value: Any) -> str:

@@ -27,8 +27,8 @@ from eagle_jax.models import kernels, quantize
 from eagle_jax.models.kernels import device
 from eagle_jax.models.kernels.product import Tile, product, tile
 
-_BYTES = 2**30  # of matrices that are read in turn
-_CUTS = ((128, 64), (64, 64), (64, 128), (128, 32), (128, 128), (256, 64), (32, 128))
+_BYTES = 2**28  # of matrices that are read in turn: more than any cache holds
+_CUTS = ((128, 64), (64, 64), (64, 128), (128, 32), (128, 128), (256, 64), (32, 128), (64, 256))
 _PARTS = (1, 2, 4, 8)
 
 
@@ -95,7 +95,8 @@ def sweep(shape: tuple[int, int], rows: int, small: bool, args: Any) -> dict[str
     x = shapes.draw(jax.random.key(99), (rows, width), 0.0, 1.0, jnp.bfloat16)
 
     def xla(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        axes = (-1, -1 if small else 0)
+        return jnp.tensordot(x, kernel.astype(x.dtype), axes, preferred_element_type=jnp.float32)
 
     def own(x: jax.Array, kernel: jax.Array, cut: Tile) -> jax.Array:
         return jnp.sum(product(x, kernel, scale, cut), axis=0)
@@ -125,6 +126,22 @@ def _said(cut: Tile) -> str:
     return f"{cut.columns}x{cut.step} p{cut.parts} w{cut.warps}"
 
 
+def swept(args: Any) -> list[dict[str, Any]]:
+    """Every matrix at every number of rows."""
+    with kernels.decoding():
+        if not device.usable(jnp.zeros((1, 64), jnp.bfloat16)):
+            raise ValueError("no kernels here: they want an NVIDIA GPU; --shape tiny runs anywhere")
+        if args.quantize not in (None, "int8"):
+            raise ValueError(f"--quantize {args.quantize}: use int8")
+        args.copy = common.copy_bandwidth()
+        return [
+            {"matrix": name, **sweep(shape, rows, args.quantize is not None, args)}
+            for name, shape in matrices(args.shape).items()
+            if args.matrices is None or name in args.matrices
+            for rows in args.rows
+        ]
+
+
 def main() -> None:
     """Sweep every matrix."""
     parser = common.parser(__doc__, "--shape", "--repeats", "--quantize", "--threads")
@@ -132,18 +149,10 @@ def main() -> None:
     parser.add_argument("--matrices", nargs="+", choices=tuple(matrices("tiny")), metavar="M")
     args = parser.parse_args()
     device.INTERPRET = args.shape == "tiny" and jax.default_backend() == "cpu"
-    x = jnp.zeros((1, 64), jnp.bfloat16)
-    with kernels.decoding():
-        if not device.usable(x):
-            raise ValueError("no kernels here: they want an NVIDIA GPU; --shape tiny runs anywhere")
-        if args.quantize not in (None, "int8"):
-            raise ValueError(f"--quantize {args.quantize}: use int8")
-        args.copy = common.copy_bandwidth()
-        found = []
-        for name, shape in matrices(args.shape).items():
-            for rows in args.rows if args.matrices is None or name in args.matrices else ():
-                row = sweep(shape, rows, args.quantize is not None, args)
-                found.append({"matrix": name, **row})
+    try:
+        found = swept(args)
+    finally:
+        device.INTERPRET = False  # whatever runs in this process afterwards
     common.report(
         found,
         benchmark="cuts",

@@ -5,12 +5,13 @@
 
 1. measures the speed of every training (benchmarks/train.py, random weights), writes into plan.json
    how many steps fit into its minutes, so that every schedule is finished, and the configurations;
-2. train/pair.py: the target, its own answers, EAGLE-1, EAGLE-3 and Medusa on them, evaluation;
+2. train/pair.py: the target, then EAGLE-1, EAGLE-3 and Medusa at once, evaluation;
 3. benchmarks/pair.py: the table, and EAGLE over Lookahead and over Medusa.
 
 Start the same command again after an interruption: it goes on where it was. SIGTERM and Ctrl-C save
-the step in flight first. Options that are not listed go to train/pair.py (`--prompts 2000`, ...).
-The disk gets one checkpoint of each training (9 GB of the target's; two while one is written).
+the step in flight first. Options that are not listed go to train/pair.py (`--prompts 2000`: drafts
+learn from so many of the target's own answers too). The disk gets one checkpoint of each training
+(13 GB of the target's; two while one is written).
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from eagle_jax import settings
 from eagle_jax.config import TrainConfig
 
 _USED = 0.9  # of the minutes: the rest is compilation, validation, checkpoints
-_ANSWERS = ["--prompts", "6000", "--batch-size", "512", "--new-tokens", "256"]
-_EVAL = ["limit=5", "longest_prompt=256", "repeats=2"]
+# Answers of the target's own cost as much as a training: the shipped pair's EAGLE-1 learned as much
+# from the fixed text alone (its card).
+_PAIR = ["--together", "--prompts", "0", "--batch-size", "512"]
+_EVAL = ["limit=10", "longest_prompt=256", "compile_threads=12"]
 _CONFIG = """from eagle_jax import settings
 from eagle_jax.config import TrainConfig
 from eagle_jax.evaluate import EvalConfig
@@ -84,15 +87,15 @@ def plan(names: list[str], args: Any) -> dict[str, int]:
     """Steps of each training; what was planned before stays."""
     path = args.output / "plan.json"
     steps: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
-    for name in names:
-        if name in steps:
-            continue
-        minutes = args.target_minutes if name == "target" else args.draft_minutes
-        command = ["benchmarks/train.py", "--config", str(args.configs / f"{name}.py")]
-        command += ["--target-config", str(args.configs / "target.py"), "--repeats", "2"]
+    if new := [name for name in names if name not in steps]:
+        command = ["benchmarks/train.py", "--repeats", "2", "--config"]
+        command += [str(args.configs / f"{name}.py") for name in new]
+        command += ["--target-config", str(args.configs / "target.py")]
         command += [word for item in args.set for word in ("--set", item)]
-        ms = common.last_json(call(*command))["rows"][0]["ms"]
-        steps[name] = max(1, int(_USED * minutes * 60e3 / ms))
+        for row in common.last_json(call(*command))["rows"]:
+            name = row["objective"]
+            minutes = args.target_minutes if name == "target" else args.draft_minutes
+            steps[name] = max(1, int(_USED * minutes * 60e3 / row["ms"]))
         path.write_text(json.dumps(steps) + "\n")
     return steps
 
@@ -120,7 +123,7 @@ def main() -> None:
     parser.add_argument("--eval", help="directory of question files; default: our own prompts")
     parser.add_argument("--output", default=Path("runs/large"), type=Path)
     parser.add_argument("--configs", default=common.ROOT / "configs/large", type=Path)
-    parser.add_argument("--eval-config", default=common.ROOT / "configs/eval/tiny.py", type=Path)
+    parser.add_argument("--eval-config", default=common.ROOT / "configs/eval/large.py", type=Path)
     parser.add_argument("--target-minutes", default=10.0, type=float)
     parser.add_argument("--draft-minutes", default=3.0, type=float, help="each")
     parser.add_argument("--drafts", nargs="+", default=["eagle", "eagle3", "medusa"])
@@ -143,7 +146,7 @@ def main() -> None:
     if (args.output / "target" / "export").is_dir():
         command += ["--target", str(args.output / "target" / "export")]
     command += [word for item in args.set for word in ("--set", item)]
-    call(*command, *_ANSWERS, *further)
+    call(*command, *_PAIR, *further)
     call("benchmarks/pair.py", "--results", str(args.output / "evaluation" / "results.json"))
 
 

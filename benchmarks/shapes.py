@@ -118,7 +118,7 @@ def random_weights(
         elif jnp.issubdtype(like[name].dtype, jnp.integer):  # a draft vocabulary's table
             out[name] = jnp.asarray(offsets(getattr(config, "vocab_size", 0), *shape))
         elif kernel is not None and kernel.dtype == jnp.int8:  # its scales stay float32
-            std = (3 / kernel.shape[0]) ** 0.5 / 127
+            std = (3 / kernel.shape[-1]) ** 0.5 / 127
             out[name] = draw(key, shape, std, 0.1 * std, jnp.float32)
         elif len(shape) == 1:
             out[name] = draw(key, shape, float(name.endswith("scale")), 0.1, dtype)
@@ -134,6 +134,17 @@ def offsets(vocab: int, size: int) -> np.ndarray:
     return index * (vocab // size) - index
 
 
+def _for_decoding(config: Any) -> Any:
+    """In the layout that `load` chooses on one device."""
+    layout: dict[str, Any] = {"fused": True}
+    if "fused_qkv" in {field.name for field in dataclasses.fields(config)}:
+        # Older versions of the package have neither the field nor, some of them, the kernels.
+        from eagle_jax.models import kernels
+
+        layout["fused_qkv"] = kernels.expected(jnp.dtype(common.default_dtype()), devices=1)
+    return dataclasses.replace(config, **layout)
+
+
 def random_params(
     shape: str,
     kinds: Sequence[str] = (),
@@ -147,7 +158,7 @@ def random_params(
         ValueError: this version of the package cannot store weights as `quantize` says, or as in
             `draft_configs`; there are not so many layers.
     """
-    target = dataclasses.replace(SHAPES[shape], fused=True)
+    target = _for_decoding(SHAPES[shape])
     if layers is not None:
         most, least = target.num_hidden_layers, 2 if "eagle3" in kinds else 1
         if not least <= layers <= most:
@@ -163,6 +174,6 @@ def random_params(
         if isinstance(config, Eagle3Config) and layers is not None:
             config = dataclasses.replace(config, aux_layers=(0, layers // 2, layers))
         if not isinstance(config, MedusaConfig):
-            config = dataclasses.replace(config, fused=True)
+            config = _for_decoding(config)
         drafts[kind] = Draft(random_weights(DRAFTS[kind], config, 1), config)
     return Params(random_weights(Transformer, target), drafts, target)

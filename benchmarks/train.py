@@ -1,12 +1,12 @@
 """How fast does a draft train? Tokens/s and MFU of the trainer's own jitted step.
 
     python benchmarks/train.py --shape 7b --batch 4 --attention cudnn
-    python benchmarks/train.py --config configs/large/eagle.py \\
+    python benchmarks/train.py --config configs/large/target.py configs/large/eagle.py \\
         --target-config configs/large/target.py
 
 A frozen target of that shape with random weights runs in every step (online training), on random
-tokens: no text, no reader. `--config` measures a run's own configuration instead (its batch,
-length, kernel; its target is the model of `--target-config`). Tokens are positions of the batch;
+tokens: no text, no reader. `--config` measures the own configurations of runs instead (their batch,
+length, kernel; their target is the model of `--target-config`). Tokens are positions of the batch;
 MFU counts model FLOPs as training reports them, recomputation not counted, over the device's peak.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import common
@@ -133,7 +134,7 @@ def main() -> None:
     parser.add_argument("--steps", type=common.positive, default=5, help="of one timed call")
     parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla")
     parser.add_argument("--remat", action="store_true", help="recompute activations")
-    parser.add_argument("--config", help="a run's configuration, in place of the synthetic ones")
+    parser.add_argument("--config", nargs="+", help="of runs, in place of the synthetic ones")
     parser.add_argument("--target-config", help="of the target's training, for its architecture")
     parser.add_argument("--set", action="append", default=[], help="override, with --config")
     args = parser.parse_args()
@@ -141,15 +142,15 @@ def main() -> None:
     target = shapes.SHAPES[args.shape]
     runs = {kind: synthetic(kind, args) for kind in args.objectives}
     if args.config:
-        config = settings.load(args.config, args.set, kind=TrainConfig)
-        runs = {type(config.objective).__name__: config}
-        model = settings.load(args.target_config or args.config, kind=TrainConfig).objective
+        runs = {
+            Path(path).stem: settings.load(path, args.set, kind=TrainConfig) for path in args.config
+        }
+        model = settings.load(args.target_config or args.config[0], kind=TrainConfig).objective
         if not isinstance(model, NextToken):
             raise ValueError(f"--target-config {args.target_config}: give that of the target's run")
         target = dataclasses.replace(model.model, fused=False)
-    first = next(iter(runs.values()))
-    frozen = {}
-    if not isinstance(first.objective, NextToken):
+    first, frozen = next(iter(runs.values())), {}
+    if any(not isinstance(config.objective, NextToken) for config in runs.values()):
         frozen = shapes.random_weights(Transformer, target, dtype=first.compute_dtype)
     jobs = {name: Steps(config, target, frozen, args.steps) for name, config in runs.items()}
     ms = common.interleave(jobs, args.repeats)

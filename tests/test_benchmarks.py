@@ -20,6 +20,7 @@ from eagle_jax.decode.method import Accepted, Context
 from eagle_jax.decode.sampling import sampling
 from eagle_jax.decode.tree import Proposal
 from eagle_jax.evaluate import EvalConfig
+from eagle_jax.models.kernels import device
 
 ROOT = tiny_pair.ROOT
 FOLDER = ROOT / "benchmarks"
@@ -209,6 +210,17 @@ def test_the_simulated_rule_is_as_published(module) -> None:
             batch.tree_of(name, likely)
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_models_lie_as_load_lays_them(module, monkeypatch, gpu: bool) -> None:
+    """Catches a benchmark of GPUs whose models lie otherwise than those that are loaded there."""
+    monkeypatch.setattr(device, "_gpu", lambda: gpu)
+    monkeypatch.setattr(module("common"), "default_dtype", lambda: jnp.bfloat16)
+    params = module("shapes").random_params("tiny", ["eagle"])
+    for model in (params.target, params.drafts["eagle"].params):
+        assert any("gate_up_proj" in name for name in model)
+        assert any("qkv_proj" in name for name in model) == gpu
+
+
 def test_a_draft_vocabulary_is_eagles(module) -> None:
     """Catches an option that changes nothing, or EAGLE-3 as well."""
     shapes = module("shapes")
@@ -294,7 +306,8 @@ def test_large_pair_plans_by_the_clock_and_goes_on(module, tmp_path, monkeypatch
 
     def call(*command: str) -> str:
         calls.append(list(command))
-        return json.dumps({"rows": [{"ms": 540.0}]})
+        names = ("target", "eagle", "eagle3", "medusa")
+        return json.dumps({"rows": [{"objective": name, "ms": 540.0} for name in names]})
 
     monkeypatch.setattr(large_pair, "call", call)
     out = tmp_path / "out"
@@ -303,21 +316,19 @@ def test_large_pair_plans_by_the_clock_and_goes_on(module, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["large_pair.py", *options, "--prompts", "7"])
 
     large_pair.main()
-    assert [command[0] for command in calls] == ["benchmarks/train.py"] * 4 + [
-        "train/pair.py",
-        "benchmarks/pair.py",
-    ]
-    assert calls[4][-2:] == ["--prompts", "7"] and "--target" not in calls[4]
+    programs = ["benchmarks/train.py", "train/pair.py", "benchmarks/pair.py"]
+    assert [command[0] for command in calls] == programs
+    assert calls[1][-2:] == ["--prompts", "7"] and "--target" not in calls[1]
     config = settings.load(out / "configs" / "target.py", kind=TrainConfig)
     assert (config.optim.steps, config.eval_every, config.checkpoint_every) == (600, 150, 200)
     assert settings.load(out / "configs" / "eagle3.py", kind=TrainConfig).optim.steps == 300
-    assert settings.load(out / "configs" / "eval.py", kind=EvalConfig).limit == 5
+    assert settings.load(out / "configs" / "eval.py", kind=EvalConfig).limit == 10
 
     calls.clear()
     (out / "target" / "export").mkdir(parents=True)
     (out / "model" / "eagle").mkdir(parents=True)
     large_pair.main()
-    assert [command[0] for command in calls] == ["train/pair.py", "benchmarks/pair.py"]
+    assert [command[0] for command in calls] == programs[1:]
     drafts = calls[0].index("--drafts")
     assert calls[0][drafts + 1 : drafts + 3] == ["eagle3", "medusa"]
     assert calls[0][calls[0].index("--target") + 1] == str(out / "target" / "export")

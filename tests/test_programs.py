@@ -4,6 +4,7 @@ Those of benchmarks/ are in test_benchmarks.py.
 """
 
 import ast
+import functools
 import json
 import re
 import subprocess
@@ -22,6 +23,7 @@ ROOT = tiny_pair.ROOT
 FOLDERS = ("train", "decode", "benchmarks")
 LINES = {"train": 90, "decode": 90, "benchmarks": 220}
 RUN = {
+    "train/answers.py",  # by the pipeline
     "train/medusa_tree.py",
     "train/tokenizer.py",  # by test_train_tokenizer.py
     "train/pair.py",
@@ -160,15 +162,25 @@ def test_the_whole_pipeline(tmp_path, questions) -> None:
     command = [sys.executable, "train/pair.py", "--configs", str(configs), "--drafts", "eagle"]
     command += ["--eval-config", str(configs / "eval.py")]
     command += ["--data", target.data.train[0], "--validation", target.data.validation[0]]
-    command += ["--eval", questions, "--output", str(tmp_path / "runs"), "--prompts", "6"]
-    command += ["--batch-size", "4", "--new-tokens", "16", "--set", "eval_batches=1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command += ["--eval", questions, "--output", str(tmp_path / "runs"), "--batch-size", "4"]
+    command += ["--new-tokens", "16", "--set", "eval_batches=1", "--together"]
+    run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run([*command, "--prompts", "6"])
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert {row["answers"] for row in result["rows"]} == {2} and result["lossless"]
     for name in ("answers-0", "answers-1", "answers-2"):
         assert len((tmp_path / "runs" / f"{name}.jsonl").read_bytes().splitlines()) == 6
     assert set(load(tmp_path / "runs" / "model").drafts) == {"eagle"}
+
+    # What fails is told when what runs beside it has ended; without answers nothing is decoded.
+    command += ["--target", str(tmp_path / "runs" / "target" / "export"), "--prompts", "0"]
+    done = run([*command, "--output", str(tmp_path / "more"), "--drafts", "eagle", "absent"])
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"{tmp_path}/more/absent.log: status 2; the file says why"
+    assert "absent.py" in (tmp_path / "more" / "absent.log").read_text()
+    assert (tmp_path / "more" / "eagle" / "export").is_dir()
+    assert not list((tmp_path / "more").glob("answers*"))
 
 
 def test_medusa_tree(tiny_model) -> None:

@@ -3,38 +3,44 @@
     python train/pair.py --data data/open.jsonl.gz --validation data/open_val.jsonl \\
         --eval data --output runs/tiny --set attention=cudnn
 
-`--target DIR` keeps a target that there is. All drafts see the same text for the same number of
-steps. Everything resumes: start it again after an interruption. Ends in evaluation's JSON line.
+`--target DIR` keeps a target that there is; `--prompts 0` skips its answers. All drafts see the
+same text; `--together` trains them at once, so that loading and compiling overlap. Everything
+resumes: start it again after an interruption. Ends in evaluation's JSON line.
 """
 
 import argparse
-import json
-import random
+import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from eagle_jax.text import Tokenizer, read_prompts
-
-# The draft shall imitate every way of decoding: temperature and seed of the answers it learns from.
-ANSWERS = (("0.0", "0"), ("1.0", "1000000"), ("1.0", "2000000"))
 DRAFTS = ("eagle", "eagle3", "medusa", "model")
 
 
-def sample_prompts(source: str, target: Path, tokenizer: Tokenizer, longest: int) -> None:
-    """Distinct first user turns of at most `longest` tokens, shuffled with a fixed seed."""
-    firsts = {json.dumps([turns[0]]): turns[:1] for turns in read_prompts(source)}
-    kept = [turns for turns in firsts.values() if len(tokenizer.chat(turns)) <= longest]
-    random.Random(0).shuffle(kept)
-    target.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in kept))
+def run(*jobs: tuple[Path, list[str]], together: bool = False) -> None:
+    """The project's own commands, echoed: in turn, or at once, their progress in the files named.
 
+    One that fails ends the program, after those beside it.
+    """
+    # Alone a process takes most of the device's memory when it starts.
+    shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
 
-def run(module: str, *arguments: str) -> None:
-    """One of the project's own commands, echoed."""
-    command = [sys.executable, *module.split(), *arguments]
-    print("$", " ".join(command[1:]), flush=True)
-    subprocess.run(command, check=True)
+    def status(job: tuple[Path, list[str]]) -> int:
+        log, command = job
+        print("$", *command, f"2> {log}" if together else "", flush=True)
+        if not together:
+            return subprocess.run([sys.executable, *command]).returncode
+        with log.open("wb") as errors:
+            return subprocess.run([sys.executable, *command], stderr=errors, env=shared).returncode
+
+    with ThreadPoolExecutor() as pool:
+        for (log, _), code in zip(jobs, (pool.map if together else map)(status, jobs), strict=True):
+            if code and together:
+                print(f"{log}: status {code}; the file says why", file=sys.stderr)
+            if code:
+                raise SystemExit(code if code > 0 else 128 - code)
 
 
 def main() -> None:
@@ -49,40 +55,35 @@ def main() -> None:
     parser.add_argument("--target", type=Path, help="a trained target, instead of training one")
     parser.add_argument("--drafts", nargs="+", default=DRAFTS, help="by name of their config")
     parser.add_argument("--prompts", default=40000, type=int, help="prompts the target answers")
-    parser.add_argument("--batch-size", default=1024, type=int, help="rows decoded together")
+    parser.add_argument("--batch-size", default=1024, type=int, help="answers at once")
     parser.add_argument("--new-tokens", default=380, type=int, help="longest answer")
+    parser.add_argument("--together", action="store_true", help="train the drafts at once")
     parser.add_argument("--set", action="append", default=[], help="override, for all trainings")
     args = parser.parse_args()
     out, model = args.output, args.output / "model"
     out.mkdir(parents=True, exist_ok=True)
-    shared = [f"data.validation=({args.validation!r},)", *args.set]
 
-    def train(config: str, *sets: str) -> None:
-        overrides = [word for item in (*sets, *shared) for word in ("--set", item)]
-        run("-m eagle_jax.train", "--config", str(args.configs / config), *overrides)
+    def training(name: str, *sets: str) -> tuple[Path, list[str]]:
+        command = ["-m", "eagle_jax.train", "--config", str(args.configs / f"{name}.py")]
+        shared = [f"output_dir={out}/{name}", f"data.validation=({args.validation!r},)", *args.set]
+        return out / f"{name}.log", command + [f"--set={item}" for item in (*sets, *shared)]
 
     if args.target is None:
-        train("target.py", f"data.train=({args.data!r},)", f"output_dir={out}/target")
+        run(training("target", f"data.train=({args.data!r},)"))
     shutil.copytree(args.target or out / "target/export", model / "target", dirs_exist_ok=True)
-
-    prompts = out / "prompts.jsonl"
-    if not prompts.exists():
-        sample_prompts(args.data, prompts, Tokenizer.load(model / "target"), longest=128)
-    texts = [args.data]
-    for number, (temperature, seed) in enumerate(ANSWERS):
-        texts.append(f"{out}/answers-{number}.jsonl")
-        options = ["--method", "vanilla", "--temperature", temperature, "--seed", seed]
-        options += ["--limit", str(args.prompts), "--batch-size", str(args.batch_size)]
-        options += ["--max-new-tokens", str(args.new_tokens), "--model", str(model / "target")]
-        run("-m eagle_jax.decode", "--input", str(prompts), "--output", texts[-1], *options)
-
+    if args.prompts:
+        command = ["train/answers.py", "--model", str(model / "target"), "--data", args.data]
+        for name in ("output", "prompts", "batch_size", "new_tokens"):
+            command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+        run((out / "answers.log", command))
+    texts = [args.data, *map(str, sorted(out.glob("answers-?.jsonl")) if args.prompts else ())]
+    sets = f"data.train=({','.join(map(repr, texts))},)", f"objective.target={model}/target"
+    run(*(training(name, *sets) for name in args.drafts), together=args.together)
     for name in args.drafts:
-        sources = f"data.train=({','.join(map(repr, texts))})"
-        train(f"{name}.py", sources, f"objective.target={model}/target", f"output_dir={out}/{name}")
         shutil.copytree(out / name / "export", model / name, dirs_exist_ok=True)
-    data = ["--data", args.eval] if args.eval else []
-    options = ["--config", args.eval_config, "--set", f"model={model}", *data]
-    run("-m eagle_jax.evaluate", *options, "--output", str(out / "evaluation"))
+    command = ["-m", "eagle_jax.evaluate", "--config", args.eval_config]
+    command += ["--set", f"model={model}", "--output", str(out / "evaluation")]
+    run((out / "evaluation.log", command + (["--data", args.eval] if args.eval else [])))
 
 
 if __name__ == "__main__":

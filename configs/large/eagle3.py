@@ -1,7 +1,7 @@
 """The EAGLE-3 draft of `configs/large/target.py`; benchmarks/large_pair.py trains it.
 
 Objective as in `configs/tiny/eagle3.py`; the fused layers are the official rule's: 2, L // 2,
-L - 3.
+L - 3. The MLP as in `configs/large/eagle.py`.
 """
 
 from eagle_jax.config import DataConfig, Eagle3Config, OptimConfig, TrainConfig, TrainingTimeTest
@@ -13,11 +13,11 @@ config = TrainConfig(
             vocab_size=8192,
             draft_vocab_size=5120,
             hidden_size=2048,
-            intermediate_size=5632,
+            intermediate_size=2816,
             num_attention_heads=16,
-            num_key_value_heads=8,
+            num_key_value_heads=4,
             head_dim=128,
-            aux_layers=(2, 8, 13),
+            aux_layers=(2, 12, 21),
             fc_norm=True,
             norm_output=True,
         ),

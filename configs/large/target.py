@@ -1,4 +1,4 @@
-"""A target of 0.77 billion parameters, whose pass one GPU's memory bounds and not its launches.
+"""A target of 1.1 billion parameters, whose pass one GPU's memory bounds more than its launches do.
 
     python benchmarks/large_pair.py --data data/open.jsonl.gz --validation data/open_val.jsonl
 
@@ -16,9 +16,9 @@ config = TrainConfig(
             vocab_size=8192,
             hidden_size=2048,
             intermediate_size=5632,
-            num_hidden_layers=16,
+            num_hidden_layers=24,
             num_attention_heads=16,
-            num_key_value_heads=8,
+            num_key_value_heads=4,
             head_dim=128,
             max_position_embeddings=2048,
             tie_word_embeddings=True,
@@ -29,7 +29,7 @@ config = TrainConfig(
         validation=("data/open_val.jsonl",),
         tokenizer="eagle_jax/pretrained/tiny/target",
         sequence_length=1024,
-        batch_size=16,
+        batch_size=8,
     ),
     optim=OptimConfig(
         learning_rate=6e-4,

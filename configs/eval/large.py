@@ -1,0 +1,44 @@
+"""The pair of benchmarks/large_pair.py: the EAGLE family by several trees, and what it is to beat.
+
+python benchmarks/pair.py --config configs/eval/large.py --model runs/large/model --data DIR
+"""
+
+from eagle_jax.decode import (
+    DynamicTree,
+    Eagle,
+    EagleLookup,
+    Lookahead,
+    Medusa,
+    PromptLookup,
+    Recycling,
+    Vanilla,
+    chain,
+)
+from eagle_jax.decode.tree import MC_SIM_7B_63
+from eagle_jax.evaluate import EvalConfig
+
+config = EvalConfig(
+    output_dir="runs/large/evaluation",
+    model="runs/large/model",
+    methods=(
+        ("vanilla", Vanilla()),
+        ("eagle3", Eagle(DynamicTree(depth=8, k=10, drafted=59), head="eagle3")),
+        ("eagle3 depth 6", Eagle(DynamicTree(depth=6, k=10, drafted=59), head="eagle3")),
+        ("eagle3 depth 5", Eagle(DynamicTree(depth=5, k=8, drafted=31), head="eagle3")),
+        ("eagle3 static", Eagle(MC_SIM_7B_63, head="eagle3")),
+        ("eagle3 chain-5", Eagle(chain(5), head="eagle3")),
+        ("eagle2", Eagle(DynamicTree(depth=6, k=10, drafted=59))),
+        ("eagle2 depth 5", Eagle(DynamicTree(depth=5, k=8, drafted=31))),
+        ("eagle", Eagle(MC_SIM_7B_63)),
+        ("eagle chain-5", Eagle(chain(5))),
+        ("eagle lookup", EagleLookup(Eagle(DynamicTree(depth=6, k=10, drafted=59)))),
+        ("medusa", Medusa()),
+        ("lookahead", Lookahead(ngram=5, window=7, guesses=7)),
+        ("prompt lookup", PromptLookup()),
+        ("recycling", Recycling()),
+    ),
+    temperatures=(0.0, 1.0),
+    new_tokens=128,
+    repeats=2,
+    step_times=(1, 64),
+)
