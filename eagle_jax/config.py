@@ -226,6 +226,7 @@ class EagleConfig:
         bias: `fc` has a bias (the published default; Llama-3 heads have none).
         draft_vocab_size: how many of the target's tokens are drafted, through columns of its head;
             `d2t` maps them to the target's. None: all.
+        quantize: as in `TransformerConfig`, of all its matrices; in memory only.
     """
 
     vocab_size: int
@@ -242,6 +243,7 @@ class EagleConfig:
     bias: bool = True
     rope_scaling: RopeScaling | None = None
     draft_vocab_size: int | None = None
+    quantize: Literal["int8"] | None = None
 
     kind: ClassVar[str] = "eagle"
 
@@ -277,6 +279,7 @@ class Eagle3Config:
         norm_output: the state fed back to the next draft step is the normed one (EAGLE-3.1).
         target_hidden_size: the target's width where it is not the draft's; such a draft has an
             embedding of its own.
+        quantize: as in `TransformerConfig`, of all its matrices; in memory only.
     """
 
     vocab_size: int
@@ -296,6 +299,7 @@ class Eagle3Config:
     norm_output: bool = False
     rope_scaling: RopeScaling | None = None
     target_hidden_size: int | None = None
+    quantize: Literal["int8"] | None = None
 
     kind: ClassVar[str] = "eagle3"
 
@@ -339,6 +343,7 @@ class MedusaConfig:
             otherwise its own vocabulary head, as published heads do. (Without that matrix a head
             would hardly do: a residual block cannot take away what its input says of the token
             that comes first.)
+        quantize: as in `TransformerConfig`, of all matrices of the heads; in memory only.
     """
 
     vocab_size: int
@@ -346,6 +351,7 @@ class MedusaConfig:
     num_heads: int = 4
     num_layers: int = 1
     tie_lm_head: bool = False
+    quantize: Literal["int8"] | None = None
 
     kind: ClassVar[str] = "medusa"
 

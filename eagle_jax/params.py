@@ -72,6 +72,12 @@ class Params:
         """How the target's matrices are stored: "int8", or None as floats."""
         return self.target_config.quantize
 
+    @property
+    def quantize_drafts(self) -> str | None:
+        """The same of the drafts, which `load` stores alike."""
+        found = {draft.config.quantize for draft in self.drafts.values()}
+        return next(iter(found - {None}), None)
+
     def only(self, kind: str | None) -> Params:
         """Without what would be arguments of a program for nothing: drafts of other kinds, and the
         place, which is no part of a program at all."""
@@ -86,6 +92,7 @@ def load(
     dtype: Any = None,
     sharding: Mesh | Sharding | None = None,
     quantize: str | None = None,
+    quantize_drafts: str | None = None,
 ) -> Params:
     """Load a target, its tokenizer and its drafts.
 
@@ -107,8 +114,11 @@ def load(
             sharding for all weights. By default whole to the default device.
         quantize: "int8" stores the matrices of the target's layers and its head in eight bits, with
             a scale for every output (`eagle_jax.models.quantize`). It is then another target, whose
-            text every method keeps. Embeddings, norms, biases and drafts stay as they are; a head
-            that is the embedding becomes a matrix of its own.
+            text every method keeps. Embeddings, norms and biases stay as they are; a head that is
+            the embedding becomes a matrix of its own.
+        quantize_drafts: the same of the drafts' matrices, EAGLE-1's copy of the target's head among
+            them. No text depends on it: a level of the tree reads half the bytes, and a draft
+            that rounds may guess a little worse.
 
     Raises:
         ValueError: unknown name, broken or incomplete files, files that differ from the
@@ -118,7 +128,8 @@ def load(
     Warns:
         UserWarning: a draft's file has another embedding than the target.
     """
-    quantization = quantisation.checked(quantize)
+    quantization = quantisation.checked("quantize", quantize)
+    of_drafts = quantisation.checked("quantize_drafts", quantize_drafts)
     root = find(name_or_path)
     target_dir = root / "target" if (root / "target").is_dir() else root
     on_cpu = jax.default_backend() == "cpu"
@@ -141,11 +152,14 @@ def load(
         if directories is own and parts:
             native.check_kinds(root, {path.name: parts[path.name] for path in own}, found)
         for kind, (config, params) in found.items():
+            if of_drafts is not None:
+                config, params = _with_all_tokens(config, params)
             params = layouts.with_head(config, params, target_config, target)
-            config, params = _for_decoding(config, params, untied=on_cpu, qkv=qkv)
-            drafts[kind] = Draft(
-                _place(params, config, dtype, _draft_place(config, sharding)), config
-            )
+            untied = on_cpu or of_drafts is not None
+            config, params = _for_decoding(config, params, untied=untied, qkv=qkv)
+            place = _draft_place(config, sharding)
+            placed = _place(params, config, dtype, place, of_drafts)
+            drafts[kind] = Draft(placed, dataclasses.replace(config, quantize=of_drafts))
     untied = on_cpu or quantization is not None
     target_config, target = _for_decoding(target_config, target, untied=untied, qkv=qkv)
     return Params(
@@ -265,6 +279,19 @@ def _tokens(path: Path) -> dict[int, str]:
     else:  # unigram: pairs of a token and its score, in order
         tokens = {index: entry[0] for index, entry in enumerate(vocabulary)}
     return tokens | {entry["id"]: entry["content"] for entry in content.get("added_tokens", [])}
+
+
+def _with_all_tokens(
+    config: DraftConfig, params: Mapping[str, Stored]
+) -> tuple[DraftConfig, Mapping[str, Stored]]:
+    """EAGLE-1 with a head of its own, which can be stored otherwise than the target's: the columns
+    of a draft vocabulary that has all tokens."""
+    if not isinstance(config, EagleConfig) or config.draft_vocab_size is not None:
+        return config, params
+    none = Stored(
+        (config.vocab_size,), np.dtype(np.int32), lambda: np.zeros(config.vocab_size, np.int32)
+    )
+    return dataclasses.replace(config, draft_vocab_size=config.vocab_size), {**params, "d2t": none}
 
 
 def _for_decoding(

@@ -1,4 +1,5 @@
-"""Int8 targets: the arithmetic, loading on one device and on several, and texts that stay equal."""
+"""Int8 targets and drafts: the arithmetic, loading on one device and on several, texts that stay
+equal."""
 
 import dataclasses
 import functools
@@ -22,11 +23,19 @@ from eagle_jax.config import TransformerConfig
 from eagle_jax.decode import engine, generate
 from eagle_jax.decode.batch import answer_file
 from eagle_jax.evaluate import EvalConfig, agreement, metrics
-from eagle_jax.models import Transformer, bind, cast, param_shapes, quantize
+from eagle_jax.models import DRAFTS, Transformer, bind, cast, param_shapes, quantize
 from eagle_jax.models.layers import matmul
 from eagle_jax.models.transformer import packed_mask
-from eagle_jax.params import Params
-from eagle_jax.testing import random_params, tiny_params, tiny_target
+from eagle_jax.params import Draft, Params
+from eagle_jax.testing import (
+    random_draft,
+    random_params,
+    tiny_draft,
+    tiny_eagle3,
+    tiny_medusa,
+    tiny_params,
+    tiny_target,
+)
 from eagle_jax.train import objectives
 
 HALF = 0.5 + 1e-4  # the quotient is rounded before it is rounded to a whole number
@@ -40,6 +49,20 @@ def small(params: Params) -> Params:
         params,
         target=quantize.quantize_params(params.target),
         target_config=dataclasses.replace(params.target_config, quantize="int8"),
+    )
+
+
+def small_drafts(params: Params) -> Params:
+    """With int8 drafts."""
+    return dataclasses.replace(
+        params,
+        drafts={
+            kind: Draft(
+                quantize.quantize_params(draft.params),
+                dataclasses.replace(draft.config, quantize="int8"),
+            )
+            for kind, draft in params.drafts.items()
+        },
     )
 
 
@@ -152,6 +175,46 @@ def test_what_is_quantised() -> None:
     assert half["embed_tokens.embedding"].dtype == jnp.bfloat16
 
 
+_WHOLE = tiny_target()
+DRAFTED = {
+    "eagle": tiny_draft(_WHOLE),
+    "eagle with a vocabulary": tiny_draft(_WHOLE, draft_vocab_size=20, fused=True, fused_qkv=True),
+    "eagle3": tiny_eagle3(_WHOLE, fc_norm=True),
+    "eagle3 fused": tiny_eagle3(_WHOLE, fused=True, fused_qkv=True, target_hidden_size=40),
+    "medusa": tiny_medusa(_WHOLE),
+    "medusa tied": tiny_medusa(_WHOLE, tie_lm_head=True, num_layers=2),
+}
+
+
+@pytest.mark.parametrize("name", DRAFTED)
+def test_a_draft_computes_with_the_weights_it_stands_for(name) -> None:
+    """Catches a matrix of a head that is left out, or multiplied without its scale."""
+    config = DRAFTED[name]
+    params = quantize.quantize_params(random_draft(config, 2).params)
+    eight, cls = dataclasses.replace(config, quantize="int8"), DRAFTS[config.kind]
+    shapes = {name: (x.shape, x.dtype) for name, x in param_shapes(cls, eight).items()}
+    assert shapes == {name: (x.shape, x.dtype) for name, x in params.items()}
+    matrices = [name for name, x in params.items() if x.ndim > 1 and x.dtype != jnp.int8]
+    assert not [name for name in matrices if name.endswith("kernel")]
+    floats = {"embed_tokens.embedding"} if "embed_tokens.embedding" in params else set()
+    assert {name for name in matrices if not name.endswith(quantize.SCALE)} == floats
+
+    target = bind(Transformer, _WHOLE, random_params(Transformer, _WHOLE, 1))
+    text = jnp.arange(6, dtype=jnp.int32)[None]
+
+    def scores(config, params):
+        draft = bind(cls, config, params)
+        if config.kind == "medusa":
+            return draft.logits(normal(1, 6, 32), target)
+        states = draft.fuse(normal(1, 6, 3 * config.feature_size if "3" in name else 32))
+        mask = packed_mask(jnp.zeros_like(text))
+        embedded = normal(1, 6, config.hidden_size, seed=2)
+        return draft.logits(draft(embedded, states, text, mask)[0], target)
+
+    got, wanted = scores(eight, params), scores(config, large(params))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4, rtol=2e-4), got, wanted)
+
+
 @functools.cache
 def vanilla(setting: str) -> list[list[int]]:
     return texts("vanilla", setting)
@@ -176,6 +239,43 @@ def test_a_draft_vocabulary_keeps_the_text() -> None:
     params = small(decoding.with_vocabulary(decoding.random_pair(), (9, 2, 4, 10)))
     assert params.drafts["eagle"].params["lm_head.kernel"].dtype == jnp.float32
     assert texts("eagle chain", "sampled", params) == vanilla("sampled")
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float target", "int8 target"])
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_small_drafts_keep_the_text(method, quantized) -> None:
+    """Catches a head in eight bits that is taken for the target's."""
+    whole = decoding.random_pair()
+    params = small_drafts(decoding.with_vocabulary(whole, range(decoding.VOCAB)))
+    params, whole = (small(params), small(whole)) if quantized else (params, whole)
+    assert texts(method, "sampled", params) == texts("vanilla", "sampled", whole)
+
+
+def test_loading_small_drafts(tiny_model) -> None:
+    """Catches drafts rounded twice, one that stays as it was, and a target that changes."""
+    whole = eagle_jax.load(tiny_model)
+    params = eagle_jax.load(tiny_model, quantize_drafts="int8")
+    assert (params.quantize, params.quantize_drafts) == (None, "int8")
+    assert whole.quantize_drafts is None and set(params.drafts) == set(whole.drafts)
+    jax.tree.map(np.testing.assert_array_equal, params.target, whole.target)
+    half = eagle_jax.load(tiny_model, quantize_drafts="int8", dtype="bfloat16")
+    vocab = whole.target_config.vocab_size
+    for kind, draft in whole.drafts.items():
+        expected, config = dict(draft.params), draft.config
+        if kind == "eagle":  # the head, which is the target's otherwise
+            expected["lm_head.kernel"] = whole.target["lm_head.kernel"]
+            expected["d2t"] = jnp.zeros(vocab, jnp.int32)
+            config = dataclasses.replace(config, draft_vocab_size=vocab)
+        small, expected = params.drafts[kind], quantize.quantize_params(expected)
+        assert small.config == dataclasses.replace(config, quantize="int8")
+        assert small.params.keys() == expected.keys() == half.drafts[kind].params.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(small.params[name], array, err_msg=name)
+            rounded = half.drafts[kind].params[name]
+            if array.dtype == jnp.int8:  # of the file's own numbers
+                np.testing.assert_array_equal(rounded, array, err_msg=name)
+    both = eagle_jax.load(tiny_model, quantize="int8", quantize_drafts="int8")
+    assert (both.quantize, both.quantize_drafts) == ("int8", "int8")
 
 
 def test_loading(tiny_model) -> None:
@@ -233,6 +333,18 @@ def test_several_devices_load_the_same(tiny_model) -> None:
         found = generate(params, prompt, method=method, **options).tokens
         expected = generate(alone, prompt, method="vanilla", **options).tokens
         assert found.tolist() == expected.tolist()
+
+
+def test_small_drafts_on_several_devices(tiny_model) -> None:
+    """Catches a draft that is cut along the axis where its inputs were before."""
+    mesh = sharding.make_mesh(tensor=2, devices=jax.devices()[:2])
+    alone = eagle_jax.load(tiny_model, quantize_drafts="int8")
+    params = eagle_jax.load(tiny_model, quantize_drafts="int8", sharding=mesh)
+    jax.tree.map(np.testing.assert_array_equal, params.drafts, alone.drafts)
+    prompt, options = [3, 1, 4, 1, 5], {"temperature": 1.0, "max_new_tokens": 12}
+    wanted = generate(alone, prompt, method="vanilla", **options).tokens.tolist()
+    for method in ("eagle", "eagle3", "medusa", "speculative"):
+        assert generate(params, prompt, method=method, **options).tokens.tolist() == wanted
 
 
 def test_experts_on_several_devices() -> None:
@@ -305,6 +417,8 @@ def test_mistakes(tiny_model, tmp_path) -> None:
     """Catches a traceback, or wrong weights, where one line would do."""
     with says("quantize='int4': unknown; use 'int8', or None"):
         eagle_jax.load(tiny_model, quantize="int4")
+    with says("quantize_drafts='int4': unknown; use 'int8', or None"):
+        eagle_jax.load(tiny_model, quantize_drafts="int4")
     unknown: dict = {"quantize": "int4"}
     with says("quantize='int4': must be one of 'int8' or None"):
         EvalConfig("out", (), **unknown)
@@ -312,6 +426,11 @@ def test_mistakes(tiny_model, tmp_path) -> None:
         quantize.quantize_params(pair().target)
     with says("quantize='int8': quantised weights are not written"):
         hf.save_target(tmp_path / "out", pair().target_config, pair().target)
+    draft = small_drafts(pair()).drafts["eagle3"]
+    with says(
+        "quantised weights are not written; give the model as it was before, load(..., quanti"
+    ):
+        hf.save_draft(tmp_path / "out", draft.config, draft.params)
     assert not (tmp_path / "out").exists()
     data = configs.DataConfig(train=(), tokenizer="-", sequence_length=32, batch_size=1)
     optim = configs.OptimConfig(learning_rate=1e-3, steps=1)
@@ -321,6 +440,10 @@ def test_mistakes(tiny_model, tmp_path) -> None:
     )
     with says("objective.model: has quantize='int8', which is for decoding; train with"):
         objectives.build(run)
+    eight = dataclasses.replace(tiny_medusa(tiny_target()), quantize="int8")
+    training = configs.MedusaTraining(eight, target=str(tiny_model / "target"))
+    with says("objective.draft: has quantize='int8', which is for decoding; train with the model"):
+        objectives.build(dataclasses.replace(run, objective=training))
 
 
 def test_a_file_that_is_quantised_already(tiny_model, tmp_path) -> None:

@@ -306,7 +306,7 @@ def to_json(
     """The keys that targets and EAGLE drafts have in common, and those of a target's family."""
     family = FAMILIES[model_type]
     # The model type says the first; then come layouts in memory; the last is `rope`'s.
-    shared = _SHARED - {"attention_bias", "fused", "fused_qkv", "rope_scaling"}
+    shared = _SHARED - {"attention_bias", "fused", "fused_qkv", "quantize", "rope_scaling"}
     settings = {
         "architectures": [family.architecture],
         "model_type": model_type,
@@ -406,6 +406,7 @@ def _values(kind: type, settings: Mapping[str, Any], family: Family) -> dict[str
         "attention_bias": _attention_bias(kind, settings, family),
         "fused": False,  # layouts in memory, whatever a file says
         "fused_qkv": False,
+        "quantize": None,
         **rope.from_json(fields, settings, family.defaults),
     }
     if kind is TransformerConfig:

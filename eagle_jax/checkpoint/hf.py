@@ -50,11 +50,7 @@ def save_target(
     Raises:
         ValueError: `params` don't match `config`, are quantised, or an unknown dtype.
     """
-    if config.quantize is not None:
-        raise ValueError(
-            f"quantize={config.quantize!r}: quantised weights are not written; give the model as "
-            "it was before, load(..., quantize=None)"
-        )
+    _check_floats("quantize", config)
     family = families.family_of(config)
     settings = families.to_json(config, family, dtype) | {
         "num_hidden_layers": config.num_hidden_layers,
@@ -114,8 +110,8 @@ def save_draft(
             draft vocabulary has, 0 to 1; noted in `config.json`.
 
     Raises:
-        ValueError: `params` don't match `config`, an unknown dtype, or a coverage that is out of
-            range or of a draft that has the target's vocabulary.
+        ValueError: `params` don't match `config`, are quantised, an unknown dtype, or a coverage
+            that is out of range or of a draft that has the target's vocabulary.
     """
     if coverage is not None and getattr(config, "draft_vocab_size", None) is None:
         raise ValueError(
@@ -127,6 +123,7 @@ def save_draft(
     if isinstance(config, TransformerConfig):
         save_target(directory, config, params, dtype)
         return
+    _check_floats("quantize_drafts", config)
     files.check_params(config, params, dtype)
     if isinstance(config, EagleConfig):
         settings = drafts.eagle_json(config, dtype, coverage)
@@ -135,6 +132,14 @@ def save_draft(
     else:
         settings = drafts.eagle3_json(config, dtype, coverage)
     files.write(directory, config, params, dtype, settings, drafts.tables(config, params))
+
+
+def _check_floats(argument: str, config: DraftConfig) -> None:
+    if config.quantize is not None:
+        raise ValueError(
+            f"quantize={config.quantize!r}: quantised weights are not written; give the model as "
+            f"it was before, load(..., {argument}=None)"
+        )
 
 
 def load_draft(

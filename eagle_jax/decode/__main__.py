@@ -52,6 +52,9 @@ def parser() -> argparse.ArgumentParser:
         "--quantize", choices=("int8",), help="store the target's matrices in eight bits"
     )
     out.add_argument(
+        "--quantize-drafts", choices=("int8",), help="the drafts': faster guesses, the same text"
+    )
+    out.add_argument(
         "--exact",
         action="store_true",
         help="the very same text from every method, in bfloat16 too (slower, for checks)",
@@ -82,7 +85,12 @@ def main(argv: list[str] | None = None) -> None:
 
     mesh = decoding_mesh(args.tensor, args.expert)
     params = load(
-        args.model, draft=args.draft, dtype=args.dtype, sharding=mesh, quantize=args.quantize
+        args.model,
+        draft=args.draft,
+        dtype=args.dtype,
+        sharding=mesh,
+        quantize=args.quantize,
+        quantize_drafts=args.quantize_drafts,
     )
     options: dict[str, Any] = {
         "method": named.method_of(args),

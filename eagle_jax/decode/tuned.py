@@ -208,6 +208,8 @@ def command(params: Params, rows: int, temperature: float) -> str:
     where = "MODEL" if params.directory is None else shipped_name(params.directory)
     words = f"{_COMMAND} --params {where} --temperature {temperature:g}"
     words += f" --batch-size {rows}" if rows > 1 else ""
+    words += f" --quantize {params.quantize}" if params.quantize else ""
+    words += f" --quantize-drafts {params.quantize_drafts}" if params.quantize_drafts else ""
     dtype = next(iter(params.target.values())).dtype.name
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return words + (f" --dtype {dtype}" if dtype != default else "")

@@ -14,7 +14,7 @@ from eagle_jax import cli, distributed, settings
 from eagle_jax.evaluate.config import EvalConfig
 
 # Of the environment, what the samples of a directory have in common.
-_AROUND = ("device", "devices", "dtype", "quantize", "jax", "eagle_jax")
+_AROUND = ("device", "devices", "dtype", "quantize", "quantize_drafts", "jax", "eagle_jax")
 
 _EPILOG = """\
 what is measured
@@ -105,6 +105,7 @@ def evaluate(config: EvalConfig, restart: bool = False, strict: bool = True) -> 
         dtype=config.dtype,
         sharding=mesh,
         quantize=config.quantize,
+        quantize_drafts=config.quantize_drafts,
     )
     if not strict:
         config = with_drafts(config, params)
@@ -186,6 +187,7 @@ def environment(params: Any) -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "dtype": str(params.dtype),
         "quantize": params.quantize,
+        "quantize_drafts": params.quantize_drafts,
         "python": platform.python_version(),
         **{name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
         "eagle_jax": eagle_jax.__version__,
@@ -258,6 +260,7 @@ def summary(result: dict[str, Any], output: str) -> dict[str, Any]:
         "device": result["environment"]["device"],
         "dtype": result["environment"]["dtype"],
         "quantize": result["environment"]["quantize"],
+        "quantize_drafts": result["environment"]["quantize_drafts"],
         "rows": [
             {name: _short(row[name]) for name in kept}
             for row in rows

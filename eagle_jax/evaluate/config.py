@@ -23,6 +23,7 @@ class EvalConfig:
         dtype: of weights and arithmetic; by default the device's (`eagle_jax.load`).
         quantize: "int8" stores the target's matrices in eight bits (`eagle_jax.load`); the baseline
             is vanilla decoding of that same target.
+        quantize_drafts: "int8", the same of the drafts; no text depends on it.
         tasks: "own" (prompts of this package), or NAME for data/NAME.jsonl. By default "own"
             without `data`, else those of mt_bench, humaneval, gsm8k, alpaca that are there.
         data: directory of question files.
@@ -54,6 +55,7 @@ class EvalConfig:
     drafts: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16"] | None = None
     quantize: Literal["int8"] | None = None
+    quantize_drafts: Literal["int8"] | None = None
     tasks: tuple[str, ...] = ()
     data: str = ""
     limit: int = 0

@@ -28,11 +28,13 @@ class EagleDraft(nnx.Module):
     """`layer(fc([embedding(t_{i+1}) ; f_i]))`, embedding first, as published heads have it."""
 
     def __init__(self, config: EagleConfig, *, rngs: nnx.Rngs) -> None:
-        d = config.hidden_size
-        self.fc = Linear(2 * d, d, bias=config.bias, rngs=rngs)
+        d, quantization = config.hidden_size, config.quantize
+        self.fc = Linear(2 * d, d, bias=config.bias, quantization=quantization, rngs=rngs)
         self.layers = nnx.List([DecoderLayer(config.layer(), input_norm=False, rngs=rngs)])
         known = config.draft_vocab_size
-        self.lm_head = None if known is None else Linear(d, known, rngs=rngs)
+        self.lm_head = (
+            None if known is None else Linear(d, known, quantization=quantization, rngs=rngs)
+        )
         self.d2t = None if known is None else nnx.Variable(jnp.zeros(known, jnp.int32))
 
     def __call__(

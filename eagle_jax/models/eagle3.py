@@ -22,7 +22,6 @@ from eagle_jax.models.layers import (
     Parts,
     RMSNorm,
     join,
-    matmul,
     total,
 )
 from eagle_jax.models.transformer import Output, Transformer
@@ -55,17 +54,17 @@ class Eagle3Draft(nnx.Module):
 
     def __init__(self, config: Eagle3Config, *, rngs: nnx.Rngs) -> None:
         d, eps, fused = config.hidden_size, config.rms_norm_eps, len(config.aux_layers)
-        wide = config.feature_size
+        wide, quantization = config.feature_size, config.quantize
         self.embed_tokens = Embedding(config.vocab_size, d, rngs=rngs) if wide != d else None
         self.fc_norm = (
             nnx.List(RMSNorm(wide, eps, rngs=rngs) for _ in range(fused))
             if config.fc_norm
             else None
         )
-        self.fc = Linear(fused * wide, d, rngs=rngs)
+        self.fc = Linear(fused * wide, d, quantization=quantization, rngs=rngs)
         self.midlayer = Eagle3Layer(config, rngs=rngs)
         self.norm = RMSNorm(d, eps, rngs=rngs)
-        self.lm_head = Linear(d, config.draft_vocab_size, rngs=rngs)
+        self.lm_head = Linear(d, config.draft_vocab_size, quantization=quantization, rngs=rngs)
         self.d2t = nnx.Variable(jnp.zeros(config.draft_vocab_size, jnp.int32))
         self.aux_layers = config.aux_layers
         self.norm_output = config.norm_output
@@ -119,7 +118,7 @@ class Eagle3Draft(nnx.Module):
         """Scores over the draft vocabulary, float32, of states as `__call__` returns them."""
         del target
         normed = state if self.norm_output else self.norm(state)
-        return matmul(normed, self.lm_head.kernel[...], jnp.float32)
+        return self.lm_head.product(normed, jnp.float32)
 
     def tokens(self) -> Int[Array, " v"]:
         """The target's token of every entry of the draft vocabulary."""

@@ -6,13 +6,15 @@ blocks `h + silu(W h + b)`, then a vocabulary head, its own or (factored) the ta
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from eagle_jax.config import MedusaConfig
-from eagle_jax.models.layers import Linear, matmul
+from eagle_jax.models.layers import Linear
 from eagle_jax.models.transformer import Output, Transformer
 from eagle_jax.types import Hidden
 
@@ -20,8 +22,8 @@ from eagle_jax.types import Hidden
 class ResidualBlock(nnx.Module):
     """`h + silu(linear(h))`; starts as the identity."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
-        self.linear = Linear(width, width, bias=True, zero=True, rngs=rngs)
+    def __init__(self, width: int, **more: Any) -> None:
+        self.linear = Linear(width, width, bias=True, zero=True, **more)
 
     def __call__(self, x: Hidden) -> Hidden:
         return x + jax.nn.silu(self.linear(x))
@@ -32,11 +34,12 @@ class MedusaHead(nnx.Module):
 
     def __init__(self, config: MedusaConfig, *, rngs: nnx.Rngs) -> None:
         d, v = config.hidden_size, config.vocab_size
-        self.blocks = nnx.List(ResidualBlock(d, rngs=rngs) for _ in range(config.num_layers))
+        more: dict[str, Any] = {"quantization": config.quantize, "rngs": rngs}
+        self.blocks = nnx.List(ResidualBlock(d, **more) for _ in range(config.num_layers))
         tied = config.tie_lm_head
-        self.lm_head = None if tied else Linear(d, v, rngs=rngs)
-        self.lm_proj = Linear(d, d, rngs=rngs) if tied else None
-        if self.lm_proj is not None:
+        self.lm_head = None if tied else Linear(d, v, **more)
+        self.lm_proj = Linear(d, d, **more) if tied else None
+        if self.lm_proj is not None and config.quantize is None:
             self.lm_proj.kernel = nnx.Param(jnp.eye(d))  # at first, every head is the target's
 
     def __call__(self, x: Hidden) -> Hidden:
@@ -66,6 +69,5 @@ class MedusaHeads(nnx.Module):
             if head.lm_head is None:
                 scores.append(target.logits(hidden))
             else:
-                kernel = head.lm_head.kernel[...]
-                scores.append(matmul(hidden, kernel, jnp.float32))
+                scores.append(head.lm_head.product(hidden, jnp.float32))
         return scores

@@ -31,27 +31,30 @@ LEAST_ROWS = 8
 
 _LARGEST = 127  # of int8, both ways
 
-# The matrices of a target that are quantised. A router is small, and wrong choices are dear.
-_MATRIX = re.compile(r"(.*\.([qkvo]|qkv|gate|up|gate_up|down)_proj|lm_head)\.kernel")
+# The matrices of models that are quantised. A router is small, and wrong choices are dear.
+_MATRIX = re.compile(
+    r"(.*\.([qkvo]|qkv|gate|up|gate_up|down)_proj|(.*\.)?lm_head|fc"
+    r"|heads\..*\.(linear|lm_proj))\.kernel"  # of Medusa
+)
 _STACKED = re.compile(r".*\.experts\.[a-z].*")
 
 
-def checked(method: Any) -> Quantization | None:
-    """A user's `quantize`, or nothing where it is None.
+def checked(name: str, method: Any) -> Quantization | None:
+    """A user's argument `name`, or nothing where it is None.
 
     Raises:
         ValueError: it is unknown; lists those that there are.
     """
     if method is not None and method not in QUANTIZATIONS:
         raise ValueError(
-            f"quantize={method!r}: unknown; use {', '.join(map(repr, QUANTIZATIONS))}, or None for "
+            f"{name}={method!r}: unknown; use {', '.join(map(repr, QUANTIZATIONS))}, or None for "
             "weights as they are"
         )
     return method
 
 
 def quantised(name: str) -> bool:
-    """Whether a target's parameter becomes int8."""
+    """Whether a parameter, of a target or a draft, becomes int8."""
     return _MATRIX.fullmatch(name) is not None
 
 
@@ -82,7 +85,7 @@ def dequantize(
 
 
 def quantize_params(params: ParamDict) -> dict[str, jax.Array]:
-    """A target's parameters with int8 matrices; its configuration then has `quantize="int8"`.
+    """A model's parameters with int8 matrices; its configuration then has `quantize="int8"`.
 
     Raises:
         ValueError: they are quantised already.

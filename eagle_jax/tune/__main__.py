@@ -74,6 +74,8 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--new-tokens", type=int, default=96, metavar="N", help="longest answer (96)")
     out.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: by device")
+    for name in ("--quantize", "--quantize-drafts"):
+        out.add_argument(name, choices=("int8",), help="as python -m eagle_jax.decode")
     out.add_argument(
         "--tensor", type=int, default=0, metavar="N", help="devices, as python -m eagle_jax.decode"
     )
@@ -94,7 +96,14 @@ def main(argv: list[str] | None = None) -> None:
 
     (questions,) = read_tasks([args.task], args.data, args.limit).values()
     mesh = decoding_mesh(args.tensor, args.expert)
-    params = load(args.params, draft=args.draft, dtype=args.dtype, sharding=mesh)
+    params = load(
+        args.params,
+        draft=args.draft,
+        dtype=args.dtype,
+        sharding=mesh,
+        quantize=args.quantize,
+        quantize_drafts=args.quantize_drafts,
+    )
     for path in tuned.places(params):
         tuned.entries(path)  # a damaged file is told before the work, not after
     prompts = [encode(params, question.turns[0], raw=False) for question in questions]

@@ -1,5 +1,6 @@
 """Kernels of our own in the loop: every method still gives vanilla's text. Interpreted on CPUs."""
 
+import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from eagle_jax.decode import (
     generate,
     static_tree,
 )
-from eagle_jax.models import Transformer, cast, kernels
+from eagle_jax.models import Transformer, cast, kernels, quantize
 from eagle_jax.models.kernels import device
 from eagle_jax.params import Draft, Params
 from eagle_jax.testing import (
@@ -60,6 +61,19 @@ def pair() -> Params:
     return Params(target, {**drafts, config.kind: Draft(target, config)}, config)
 
 
+def small_drafts() -> Params:
+    """The same target; int8 drafts, EAGLE-1's with the head's columns of all tokens."""
+    drafts = dict(pair().drafts)
+    head = {"lm_head.kernel": pair().target["lm_head.kernel"], "d2t": jnp.zeros(VOCAB, jnp.int32)}
+    eagle = drafts["eagle"]
+    config = dataclasses.replace(eagle.config, draft_vocab_size=VOCAB)
+    drafts["eagle"] = Draft({**eagle.params, **head}, config)
+    for kind, draft in drafts.items():
+        config = dataclasses.replace(draft.config, quantize="int8")
+        drafts[kind] = Draft(quantize.quantize_params(draft.params), config)
+    return dataclasses.replace(pair(), drafts=drafts)
+
+
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     monkeypatch.setattr(device, "INTERPRET", True)
@@ -70,14 +84,14 @@ def interpreted(monkeypatch):
 
 @functools.cache
 def vanilla(temperature: float) -> list[list[int]]:
-    return texts("vanilla", temperature)
+    return texts(pair(), "vanilla", temperature)
 
 
-def texts(method, temperature: float) -> list[list[int]]:
+def texts(params: Params, method, temperature: float) -> list[list[int]]:
     return [
         list(
             generate(
-                pair(),
+                params,
                 prompt,
                 method=method,
                 max_new_tokens=NEW,
@@ -106,8 +120,23 @@ def test_texts(monkeypatch, name: str, temperature: float) -> None:
         monkeypatch.setattr(
             module, at, lambda *a, own=own, at=at, **k: used.add(at) or own(*a, **k)
         )
-    assert texts(METHODS[name], temperature) == vanilla(temperature)
+    assert texts(pair(), METHODS[name], temperature) == vanilla(temperature)
     assert used == {"product", "add", "split", "attend", "commit"}
+
+
+@pytest.mark.parametrize("name", ["eagle2", "eagle3", "medusa", "speculative"])
+def test_small_drafts(monkeypatch, name: str) -> None:
+    """Catches a draft in eight bits that gets XLA's products where there are kernels."""
+    seen = []
+    own = kernels.product.product
+
+    def product(x, kernel, scale=None, cut=None):
+        seen.append((x.dtype, kernel.dtype))
+        return own(x, kernel, scale, cut)
+
+    monkeypatch.setattr(kernels.product, "product", product)
+    assert texts(small_drafts(), METHODS[name], 1.0) == vanilla(1.0)
+    assert (jnp.bfloat16, jnp.int8) in seen and (jnp.bfloat16, jnp.bfloat16) in seen
 
 
 def test_a_right_draft_is_accepted() -> None:

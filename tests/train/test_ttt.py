@@ -403,6 +403,20 @@ def test_the_draft_itself_gives_the_same_first_step():
     assert (float(sums["top1"]), float(sums["count"])) == (sum(hits), len(hits))
 
 
+def test_a_draft_of_all_tokens_takes_one_product_for_its_labels():
+    """The target's head multiplied twice, or entries taken for others."""
+    task = objective(draft={"draft_vocab_size": VOCAB})
+    task = dataclasses.replace(task, d2t=np.zeros(VOCAB, np.int32))
+    features = jax.random.normal(jax.random.key(0), (1, 5, HEAD.shape[0]))
+    head = jnp.asarray(HEAD, jnp.float32)
+    labels = task._labels(features, head)
+    logits = np.asarray(features, np.float64) @ HEAD
+    np.testing.assert_allclose(labels.probs, jax.nn.softmax(logits, axis=-1), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(labels.mass, 1.0, rtol=1e-6)
+    np.testing.assert_array_equal(labels.best, logits.argmax(-1))
+    assert str(jax.make_jaxpr(task._labels)(features, head)).count("dot_general") == 1
+
+
 @pytest.mark.parametrize("gemma", [False, True])
 def test_starts_with_the_norm_and_head_of_the_target(gemma):
     """Other rows than the draft vocabulary's, and a scale that the target adds one to."""

@@ -78,7 +78,8 @@ class TrainingTimeTestObjective:
         d2t: int32 [draft vocabulary]; see `eagle_jax.vocabulary`.
         coverage: share of the training text inside the draft vocabulary.
         kernel: of the target's pass; `chain.causal` says why not of the draft's.
-        remat: as in `TrainConfig`: also of the draft's products, whose results are kept otherwise.
+        remat: as in `TrainConfig`: also of the draft's products and of the logits of all steps
+            (float32, steps x tokens x draft vocabulary), which are kept otherwise.
         chunk: queries whose attention scores are held at once.
     """
 
@@ -130,9 +131,9 @@ class TrainingTimeTestObjective:
         *streams, last = target.features(self.target_config, layers, frozen, batch, self.kernel)
         labels = self._labels(last, head_kernel(self.target_config, frozen))
         state = self._draft(trainable).fuse(jnp.concatenate(streams, axis=-1))
-        # Scores of attention and logits of all steps at once would not fit: they are computed
-        # again. Of a step's layer the backward pass keeps what it read and its attention's result,
-        # and results of products where there is room.
+        # Scores of attention of all steps at once would not fit: they are computed again. Of a
+        # step's layer the backward pass keeps what it read and its attention's result, and results
+        # of products where there is room.
         keep = jax.checkpoint_policies.save_only_these_names(chain.SAVED)
         if not self.remat:
             products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -141,7 +142,8 @@ class TrainingTimeTestObjective:
         for j in range(self.settings.steps):
             step = jax.checkpoint(functools.partial(self._step, j), policy=keep)
             left, pair = step(trainable, frozen, state, pairs, batch)
-            measure = jax.checkpoint(functools.partial(self._measure, j))
+            measure = functools.partial(self._measure, j)
+            measure = jax.checkpoint(measure) if self.remat else measure
             sums = measure(trainable, left, labels, batch)
             state = self._draft(trainable).feed_back(left)
             pairs = (*pairs, pair)
@@ -165,7 +167,8 @@ class TrainingTimeTestObjective:
         entry = np.full(self.vocab_size, OUTSIDE, np.int32)
         entry[tokens] = np.arange(len(tokens))
         logits = project(features, head)
-        inside = project(features, head[:, tokens])
+        all_of_them = np.array_equal(tokens, np.arange(self.vocab_size))
+        inside = logits if all_of_them else project(features, head[:, tokens])
         log_probs = jax.nn.log_softmax(inside, axis=-1)
         probs = jnp.exp(log_probs)
         return Labels(
