@@ -144,7 +144,7 @@ def load(
             params = layouts.with_head(config, params, target_config, target)
             config, params = _for_decoding(config, params, untied=on_cpu, qkv=qkv)
             drafts[kind] = Draft(
-                _place(params, config, dtype, _draft_place(config, sharding)), config
+                _place(params, config, dtype, draft_place(config, sharding)), config
             )
     untied = on_cpu or quantization is not None
     target_config, target = _for_decoding(target_config, target, untied=untied, qkv=qkv)
@@ -374,7 +374,7 @@ def _devices(sharding: Mesh | Sharding | None) -> int:
     return sharding.size if isinstance(sharding, Mesh) else sharding.num_devices
 
 
-def _draft_place(config: DraftConfig, sharding: Mesh | Sharding | None) -> Mesh | Sharding | None:
+def draft_place(config: DraftConfig, sharding: Mesh | Sharding | None) -> Mesh | Sharding | None:
     """A small draft that the mesh does not divide is whole on every device."""
     if isinstance(sharding, Mesh):
         try:
