@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import math
+import re
 import subprocess
 import sys
 from types import ModuleType
@@ -13,13 +15,14 @@ import numpy as np
 import pytest
 import tiny_pair
 
-from eagle_jax import settings
+from eagle_jax import aot, settings, sharding
 from eagle_jax.config import TrainConfig
-from eagle_jax.decode import Vanilla
+from eagle_jax.decode import Vanilla, engine
 from eagle_jax.decode.method import Accepted, Context
 from eagle_jax.decode.sampling import sampling
 from eagle_jax.decode.tree import Proposal
 from eagle_jax.evaluate import EvalConfig
+from eagle_jax.models import Transformer, param_shapes
 from eagle_jax.models.kernels import device
 
 ROOT = tiny_pair.ROOT
@@ -122,6 +125,104 @@ def test_every_method_has_a_state(module) -> None:
         assert rounds.state.tokens.shape == (2, 128) and rounds.start == 36
         assert all(x.shape[0] == 2 for x in jax.tree.leaves(rounds.state.method))
     assert loops.Rounds(params, Vanilla(), place, used=40, rounds=8, pace=3).start == 28
+
+
+# --- Several devices -------------------------------------------------------------------------
+
+
+def test_a_step_of_two_devices_counts_what_one_reads() -> None:
+    """Its halves of all matrices and keys, and the norms, which both have whole."""
+    options = ["--tokens", "1", "4", "--cache", "128", "--used", "20", "--rounds", "4"]
+    result = run("step", *SMALL, *options, "--tensor", "2")
+    width, ffn, vocab, layers, heads, kv, size = 64, 96, 256, 2, 4, 2, 16
+    matrices = layers * width * (2 * heads * size + 2 * kv * size + 3 * ffn) + width * vocab
+    norms = (2 * layers + 1) * width
+    assert result["tensor"] == 2
+    assert result["weight_bytes"] == 4 * (matrices // 2 + norms)
+    assert result["kv_bytes_per_token"] == 4 * 2 * layers * (kv // 2) * size
+    for row in result["rows"]:
+        read = result["weight_bytes"] + row["used"] * result["kv_bytes_per_token"]
+        assert row["GB/s"] == pytest.approx(read / row["ms"] / 1e6)
+
+
+def test_a_round_of_two_devices_has_its_parts() -> None:
+    options = ["--tensor", "2", "--temperature", "1", "--methods", "eagle", "medusa"]
+    result = run("round", *SMALL, *SLOTS, *options)
+    assert result["tensor"] == 2
+    for row in result["rows"][1:]:
+        parts = [row[name] for name in ("draft", "verify", "accept", "commit")]
+        assert sum(parts) == pytest.approx(row["ms"]) and row["verify"] > 0
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        ("99", "--tensor 99: there are 8 devices; use fewer"),
+        ("4", "num_key_value_heads=2: cannot be cut into 4 equal parts (tensor of the mesh); "),
+    ],
+)
+def test_devices_that_cannot_share_are_one_line(tensor: str, said: str) -> None:
+    command = [sys.executable, "benchmarks/step.py", "--shape", "tiny", "--tensor", tensor]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"error: {said}")
+
+
+def test_arrays_lie_where_generate_has_them(module) -> None:
+    """The same weights as on one device, cut by the tables of `load`; the whole state of every
+    method as the prompt's pass leaves it. Nothing that a loop sends is a weight or a cache."""
+    programs, loops, shapes = module("round"), module("loops"), module("shapes")
+    kinds = sorted({m.draft for m in programs.METHODS.values()} - {None})
+    mesh = module("common").mesh(2)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 2}
+    params, alone = shapes.random_params("tiny", kinds, mesh=mesh), shapes.random_params("tiny")
+    for name, x in params.target.items():
+        np.testing.assert_allclose(x, alone.target[name], rtol=1e-6)
+    models = [params.target, *(draft.params for draft in params.drafts.values())]
+    large = {x.shape for weights in models for x in weights.values() if x.ndim > 1}
+    large |= {x.addressable_shards[0].data.shape for w in models for x in w.values() if x.ndim > 1}
+    place = loops.Slots(params.target_config, 256, mesh=mesh)
+    large |= {(1, heads, 256, 16) for heads in (1, 2)}
+    first = place.look()[0][0].addressable_shards[0].data
+    assert first.shape == (1, 1, 256, 16)
+    assert place.nbytes == 4 * first.nbytes
+
+    for method in programs.METHODS.values():
+        rounds = loops.Rounds(params, method, place, used=40, rounds=2)
+        rounds()
+        state = engine.start(
+            rounds.program, rounds.params, [np.arange(5)], [9], [0], engine.Clock()
+        )
+        ours = {**vars(rounds.state), "cache": place.look()}
+        for name, theirs in vars(state).items():
+            for own, x in zip(*map(jax.tree.leaves, (ours[name], theirs)), strict=True):
+                assert own.sharding.is_equivalent_to(x.sharding, x.ndim), (method, name)
+        text = engine.executables()[-2].as_text()  # the last is that of the prompt
+        sent = re.findall(r"= \(?\w+\[([\d,]*)\]\S* (?:all-|collective-)[a-z-]+\(", text)
+        assert sent and set(aot.collectives(text)) <= {"all-reduce", "all-gather"}
+        assert not {tuple(int(n) for n in x.split(",") if n) for x in sent} & large, method
+
+
+def test_a_draft_that_no_mesh_divides_is_whole(module, monkeypatch) -> None:
+    """As `load` places it: catches a small head that keeps two devices from being used at all."""
+    shapes = module("shapes")
+    odd = shapes._llama(24, 1, 3, 1, 48, 256)
+    monkeypatch.setitem(shapes._SMALL, "tiny", odd)
+    params = shapes.random_params("tiny", ["model"], mesh=module("common").mesh(2))
+    weights = params.drafts["model"].params.values()
+    assert all(x.sharding.is_fully_replicated and len(x.devices()) == 2 for x in weights)
+
+
+def test_70b_fits_two_devices(module) -> None:
+    """By shapes alone: at most 71.5 GB of the target on each."""
+    shapes, mesh = module("shapes"), module("common").mesh(2)
+    like = param_shapes(Transformer, shapes.SHAPES["70b"])
+    places = sharding.weight_shardings(mesh, like, stored=False)
+    assert sum(math.prod(x.shape) for x in like.values()) == 70_553_706_496
+    part = sum(math.prod(places[name].shard_shape(x.shape)) for name, x in like.items())
+    assert 70.5e9 < 2 * part < 71.5e9
+
+
+# --- Batches ---------------------------------------------------------------------------------
 
 
 def test_batch() -> None:
