@@ -27,7 +27,7 @@ from eagle_jax.models.kernels import device
 
 ROOT = tiny_pair.ROOT
 FOLDER = ROOT / "benchmarks"
-HELPERS = ("common", "shapes", "loops", "torch_worker")
+HELPERS = ("common", "shapes", "loops", "simulated", "torch_worker")
 SMALL = ("--shape", "tiny", "--repeats", "2")
 SLOTS = ("--cache", "128", "--used", "40", "--rounds", "4")
 
@@ -243,7 +243,7 @@ def test_batch() -> None:
         assert 1 <= chain["simulated tau"] <= 2 and 1 <= best["simulated tau"] <= 3
         for row in rows:
             assert row["batch"] == batch
-            pace = 1e3 * batch * row["simulated tau"] / row["ms"]
+            pace = 1e3 * batch * row["tau by rates"] / row["ms"]
             assert row["tokens/s"] == pytest.approx(pace)
         for row in rows[:3]:
             assert row["speedup"] == pytest.approx(row["tokens/s"] / vanilla["tokens/s"])
@@ -252,11 +252,22 @@ def test_batch() -> None:
         assert auto["speedup"] == 1 or auto["choice"] != "vanilla"
 
 
-def judged(batch: ModuleType, name: str, rates: list[float], rows: int = 8000) -> Accepted:
+def test_trees_suit_their_batch(module) -> None:
+    """Four, of which the last is beyond what weights alone cost, where there is one."""
+    batch = module("batch")
+    assert batch.suited(1) == batch.suited(8) == ("best-8", "best-16", "best-32", "best-60")
+    assert batch.suited(16) == ("chain-4", "best-8", "best-16", "best-32")
+    assert batch.suited(32) == ("chain-2", "chain-4", "best-8", "best-16")
+    assert batch.suited(1000) == ("chain-2",)
+    likely = batch.chances(batch.RATES["eagle"])
+    assert {name: batch.tree_of(name, likely).nodes for name in batch.TREES} == batch.TREES
+
+
+def judged(simulated: ModuleType, name: str, rates: list[float], rows: int = 8000) -> Accepted:
     """What the simulated rule keeps of one round of many rows, each with its own seed."""
-    likely = batch.chances(rates)
-    tree = batch.tree_of(name, likely)
-    rule = batch.Simulated(tree, likely)
+    likely = simulated.chances(rates)
+    tree = simulated.tree_of(name, likely)
+    rule = simulated.Simulated(tree, likely)
 
     @jax.jit
     def judge(seeds: jax.Array) -> Accepted:
@@ -278,37 +289,39 @@ def judged(batch: ModuleType, name: str, rates: list[float], rows: int = 8000) -
     assert np.all((tree.depths[path] == np.arange(tree.depth + 1)) | ~inside)
     assert np.all(tree.parents[path[:, 1:]][inside[:, 1:]] == path[:, :-1][inside[:, 1:]])
     assert np.array_equal(found.emitted[inside], 100 + path[inside])
-    tau = batch.expected(tree, likely)
+    tau = simulated.expected(tree, likely)
     assert np.mean(count) + 1 == pytest.approx(tau, abs=5 * np.std(count) / rows**0.5 + 1e-6)
     return found
 
 
 def test_the_simulated_rule_keeps_what_its_rates_say(module) -> None:
     """Paths of the tree, no deeper than it is, with the right mean; 5 sigma everywhere."""
-    batch = module("batch")
-    assert set(judged(batch, "chain-3", [1, 1, 1]).count.tolist()) == {3}
-    assert set(judged(batch, "chain-3", [0, 1, 1]).count.tolist()) == {0}
-    counts = np.bincount(judged(batch, "chain-3", [1, 0.5, 1]).count, minlength=4) / 8000
+    simulated = module("simulated")
+    assert set(judged(simulated, "chain-3", [1, 1, 1]).count.tolist()) == {3}
+    assert set(judged(simulated, "chain-3", [0, 1, 1]).count.tolist()) == {0}
+    counts = np.bincount(judged(simulated, "chain-3", [1, 0.5, 1]).count, minlength=4) / 8000
     assert counts[0] == counts[2] == 0 and abs(counts[1] - 0.5) < 0.03
     # Siblings: .5, then half as often where the first was wrong.
-    second = np.asarray(judged(batch, "0 1 3 00 10", [0.5, 0.4]).path)[:, 1]
+    second = np.asarray(judged(simulated, "0 1 3 00 10", [0.5, 0.4]).path)[:, 1]
     shares = np.bincount(second, minlength=4) / 8000
     third = 0.5 * 0.75 * 0.875 * 0.0625
     assert np.allclose(shares, [0.375 - third, 0.5, 0.125, third], atol=0.03)
     for size in ("mc_sim_7b_63", "best-60"):
-        judged(batch, size, list(batch.RATES["eagle"]))
+        judged(simulated, size, list(simulated.RATES["eagle"]))
 
 
 def test_the_simulated_rule_is_as_published(module) -> None:
     """What --help says that the default rates amount to; what cannot be simulated is refused."""
-    batch = module("batch")
-    likely = batch.chances(batch.RATES["eagle"])
+    simulated = module("simulated")
+    likely = simulated.chances(simulated.RATES["eagle"])
     assert all(sum(row) <= 1 and row[1] < row[0] for row in likely)
     for name, tau in (("mc_sim_7b_63", 3.92), ("chain-5", 3.31)):
-        assert batch.expected(batch.tree_of(name, likely), likely) == pytest.approx(tau, abs=0.005)
+        assert simulated.expected(simulated.tree_of(name, likely), likely) == pytest.approx(
+            tau, abs=0.005
+        )
     for name in ("chain-6", "dynamic-5-8-40"):
         with pytest.raises(ValueError, match=f"--trees {name}: "):
-            batch.tree_of(name, likely)
+            simulated.tree_of(name, likely)
 
 
 @pytest.mark.parametrize("gpu", [False, True])
