@@ -1,11 +1,16 @@
 """Every program of benchmarks/ runs at a tiny size and ends in a line of JSON that makes sense."""
 
+import argparse
 import importlib
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -469,10 +474,121 @@ def test_what_is_stopped_saves_first(module, tmp_path) -> None:
     assert lines[1:] == ["ready", "saved"] and process.returncode == 143
 
 
+def suite(output: Path, commands: str, *options: str) -> subprocess.Popen[str]:
+    """benchmarks/suite.py with a set of a test's own, whose programs lie beside `output`."""
+    program = f"import sys\nsys.path.insert(0, {str(FOLDER)!r})\nimport common, suite\n"
+    program += f"suite.SETS['tiny'] = {commands!r}\ncommon.run(suite.main)\n"
+    command = [sys.executable, "-c", program, "--set", "tiny", "--output", str(output), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def runs(pid: str) -> bool:
+    """Whether there is such a process, and it is none that only waits to be counted."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_suite_goes_on_where_it_was(tmp_path) -> None:
+    """Catches work that is repeated or lost, and a child that outlives its limit."""
+    good = "import json, os\nseen = {k: v for k, v in os.environ.items() if '_CACHE_' in k}\n"
+    good += "print(json.dumps({'rows': [{'ms': 2.5}, {'ms': None}], 'environment': seen}))\n"
+    slow = "import subprocess, sys\nprint('begun', flush=True)\n"
+    slow += "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)'])\n"
+    slow += "print(child.pid, flush=True)\nchild.wait()\n"
+    programs = {"good": good, "bad": "raise SystemExit('error: no memory')\n", "slow": slow}
+    folder = os.path.relpath(tmp_path, FOLDER)
+    lines = []
+    for name, limit in (("good", 60), ("bad", 60), ("slow", 2)):
+        (tmp_path / f"{name}.py").write_text(programs[name])
+        lines.append(f"{name} {limit} {folder}/{name}.py --shape '7 b'")
+    lines.append(f"long 600 {folder}/good.py")
+    output = tmp_path / "out"
+
+    def statuses(*options: str) -> tuple[list[str], dict[str, str], int]:
+        process = suite(output, "\n".join(lines), *options)
+        text, _ = process.communicate(timeout=120)
+        said = text.splitlines()
+        rows = json.loads(said[-1])["rows"]
+        return said, {row["name"]: row["status"] for row in rows}, process.returncode
+
+    said, found, code = statuses("--minutes", "5")
+    assert found == {"good": "done", "bad": "failed", "slow": "overran", "long": "left"}
+    assert code == 1
+    assert re.fullmatch(r"good: done, [\d.]+ s: 2.5 ms", said[0])
+    assert re.fullmatch(r"bad: failed, [\d.]+ s: error: no memory", said[1])
+    assert said[2].startswith("slow: overran, ")
+    assert said[3].startswith("long: left, its limit is 600 s and ")
+    begun, child = (output / "slow.out").read_text().split()
+    assert begun == "begun" and not runs(child)
+    entries = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    assert [entry["status"] for entry in entries] == ["done", "failed", "overran"]
+    assert entries[0]["command"] == f"benchmarks/{folder}/good.py --shape '7 b'"
+    seen = entries[0]["result"]["environment"]  # what is set is kept, the rest is added
+    assert seen["JAX_COMPILATION_CACHE_DIR"] == os.environ["JAX_COMPILATION_CACHE_DIR"]
+    assert seen["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] == "-1"
+    assert entries[1]["result"] is None and entries[2]["seconds"] >= 2
+
+    (tmp_path / "bad.py").write_text(good)
+    with (output / "results.jsonl").open("a") as file:
+        file.write('{"name": "cut o\n')
+    _, found, code = statuses("--only", "good", "bad", "long")
+    assert found == {"good": "done before", "bad": "done", "long": "done"} and code == 0
+    assert len((output / "results.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_suite_that_is_stopped_stops_its_command(tmp_path) -> None:
+    """Catches a benchmark that keeps the GPU after the suite is gone."""
+    slow = "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(99)\n"
+    (tmp_path / "slow.py").write_text(slow)
+    process = suite(tmp_path / "out", f"slow 60 {os.path.relpath(tmp_path, FOLDER)}/slow.py")
+    said, deadline = tmp_path / "out" / "slow.out", time.monotonic() + 60
+    while not (said.exists() and said.read_text().endswith("\n")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 130 and not runs(said.read_text().strip())
+
+
+def test_the_suites_commands_are_understood(module, monkeypatch) -> None:
+    """Catches an option that a benchmark no longer has, before a GPU waits for the message."""
+
+    class Understood(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def only_parse(parser: argparse.ArgumentParser) -> None:
+        parse(parser)
+        raise Understood
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+    sets = module("suite").SETS
+    for line in "\n".join(text.strip() for text in sets.values()).split("\n"):
+        _, limit, program = line.split(None, 2)
+        assert float(limit) > 0
+        monkeypatch.setattr(sys, "argv", program.split())
+        with pytest.raises(Understood):
+            module(program.split(".py")[0]).main()
+
+
+def test_suite(tmp_path) -> None:
+    """The tiny set, as it is run by hand."""
+    command = [sys.executable, "benchmarks/suite.py", "--set", "tiny", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert [row["status"] for row in result["rows"]] == ["done", "done"]
+    entries = [json.loads(x) for x in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [entry["result"]["benchmark"] for entry in entries] == ["step", "train"]
+    done = subprocess.run([*command, "--only", "stop"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "error: --only stop: --set tiny has step, train"
+
+
 def test_every_benchmark_teaches() -> None:
     """--help is the docstring, which begins with what is measured and how to call it."""
     programs = set(FOLDER.glob("*.py")) - {FOLDER / f"{name}.py" for name in HELPERS}
-    assert len(programs) == 8
+    assert len(programs) == 9
     for path in programs:
         assert any(f"python benchmarks/{path.name}" in x for x in path.read_text().splitlines()[:8])
     done = subprocess.run(

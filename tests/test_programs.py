@@ -38,7 +38,7 @@ RUN = {
         for name in ("baselines", "batch", "cuts", "large_pair", "pair", "round")
     ),
     *(f"benchmarks/{name}.py" for name in ("common", "loops", "shapes", "simulated", "step")),
-    *(f"benchmarks/{name}.py" for name in ("torch_worker", "train")),
+    *(f"benchmarks/{name}.py" for name in ("suite", "torch_worker", "train")),
 }
 
 
