@@ -1,6 +1,7 @@
 """Every program of benchmarks/ runs at a tiny size and ends in a line of JSON that makes sense."""
 
 import argparse
+import dataclasses
 import importlib
 import json
 import math
@@ -218,12 +219,19 @@ def test_a_draft_that_no_mesh_divides_is_whole(module, monkeypatch) -> None:
 
 
 def test_70b_fits_two_devices(module) -> None:
-    """By shapes alone: at most 71.5 GB of the target on each."""
-    shapes, mesh = module("shapes"), module("common").mesh(2)
-    like = param_shapes(Transformer, shapes.SHAPES["70b"])
-    places = sharding.weight_shardings(mesh, like, stored=False)
-    assert sum(math.prod(x.shape) for x in like.values()) == 70_553_706_496
-    part = sum(math.prod(places[name].shard_shape(x.shape)) for name, x in like.items())
+    """By shapes alone, of one layer and of two: all are alike. At most 71.5 GB on each device."""
+    target, mesh = module("shapes").SHAPES["70b"], module("common").mesh(2)
+
+    def sizes(layers: int) -> np.ndarray:
+        like = param_shapes(Transformer, dataclasses.replace(target, num_hidden_layers=layers))
+        places = sharding.weight_shardings(mesh, like, stored=False)
+        parts = [places[name].shard_shape(x.shape) for name, x in like.items()]
+        return np.array(
+            [sum(math.prod(x.shape) for x in like.values()), sum(map(math.prod, parts))]
+        )
+
+    whole, part = sizes(1) + (target.num_hidden_layers - 1) * (sizes(2) - sizes(1))
+    assert whole == 70_553_706_496
     assert 70.5e9 < 2 * part < 71.5e9
 
 
@@ -338,6 +346,8 @@ def test_models_lie_as_load_lays_them(module, monkeypatch, gpu: bool) -> None:
     for model in (params.target, params.drafts["eagle"].params):
         assert any("gate_up_proj" in name for name in model)
         assert any("qkv_proj" in name for name in model) == gpu
+    shared = module("shapes").random_params("tiny", mesh=module("common").mesh(2))
+    assert not any("qkv_proj" in name for name in shared.target)  # no kernels over a mesh
 
 
 def test_a_draft_vocabulary_is_eagles(module) -> None:
