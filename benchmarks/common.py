@@ -22,12 +22,13 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from eagle_jax import cli
+from eagle_jax import cli, sharding
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPES = ("tiny", "1b", "7b", "8b", "13b")
+SHAPES = ("tiny", "1b", "7b", "8b", "13b", "70b")
 _COPIES = 16  # passes over the buffer whose copy is timed
 
 
@@ -102,11 +103,24 @@ def parser(doc: str | None, *names: str) -> argparse.ArgumentParser:
             "type": positive,
             "help": "of the target (default: all)",
         },
+        "--tensor": {"type": positive, "default": 1, "help": "devices that share the model"},
         "--threads": {"type": positive, "default": 4, "help": "programs compiled at a time"},
     }
     for name in names:
         out.add_argument(name, **shared[name])
     return out
+
+
+def mesh(tensor: int) -> Mesh | None:
+    """So many devices as one tensor group; one device has no mesh, as where `load` is given none.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    devices = jax.devices()
+    if tensor > len(devices):
+        raise ValueError(f"--tensor {tensor}: there are {len(devices)} devices; use fewer")
+    return None if tensor == 1 else sharding.make_mesh(tensor=tensor, devices=devices[:tensor])
 
 
 def environment() -> dict[str, Any]:

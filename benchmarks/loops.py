@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,22 +15,36 @@ import common
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, Sharding
 from shapes import draw
 from tqdm import tqdm
 
+from eagle_jax import sharding
 from eagle_jax.config import TransformerConfig
 from eagle_jax.decode import engine
 from eagle_jax.decode.method import Method
-from eagle_jax.decode.sampling import sampling
-from eagle_jax.models import Cache
+from eagle_jax.decode.sampling import argmax, sampling
+from eagle_jax.decode.tree import StaticTree
+from eagle_jax.models import Cache, Transformer, bind, kernels
+from eagle_jax.models import cache as caches
 from eagle_jax.params import Params
 
 
-def _noise(like: Any, seed: int = 0) -> jax.Array:
+def _place(mesh: Mesh | None, like: Any) -> Sharding | None:
+    """Where the engine has such a leaf of its state: keys and values, which alone are floats of
+    four axes, are cut over heads, all else is whole on every device."""
+    if mesh is None:
+        return None
+    cached = len(like.shape) == 4 and jnp.issubdtype(like.dtype, jnp.floating)
+    return sharding.placed(mesh, like.shape, *(caches.AXES if cached else ()))
+
+
+def _noise(mesh: Mesh | None, like: Any, seed: int = 0) -> jax.Array:
     """Of a leaf's shape: noise for floats, zeros for numbers of tokens, indices and the like."""
+    place = _place(mesh, like)
     if jnp.issubdtype(like.dtype, jnp.floating):
-        return draw(jax.random.key(seed), like.shape, 0.0, 1.0, like.dtype)
-    return jnp.zeros(like.shape, like.dtype)
+        return draw(jax.random.key(seed), like.shape, 0.0, 1.0, like.dtype, place)
+    return jnp.zeros(like.shape, like.dtype, device=place)
 
 
 @dataclasses.dataclass
@@ -38,20 +54,30 @@ class Slots:
     config: TransformerConfig
     slots: int
     batch: int = 1
+    mesh: Mesh | None = None
     cache: Cache | None = None
+
+    @property
+    def _like(self) -> jax.ShapeDtypeStruct:
+        config = self.config
+        shape = (self.batch, config.num_key_value_heads, self.slots, config.head_dim)
+        return jax.ShapeDtypeStruct(shape, common.default_dtype())
 
     def new(self) -> Cache:
         """Another one."""
-        config = self.config
-        shape = (self.batch, config.num_key_value_heads, self.slots, config.head_dim)
-        like = jax.ShapeDtypeStruct(shape, common.default_dtype())
-        pairs = range(config.num_hidden_layers)
-        return tuple((_noise(like, 2 * i), _noise(like, 2 * i + 1)) for i in pairs)
+        noise = functools.partial(_noise, self.mesh, self._like)
+        return tuple((noise(2 * i), noise(2 * i + 1)) for i in range(self.config.num_hidden_layers))
+
+    def look(self) -> Cache:
+        """The cache, for those who do not consume it."""
+        if self.cache is None:
+            self.cache = self.new()
+        return self.cache
 
     def take(self) -> Cache:
         """The cache, to be given back: the engine's loop consumes what it is given."""
-        cache, self.cache = self.cache, None
-        return self.new() if cache is None else cache
+        cache, self.cache = self.look(), None
+        return cache
 
     def give(self, cache: Cache) -> None:
         """Puts back what became of the cache."""
@@ -59,11 +85,10 @@ class Slots:
 
     @property
     def nbytes(self) -> int:
-        config = self.config
-        row = (
-            config.num_key_value_heads * config.head_dim * np.dtype(common.default_dtype()).itemsize
-        )
-        return 2 * config.num_hidden_layers * self.batch * self.slots * row
+        """Of one device's part."""
+        like, place = self._like, _place(self.mesh, self._like)
+        shape = like.shape if place is None else place.shard_shape(like.shape)
+        return 2 * self.config.num_hidden_layers * math.prod(shape) * like.dtype.itemsize
 
 
 class Rounds:
@@ -111,46 +136,83 @@ class Rounds:
         )
         vocab = params.target_config.vocab_size
         tokens = jax.random.randint(jax.random.key(0), (b, place.slots), 0, vocab, jnp.int32)
-        blank = jax.tree.map(_noise, dataclasses.replace(shapes, cache=()))
-        self.state = dataclasses.replace(blank, tokens=tokens)
+        noise = functools.partial(_noise, place.mesh)
+        blank = jax.tree.map(noise, dataclasses.replace(shapes, cache=()))
+        self.state = dataclasses.replace(blank, tokens=sharding.put(place.mesh, tokens))
 
     def warm(self) -> None:
-        """Compiles; on a cache of its own, so that several may at a time."""
-        self._advance(self.place.new(), 0)
+        """Compiles."""
+        engine.prepare(self.program, self.params, self._begun(self.place.look()), self.settings)
 
     def __call__(self) -> float:
         """Milliseconds of a round."""
-        seconds, state = self._advance(self.place.take(), self.rounds)
+        clock, state = engine.Clock(), self._begun(self.place.take())
+        self.calls += 1
+        state = engine.advance(self.program, self.params, state, self.settings, clock, self.rounds)
         self.place.give(state.cache)
+        self.state = dataclasses.replace(state, cache=())
         rounds = np.asarray(state.rounds)
         self.tau = float(np.sum(np.asarray(state.length) - self.start) / rounds.sum())
-        return 1e3 * seconds / int(rounds.max())  # a row at the end of the cache is done sooner
+        # A row at the end of the cache is done sooner.
+        return 1e3 * clock.decode / int(rounds.max())
 
-    def _advance(self, cache: Cache, rounds: int) -> tuple[float, engine.State]:
-        b, clock = self.place.batch, engine.Clock()
-        seeds = self.calls * b + jnp.arange(b, dtype=jnp.uint32)
-        self.calls += 1
-        state = dataclasses.replace(
-            self.state,
-            length=jnp.full(b, self.start, jnp.int32),
-            limit=jnp.full(b, self.limit, jnp.int32),
-            done=jnp.zeros(b, bool),
-            seeds=seeds,
-            rounds=jnp.zeros(b, jnp.int32),
-            accepted=jnp.zeros_like(self.state.accepted),
-            cache=cache,
-        )
-        state = engine.advance(self.program, self.params, state, self.settings, clock, rounds)
-        self.state = dataclasses.replace(state, cache=())
-        return clock.decode, state
+    def _begun(self, cache: Cache) -> engine.State:
+        b = self.place.batch
+        fresh = {
+            "length": np.full(b, self.start, np.int32),
+            "limit": np.full(b, self.limit, np.int32),
+            "done": np.zeros(b, bool),
+            "seeds": self.calls * b + np.arange(b, dtype=np.uint32),
+            "rounds": np.zeros(b, np.int32),
+            "accepted": np.zeros(self.state.accepted.shape, np.int32),
+        }
+        return dataclasses.replace(self.state, cache=cache, **sharding.put(self.place.mesh, fresh))
+
+
+class Passes:
+    """The target's pass over a fixed tree, its head and the argmax; nothing is written."""
+
+    def __init__(
+        self, params: Params, tree: StaticTree, place: Slots, used: int, rounds: int
+    ) -> None:
+        self.params, self.place, self.rounds = params.target, place, rounds
+        start = np.full(place.batch, used - rounds // 2, np.int32)
+        tokens = np.zeros((place.batch, tree.nodes), np.int32)
+        self.args = sharding.put(place.mesh, (tokens, start, np.int32(rounds)))
+        shape, config = tree.shape(place.batch), params.target_config
+
+        @jax.jit
+        def loop(
+            params: Any, cache: Any, tokens: jax.Array, length: jax.Array, count: jax.Array
+        ) -> jax.Array:
+            target = bind(Transformer, config, params)
+
+            def body(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                tokens, length = carry
+                places = length[:, None] - 1 + shape.depth
+                output = target(tokens, places, shape.ancestors, cache=cache, lengths=length - 1)
+                return argmax(target.logits(output.features)), length + 1
+
+            with sharding.using(place.mesh), kernels.decoding():  # as the engine's programs
+                return jax.lax.fori_loop(0, count, body, (tokens, length))[0]
+
+        self.loop: Any = loop
+
+    def warm(self) -> None:
+        """Compiles."""
+        self.loop = self.loop.lower(self.params, self.place.look(), *self.args).compile()
+
+    def __call__(self) -> float:
+        """Milliseconds of a pass."""
+        cache = self.place.look()
+        begin = time.perf_counter()
+        jax.block_until_ready(self.loop(self.params, cache, *self.args))
+        return 1e3 * (time.perf_counter() - begin) / self.rounds
 
 
 def compile_all(jobs: Sequence[Any], place: Slots, threads: int) -> None:
-    """Calls `warm` of every job, as many at a time as have room for a cache each."""
-    stats = jax.devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        free = stats["bytes_limit"] - stats["bytes_in_use"]
-        threads = max(1, min(threads, int(free / (2 * place.nbytes))))
+    """Calls `warm` of every job, so many at a time; nothing is run, but the cache is there."""
+    place.look()
     with ThreadPoolExecutor(threads) as pool:
         waiting = pool.map(lambda job: job.warm(), jobs)
         list(tqdm(waiting, "compiling", len(jobs), file=sys.stderr))

@@ -25,17 +25,15 @@ come out below zero.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import common
-import jax
 import jax.numpy as jnp
 import loops
 import shapes
 from jax import Array
-from loops import Rounds, Slots
+from loops import Passes, Rounds, Slots
 
 from eagle_jax.decode import (
     DynamicTree,
@@ -49,10 +47,8 @@ from eagle_jax.decode import (
     Vanilla,
 )
 from eagle_jax.decode.method import Accepted, Context, Method, Rule
-from eagle_jax.decode.sampling import argmax
 from eagle_jax.decode.tree import MC_SIM_7B_63, Proposal, StaticTree
 from eagle_jax.evaluate.runner import Star
-from eagle_jax.models import Transformer, bind, kernels
 from eagle_jax.params import Params
 
 _EAGLE2 = DynamicTree(depth=6, k=10, drafted=59)
@@ -103,49 +99,6 @@ class Nothing:
         return Accepted(path, path[:, 0], first)
 
 
-class Passes:
-    """The target's pass over a fixed tree, its head and the argmax; nothing is written."""
-
-    def __init__(
-        self, params: Params, nodes: int, depth: int, place: Slots, used: int, rounds: int
-    ) -> None:
-        self.params, self.place, self.rounds = params.target, place, rounds
-        self.start = jnp.full(place.batch, used - rounds // 2, jnp.int32)
-        self.tokens = jnp.zeros((place.batch, nodes), jnp.int32)
-        shape, config = fixed_tree(nodes, depth).shape(place.batch), params.target_config
-
-        @jax.jit
-        def loop(params: Any, cache: Any, tokens: Array, length: Array, count: Array) -> Array:
-            target = bind(Transformer, config, params)
-
-            def body(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-                tokens, length = carry
-                places = length[:, None] - 1 + shape.depth
-                output = target(tokens, places, shape.ancestors, cache=cache, lengths=length - 1)
-                return argmax(target.logits(output.features)), length + 1
-
-            with kernels.decoding():  # as the engine's programs
-                return jax.lax.fori_loop(0, count, body, (tokens, length))[0]
-
-        self.loop = loop
-
-    def warm(self) -> None:
-        self._run(self.place.new(), 0)
-
-    def __call__(self) -> float:
-        """Milliseconds of a pass."""
-        cache = self.place.take()
-        begin = time.perf_counter()
-        self._run(cache, self.rounds)
-        seconds = time.perf_counter() - begin
-        self.place.give(cache)
-        return 1e3 * seconds / self.rounds
-
-    def _run(self, cache: Any, count: int) -> None:
-        args = (self.params, cache, self.tokens, self.start, jnp.int32(count))
-        jax.block_until_ready(self.loop(*args))
-
-
 def jobs_of(
     params: Params, methods: dict[str, Method], make: Callable[[Method], Rounds], args: Any
 ) -> dict[Any, Any]:
@@ -156,14 +109,14 @@ def jobs_of(
     for size in sorted(sizes) if not args.no_parts else ():
         jobs["fixed", *size] = make(Fixed(*size))
         jobs["bare", *size] = make(Fixed(*size, rule=Nothing()))
-        jobs["pass", *size] = Passes(params, *size, place, args.used, args.rounds)
+        jobs["pass", *size] = Passes(params, fixed_tree(*size), place, args.used, args.rounds)
     return jobs
 
 
 def main() -> None:
     """Measure rounds and their parts."""
     names = ("--shape", "--batch", "--cache", "--used", "--rounds", "--repeats")
-    names += ("--quantize", "--layers", "--threads")
+    names += ("--quantize", "--layers", "--threads", "--tensor")
     parser = common.parser(__doc__, *names)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M")
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -178,10 +131,11 @@ def main() -> None:
 
     methods = {name: METHODS[name] for name in dict.fromkeys(["vanilla", *args.methods])}
     kinds = sorted({m.draft for m in methods.values() if m.draft is not None})
+    mesh = common.mesh(args.tensor)
     params = shapes.random_params(
-        args.shape, kinds, args.quantize, args.draft_vocabulary, args.layers
+        args.shape, kinds, args.quantize, args.draft_vocabulary, args.layers, mesh
     )
-    place = Slots(params.target_config, args.cache, args.batch)
+    place = Slots(params.target_config, args.cache, args.batch, mesh)
 
     def make(method: Method) -> Rounds:
         return Rounds(params, method, place, args.used, args.rounds, args.temperature)
@@ -202,7 +156,7 @@ def main() -> None:
     common.report(
         rows,
         benchmark="round",
-        **{name: getattr(args, name) for name in ("shape", "batch", "cache", "used")},
+        **{name: getattr(args, name) for name in ("shape", "batch", "cache", "used", "tensor")},
         temperature=args.temperature,
         quantize=args.quantize,
         layers=args.layers,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import common  # before JAX: how much memory that takes
@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, Sharding
 
+from eagle_jax import sharding
 from eagle_jax.config import (
     DraftConfig,
     Eagle3Config,
@@ -22,7 +24,7 @@ from eagle_jax.config import (
 )
 from eagle_jax.decode import Medusa
 from eagle_jax.models import DRAFTS, Transformer, param_shapes
-from eagle_jax.params import Draft, Params
+from eagle_jax.params import Draft, Params, draft_place
 from eagle_jax.types import ParamDict
 
 _DRAFT_VOCABULARY = 32000  # of published EAGLE-3 heads
@@ -44,19 +46,18 @@ def _llama(
     )
 
 
-# TinyLlama 1.1B, Llama-2 7B, Llama-3 8B, Llama-2 13B.
+# TinyLlama 1.1B, Llama-2 7B, Llama-3 8B, Llama-2 13B, Llama-3 70B.
 SHAPES = {
     "tiny": _llama(64, 2, 4, 2, 96, 256),
     "1b": _llama(2048, 22, 32, 4, 5632, 32000),
     "7b": _llama(4096, 32, 32, 32, 11008, 32000),
     "8b": _llama(4096, 32, 32, 8, 14336, 128256, 5e5),
     "13b": _llama(5120, 40, 40, 40, 13824, 32000),
+    "70b": _llama(8192, 80, 64, 8, 28672, 128256, 5e5),
 }
 # Independent small models with the same vocabulary: Llama-160M's shape, Llama-3.2 1B's.
-_SMALL = {
-    "tiny": _llama(32, 1, 2, 2, 48, 256),
-    "8b": _llama(2048, 16, 32, 8, 8192, 128256, 5e5),
-}
+_LLAMA3_1B = _llama(2048, 16, 32, 8, 8192, 128256, 5e5)
+_SMALL = {"tiny": _llama(32, 1, 2, 2, 48, 256), "8b": _LLAMA3_1B, "70b": _LLAMA3_1B}
 _SMALL_OTHERWISE = _llama(768, 12, 12, 12, 3072, 32000)
 
 
@@ -89,43 +90,71 @@ def draft_configs(shape: str, draft_vocabulary: int | None = None) -> dict[str, 
     return {draft.kind: draft for draft in drafts}
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def draw(key: jax.Array, shape: tuple[int, ...], mean: float, std: float, dtype: Any) -> jax.Array:
-    """Normally distributed, made on the device."""
-    return (mean + std * jax.random.normal(key, shape)).astype(dtype)
+def draw(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    mean: float,
+    std: float,
+    dtype: Any,
+    place: Sharding | None = None,
+) -> jax.Array:
+    """Normally distributed (eight bits: uniformly); every device makes the part that it holds."""
+    return _drawing(shape, mean, std, dtype, place)(key)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _bytes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jax.random.randint(key, shape, -127, 128, jnp.int8)
+@functools.cache
+def _drawing(
+    shape: tuple[int, ...], mean: float, std: float, dtype: Any, place: Sharding | None
+) -> Callable[[jax.Array], jax.Array]:
+    def made(key: jax.Array) -> jax.Array:
+        if dtype == jnp.int8:
+            return jax.random.randint(key, shape, -127, 128, jnp.int8)
+        return (mean + std * jax.random.normal(key, shape)).astype(dtype)
+
+    return jax.jit(made, out_shardings=place)
 
 
 def random_weights(
-    cls: type[nnx.Module], config: Hashable, seed: int = 0, dtype: Any = None
+    cls: type[nnx.Module],
+    config: Hashable,
+    seed: int = 0,
+    dtype: Any = None,
+    where: Mesh | Sharding | None = None,
 ) -> ParamDict:
     """Random weights, drawn on the device array by array: seconds for 7B, no host memory.
 
     Of unit gain, so that nothing overflows; never zeros, on which matrix products run faster.
+    `where` is that of `load`.
     """
     like = param_shapes(cls, config)
     dtype = dtype or common.default_dtype()
+    places: dict[str, Any] = dict.fromkeys(like, where)
+    if isinstance(where, Mesh):
+        places = sharding.weight_shardings(where, like, stored=False)
     keys = jax.random.split(jax.random.key(seed), len(like))
     out = {}
     for key, name in zip(keys, sorted(like), strict=True):
         shape, kernel = like[name].shape, like.get(name.removesuffix("_scale"))
+        made = functools.partial(draw, key, shape, place=places[name])
         if like[name].dtype == jnp.int8:
-            out[name] = _bytes(key, shape)
+            out[name] = made(0.0, 0.0, jnp.int8)
         elif jnp.issubdtype(like[name].dtype, jnp.integer):  # a draft vocabulary's table
-            out[name] = jnp.asarray(offsets(getattr(config, "vocab_size", 0), *shape))
+            table = offsets(getattr(config, "vocab_size", 0), *shape)
+            out[name] = jax.device_put(table, places[name])
         elif kernel is not None and kernel.dtype == jnp.int8:  # its scales stay float32
             std = (3 / kernel.shape[-1]) ** 0.5 / 127
-            out[name] = draw(key, shape, std, 0.1 * std, jnp.float32)
+            out[name] = made(std, 0.1 * std, jnp.float32)
         elif len(shape) == 1:
-            out[name] = draw(key, shape, float(name.endswith("scale")), 0.1, dtype)
+            out[name] = made(float(name.endswith("scale")), 0.1, dtype)
         else:
             std = 1.0 if name.endswith("embedding") else shape[0] ** -0.5
-            out[name] = draw(key, shape, 0.0, std, dtype)
+            out[name] = made(0.0, std, dtype)
     return jax.block_until_ready(out)
+
+
+def of_one_device(weights: ParamDict) -> ParamDict:
+    """The parts that the first device holds."""
+    return {name: x.addressable_shards[0].data for name, x in weights.items()}
 
 
 def offsets(vocab: int, size: int) -> np.ndarray:
@@ -134,14 +163,15 @@ def offsets(vocab: int, size: int) -> np.ndarray:
     return index * (vocab // size) - index
 
 
-def _for_decoding(config: Any) -> Any:
-    """In the layout that `load` chooses on one device."""
+def _for_decoding(config: Any, devices: int = 1) -> Any:
+    """In the layout that `load` chooses on so many devices."""
     layout: dict[str, Any] = {"fused": True}
     if "fused_qkv" in {field.name for field in dataclasses.fields(config)}:
         # Older versions of the package have neither the field nor, some of them, the kernels.
         from eagle_jax.models import kernels
 
-        layout["fused_qkv"] = kernels.expected(jnp.dtype(common.default_dtype()), devices=1)
+        dtype = jnp.dtype(common.default_dtype())
+        layout["fused_qkv"] = kernels.expected(dtype, devices=devices)
     return dataclasses.replace(config, **layout)
 
 
@@ -151,14 +181,19 @@ def random_params(
     quantize: str | None = None,
     draft_vocabulary: int | None = None,
     layers: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Params:
-    """A target of `shape` laid out for decoding, with drafts of these kinds.
+    """A target of `shape` laid out for decoding, with drafts of these kinds, where `load` would
+    place them.
 
     Raises:
         ValueError: this version of the package cannot store weights as `quantize` says, or as in
-            `draft_configs`; there are not so many layers.
+            `draft_configs`; there are not so many layers; the mesh does not divide the target.
     """
-    target = _for_decoding(SHAPES[shape])
+    devices = 1 if mesh is None else mesh.size
+    target = _for_decoding(SHAPES[shape], devices)
+    if mesh is not None:
+        sharding.check_tensor(mesh, [target])
     if layers is not None:
         most, least = target.num_hidden_layers, 2 if "eagle3" in kinds else 1
         if not least <= layers <= most:
@@ -174,6 +209,7 @@ def random_params(
         if isinstance(config, Eagle3Config) and layers is not None:
             config = dataclasses.replace(config, aux_layers=(0, layers // 2, layers))
         if not isinstance(config, MedusaConfig):
-            config = _for_decoding(config)
-        drafts[kind] = Draft(random_weights(DRAFTS[kind], config, 1), config)
-    return Params(random_weights(Transformer, target), drafts, target)
+            config = _for_decoding(config, devices)
+        weights = random_weights(DRAFTS[kind], config, 1, where=draft_place(config, mesh))
+        drafts[kind] = Draft(weights, config)
+    return Params(random_weights(Transformer, target, where=mesh), drafts, target)

@@ -2,12 +2,16 @@
 
     python benchmarks/step.py --shape 7b
     python benchmarks/step.py --shape 8b --tokens 1 60 --cache 4096 16384 --used 512 3800
+    python benchmarks/step.py --shape 70b --tokens 1 60 --cache 1024 --tensor 2
 
 Random weights; the pass runs inside the engine's compiled loop, as `generate` runs it: T = 1 is
 vanilla decoding, more tokens are the root and its T - 1 children. GB/s counts the bytes that a pass
 must read, all weights once and the used part of the cache; the share is of the bandwidth of a large
 copy on this device (bytes read and written), which is measured first: 100 % is as fast as memory
 allows. `--cache` allocates, `--used` fills; what does not fit together is left out.
+
+With `--tensor` all bytes are those of one device: its part of the weights and of the cache, and
+what every device has whole.
 """
 
 import common
@@ -16,13 +20,14 @@ import shapes
 from loops import Rounds, Slots
 
 from eagle_jax.decode import Vanilla
-from eagle_jax.evaluate.metrics import kv_bytes, weight_bytes
+from eagle_jax.evaluate.metrics import weight_bytes
 from eagle_jax.evaluate.runner import Star
 
 
 def main() -> None:
     """Measure every combination."""
     names = ("--shape", "--batch", "--rounds", "--repeats", "--quantize", "--layers", "--threads")
+    names += ("--tensor",)
     parser = common.parser(__doc__, *names)
     number = {"type": common.positive, "nargs": "+"}
     parser.add_argument("--tokens", default=[1, 2, 4, 8, 16, 32, 64, 128], **number)
@@ -30,12 +35,13 @@ def main() -> None:
     parser.add_argument("--used", default=[512], help="slots with tokens in them", **number)
     args = parser.parse_args()
 
-    copy = common.copy_bandwidth()
-    params = shapes.random_params(args.shape, quantize=args.quantize, layers=args.layers)
-    weights, kv = weight_bytes(params.target), kv_bytes(params)
+    mesh, copy = common.mesh(args.tensor), common.copy_bandwidth()
+    params = shapes.random_params(args.shape, (), args.quantize, layers=args.layers, mesh=mesh)
+    weights = weight_bytes(shapes.of_one_device(params.target))
+    kv = Slots(params.target_config, 1, mesh=mesh).nbytes
     rows = []
     for slots in args.cache:
-        place = Slots(params.target_config, slots, args.batch)
+        place = Slots(params.target_config, slots, args.batch, mesh)
         jobs = {
             (t, used): Rounds(params, Star(t) if t > 1 else Vanilla(), place, used, args.rounds)
             for t in args.tokens
@@ -66,6 +72,7 @@ def main() -> None:
         batch=args.batch,
         quantize=args.quantize,
         layers=args.layers,
+        tensor=args.tensor,
         weight_bytes=weights,
         kv_bytes_per_token=kv,
         copy_GBps=copy / 1e9,

@@ -157,7 +157,7 @@ def load(
             params = layouts.with_head(config, params, target_config, target)
             untied = on_cpu or of_drafts is not None
             config, params = _for_decoding(config, params, untied=untied, qkv=qkv)
-            place = _draft_place(config, sharding)
+            place = draft_place(config, sharding)
             placed = _place(params, config, dtype, place, of_drafts)
             drafts[kind] = Draft(placed, dataclasses.replace(config, quantize=of_drafts))
     untied = on_cpu or quantization is not None
@@ -401,7 +401,7 @@ def _devices(sharding: Mesh | Sharding | None) -> int:
     return sharding.size if isinstance(sharding, Mesh) else sharding.num_devices
 
 
-def _draft_place(config: DraftConfig, sharding: Mesh | Sharding | None) -> Mesh | Sharding | None:
+def draft_place(config: DraftConfig, sharding: Mesh | Sharding | None) -> Mesh | Sharding | None:
     """A small draft that the mesh does not divide is whole on every device."""
     if isinstance(sharding, Mesh):
         try:

@@ -195,13 +195,24 @@ def constrain(x: T, *logical: str | None) -> T:
         return x
 
     def one(array: jax.Array) -> jax.Array:
-        fitting = [
-            name if name is not None and size % ways(mesh, name) == 0 else None
-            for name, size in zip(logical, array.shape, strict=False)  # names of leading axes
-        ]
-        return jax.lax.with_sharding_constraint(array, spec(*fitting))
+        return jax.lax.with_sharding_constraint(array, _fitting(mesh, array.shape, logical))
 
     return jax.tree.map(one, x)
+
+
+def placed(mesh: Mesh, shape: tuple[int, ...], *logical: str | None) -> NamedSharding:
+    """Where `constrain` puts an array of this shape."""
+    return NamedSharding(mesh, _fitting(mesh, shape, logical))
+
+
+def _fitting(
+    mesh: Mesh | AbstractMesh, shape: tuple[int, ...], logical: tuple[str | None, ...]
+) -> P:
+    fitting = [
+        name if name is not None and size % ways(mesh, name) == 0 else None
+        for name, size in zip(logical, shape, strict=False)  # names of leading axes
+    ]
+    return spec(*fitting)
 
 
 def ways_of(logical: str, size: int) -> int:

@@ -37,8 +37,8 @@ RUN = {
         f"benchmarks/{name}.py"
         for name in ("baselines", "batch", "cuts", "large_pair", "pair", "round")
     ),
-    *(f"benchmarks/{name}.py" for name in ("common", "loops", "shapes", "step", "torch_worker")),
-    "benchmarks/train.py",
+    *(f"benchmarks/{name}.py" for name in ("common", "loops", "shapes", "simulated", "step")),
+    *(f"benchmarks/{name}.py" for name in ("suite", "torch_worker", "train")),
 }
 
 

@@ -456,14 +456,33 @@ def advance(
 ) -> State:
     """Run up to `max_rounds` rounds on the device, until `enough` rows (by default all of them)
     are done; `state` is consumed."""
-    bounds = np.int32(max_rounds), np.int32(enough or state.done.shape[0])
-    mesh = sharding.mesh_of(params.target)
-    args = (params, state, *sharding.put(mesh, (settings, *bounds)))
+    args = _bounded(params, state, settings, max_rounds, enough)
     run = _compiled(decode, program, args, clock)
     begin = time.perf_counter()
     state = jax.block_until_ready(run(*args))
     clock.decode += time.perf_counter() - begin
     return state
+
+
+def prepare(program: Program, params: Params, state: State, settings: Sampling) -> None:
+    """Compile what `advance` will run; `state` is only looked at.
+
+    For threads that compile at a time: over a mesh, programs must not be run at a time, or each
+    may wait for a device that another has.
+    """
+    _compiled(decode, program, _bounded(params, state, settings), Clock())
+
+
+def _bounded(
+    params: Params,
+    state: State,
+    settings: Sampling,
+    max_rounds: int = 2**31 - 1,
+    enough: int | None = None,
+) -> tuple[Any, ...]:
+    """What `decode` takes."""
+    bounds = np.int32(max_rounds), np.int32(enough or state.done.shape[0])
+    return params, state, *sharding.put(sharding.mesh_of(params.target), (settings, *bounds))
 
 
 def grow(

@@ -16,6 +16,7 @@ from eagle_jax.types import KeyValue
 
 # Per layer (keys, values), each [b, k, s, e].
 Cache = tuple[KeyValue, ...]
+AXES = ("batch", "heads")  # of those, what a mesh cuts
 
 
 def empty(
@@ -24,8 +25,7 @@ def empty(
     """A zeroed cache. Zeros, not uninitialised memory: NaN times a masked 0 would still be NaN."""
     shape = (batch, heads, slots, head_dim)
     return tuple(
-        constrain((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), "batch", "heads")
-        for _ in range(layers)
+        constrain((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), *AXES) for _ in range(layers)
     )
 
 
@@ -40,7 +40,7 @@ def write(cache: Cache, block: Cache, start: Int[Array, " b"]) -> Cache:
         return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis=1)
 
     written = jax.tree.map(lambda old, new: jax.vmap(one_row)(old, new, start), cache, block)
-    return constrain(written, "batch", "heads")
+    return constrain(written, *AXES)
 
 
 def commit(cache: Cache, block: Cache, path: Int[Array, "b n"], start: Int[Array, " b"]) -> Cache:
