@@ -99,10 +99,8 @@ def parser(doc: str | None, *names: str) -> argparse.ArgumentParser:
         "--rounds": {"type": positive, "default": 32, "help": "rounds of one timed call"},
         "--repeats": {"type": positive, "default": 5, "help": "timed calls; medians are taken"},
         "--quantize": {"help": "int8, where this version has it: the target's matrices"},
-        "--layers": {
-            "type": positive,
-            "help": "of the target (default: all)",
-        },
+        "--quantize-drafts": {"help": "int8, the drafts' matrices"},
+        "--layers": {"type": positive, "help": "of the target (default: all)"},
         "--tensor": {"type": positive, "default": 1, "help": "devices that share the model"},
         "--threads": {"type": positive, "default": 4, "help": "programs compiled at a time"},
     }

@@ -3,6 +3,7 @@
     python benchmarks/round.py --shape 7b
     python benchmarks/round.py --shape 8b --methods eagle3 lookahead --temperature 1
     python benchmarks/round.py --shape 8b --methods eagle2 --draft-vocabulary 16384
+    python benchmarks/round.py --shape 7b --methods eagle2 eagle3 --quantize-drafts int8
 
 Target and drafts are random. Heads are hardly ever right then, methods that copy text often are (a
 random model repeats itself), and with a temperature some drafts pass by the noise that they share
@@ -116,7 +117,7 @@ def jobs_of(
 def main() -> None:
     """Measure rounds and their parts."""
     names = ("--shape", "--batch", "--cache", "--used", "--rounds", "--repeats")
-    names += ("--quantize", "--layers", "--threads", "--tensor")
+    names += ("--quantize", "--quantize-drafts", "--layers", "--threads", "--tensor")
     parser = common.parser(__doc__, *names)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M")
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -133,7 +134,13 @@ def main() -> None:
     kinds = sorted({m.draft for m in methods.values() if m.draft is not None})
     mesh = common.mesh(args.tensor)
     params = shapes.random_params(
-        args.shape, kinds, args.quantize, args.draft_vocabulary, args.layers, mesh
+        args.shape,
+        kinds,
+        args.quantize,
+        args.draft_vocabulary,
+        args.layers,
+        mesh,
+        args.quantize_drafts,
     )
     place = Slots(params.target_config, args.cache, args.batch, mesh)
 
@@ -159,6 +166,7 @@ def main() -> None:
         **{name: getattr(args, name) for name in ("shape", "batch", "cache", "used", "tensor")},
         temperature=args.temperature,
         quantize=args.quantize,
+        quantize_drafts=args.quantize_drafts,
         layers=args.layers,
         draft_vocabulary=args.draft_vocabulary,
         **common.environment(),

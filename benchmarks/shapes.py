@@ -175,6 +175,14 @@ def _for_decoding(config: Any, devices: int = 1) -> Any:
     return dataclasses.replace(config, **layout)
 
 
+def _small(config: Any, quantize: str) -> Any:
+    """With quantised matrices, and as `load` then has it: EAGLE-1 with a head of its own."""
+    changes: dict[str, Any] = {"quantize": quantize}
+    if isinstance(config, EagleConfig) and config.draft_vocab_size is None:
+        changes["draft_vocab_size"] = config.vocab_size
+    return dataclasses.replace(config, **changes)
+
+
 def random_params(
     shape: str,
     kinds: Sequence[str] = (),
@@ -182,6 +190,7 @@ def random_params(
     draft_vocabulary: int | None = None,
     layers: int | None = None,
     mesh: Mesh | None = None,
+    quantize_drafts: str | None = None,
 ) -> Params:
     """A target of `shape` laid out for decoding, with drafts of these kinds, where `load` would
     place them.
@@ -210,6 +219,8 @@ def random_params(
             config = dataclasses.replace(config, aux_layers=(0, layers // 2, layers))
         if not isinstance(config, MedusaConfig):
             config = _for_decoding(config, devices)
+        if quantize_drafts is not None:
+            config = _small(config, quantize_drafts)
         weights = random_weights(DRAFTS[kind], config, 1, where=draft_place(config, mesh))
         drafts[kind] = Draft(weights, config)
     return Params(random_weights(Transformer, target, where=mesh), drafts, target)

@@ -30,6 +30,7 @@ SETS = {
     "one-gpu": """
         step        120 step.py --shape 7b --cache 1024 --tokens 1 8 60
         round       180 round.py --shape 7b --methods eagle eagle2 eagle3 --no-parts
+        round-int8 180 round.py --shape 7b --methods eagle2 eagle3 --quantize-drafts int8 --no-parts
         round-8192  120 round.py --shape 7b --methods eagle2 --draft-vocabulary 8192 --no-parts
         step-int8   120 step.py --shape 7b --cache 1024 --tokens 1 8 60 --quantize int8
         step-long   150 step.py --shape 7b --cache 16384 --used 512 15800 --tokens 1 60
@@ -38,6 +39,7 @@ SETS = {
         baselines   360 baselines.py --shape 7b
         round-parts 420 round.py --shape 7b --threads 8
         round-8b    180 round.py --shape 8b --methods eagle2 eagle3 --no-parts
+        8b-int8 180 round.py --shape 8b --methods eagle2 eagle3 --quantize-drafts int8 --no-parts
     """,
     "two-gpus": """
         step-70b    300 step.py --shape 70b --cache 1024 --tokens 1 60 --tensor 2

@@ -178,6 +178,13 @@ def mesh_of(tree: Any) -> Mesh | None:
     return None
 
 
+def at_a_time(tree: Any, threads: int) -> int:
+    """How many threads may run programs on a tree's arrays: over several devices one, since each
+    program may otherwise wait for a device that another has."""
+    mesh = mesh_of(tree)
+    return threads if mesh is None or mesh.size == 1 else 1
+
+
 def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     """The context in which `constrain` knows the mesh; for code that is being traced."""
     if mesh is None:

@@ -106,8 +106,9 @@ def test_round() -> None:
     """The parts add up to the round, at a temperature as well."""
     methods = ["eagle", "speculative"]
     options = ["--temperature", "1", "--draft-vocabulary", "40", "--methods", *methods]
+    options += ["--quantize-drafts", "int8"]
     result = run("round", *SMALL, *SLOTS, *options)
-    assert result["draft_vocabulary"] == 40
+    assert (result["draft_vocabulary"], result["quantize_drafts"]) == (40, "int8")
     vanilla, *rows = result["rows"]
     assert vanilla["method"] == "vanilla" and vanilla["cost"] == 1
     assert [row["method"] for row in rows] == methods
@@ -361,6 +362,19 @@ def test_a_draft_vocabulary_is_eagles(module) -> None:
     assert (np.arange(40) + eagle["d2t"]).tolist() == list(range(0, 240, 6))
     with pytest.raises(ValueError, match="draft_vocab_size=257: must be 1 to vocab_size=256"):
         shapes.draft_configs("tiny", 257)
+
+
+def test_small_drafts_are_those_that_load_makes(module) -> None:
+    """Catches EAGLE-1 without the head that it has then, and a target that changes with it."""
+    kinds = ["eagle", "eagle3", "medusa", "model"]
+    params = module("shapes").random_params("tiny", kinds, quantize_drafts="int8")
+    assert (params.quantize, params.quantize_drafts) == (None, "int8")
+    assert all(x.dtype != jnp.int8 for x in params.target.values())
+    eagle = params.drafts["eagle"].params
+    assert (eagle["lm_head.kernel"].dtype, eagle["d2t"].any()) == (jnp.int8, False)
+    for draft in params.drafts.values():
+        kernels = [x for name, x in draft.params.items() if name.endswith("kernel")]
+        assert kernels and all(x.dtype == jnp.int8 for x in kernels)
 
 
 def test_a_fixed_tree_has_the_size_it_is_asked_for(module) -> None:

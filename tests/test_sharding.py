@@ -74,6 +74,16 @@ def test_stored_weights_are_cut_along_their_largest_divisible_axis():
         assert all(place.is_fully_replicated for place in jax.tree.leaves(places))
 
 
+def test_programs_over_several_devices_run_one_at_a_time():
+    """Catches threads whose programs wait for each other's devices."""
+    mesh = sharding.make_mesh(tensor=2, devices=jax.devices()[:2])
+    alone = sharding.make_mesh(devices=jax.devices()[:1])
+    x = np.zeros(4)
+    assert sharding.at_a_time({"x": jax.device_put(x, sharding.replicated(mesh))}, 4) == 1
+    assert sharding.at_a_time({"x": jax.device_put(x, sharding.replicated(alone))}, 4) == 4
+    assert sharding.at_a_time({"x": jax.device_put(x)}, 4) == 4
+
+
 def test_weights_are_cut_by_name_over_tensor_groups():
     """Catches a matrix whose other axis is cut: results would have to be exchanged."""
     tree = {

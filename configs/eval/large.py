@@ -20,6 +20,7 @@ from eagle_jax.evaluate import EvalConfig
 config = EvalConfig(
     output_dir="runs/large/evaluation",
     model="runs/large/model",
+    quantize_drafts="int8",  # what the levels of a tree read counts here
     methods=(
         ("vanilla", Vanilla()),
         ("eagle3", Eagle(DynamicTree(depth=8, k=10, drafted=59), head="eagle3")),

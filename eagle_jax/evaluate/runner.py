@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from eagle_jax import sharding
 from eagle_jax.decode import Options, Vanilla, engine, generate, tuned
 from eagle_jax.decode.method import Context, Method, Models
 from eagle_jax.decode.named import AUTO
@@ -263,8 +263,7 @@ class Runner:
                 shapes.setdefault(job.shape(), job)
         if not shapes or not self.config.warm_up:
             return
-        # Several processes must run the same programs in the same order.
-        threads = 1 if jax.process_count() > 1 else self.config.compile_threads
+        threads = sharding.at_a_time(self.params.target, self.config.compile_threads)
         with ThreadPoolExecutor(threads) as pool:
             runs = {pool.submit(self._run, job): shape for shape, job in shapes.items()}
             try:

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from eagle_jax import sharding
 from eagle_jax.decode import (
     DynamicTree,
     Eagle,
@@ -136,8 +137,7 @@ class Bench:
         self, methods: Sequence[Method], units: Sequence[Unit], temperature: float, what: str
     ) -> list[list[Run]]:
         """[units][methods] runs in turn, after every method has been compiled and run once."""
-        threads = 1 if jax.process_count() > 1 else _THREADS
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(sharding.at_a_time(self.params.target, _THREADS)) as pool:
             # A star's prefill first, for all of them.
             runs = [pool.submit(self.run, m, units[0], temperature) for m in methods]
             try:
