@@ -41,24 +41,30 @@ def matmul(
     kernel: Num[Array, "..."],
     dtype: DTypeLike | None = None,
     scale: Float[Array, "..."] | None = None,
+    turned: bool = False,
 ) -> Float[Array, "..."]:
     """`x @ kernel` over the last axis; `dtype` is the result's, by default that of the operands.
 
     A kernel may have several axes of outputs; an int8 kernel comes with its `scale` and has them
-    before its inputs (`quantize`).
+    before its inputs (`quantize`), as any other has that is `turned`.
     """
-    if (parts := _parts(x, kernel, scale)) is not None:
+    if (parts := _parts(x, kernel, scale, turned)) is not None:
         return parts.total(dtype)
     if scale is not None:
         return quantize.product(x, kernel, scale, dtype)
     if x.size == x.shape[-1] and jax.default_backend() == "gpu":
         # XLA makes a reduction of its own of one row by a matrix, which reads weights more slowly
         # than a product of two rows.
-        row, flat = x.reshape(1, -1), kernel.reshape(x.shape[-1], -1)
+        row = x.reshape(1, -1)
         pair = jnp.concatenate([row, jnp.zeros_like(row)])
-        y = jnp.matmul(pair, flat, preferred_element_type=dtype)[:1]
-        return y.reshape(*x.shape[:-1], *kernel.shape[1:])
-    return jnp.tensordot(x, kernel, 1, preferred_element_type=dtype)
+        y = _xla(pair, kernel, dtype, turned)[:1]
+        return y.reshape(*x.shape[:-1], *y.shape[1:])
+    return _xla(x, kernel, dtype, turned)
+
+
+def _xla(x: jax.Array, kernel: jax.Array, dtype: DTypeLike | None, turned: bool) -> jax.Array:
+    axes = (-1, -1 if turned else 0)
+    return jnp.tensordot(x, kernel, axes, preferred_element_type=dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,17 +84,18 @@ class Parts:
         return added.astype(self.dtype if dtype is None else dtype).reshape(self.shape)
 
 
-def _parts(x: jax.Array, kernel: jax.Array, scale: jax.Array | None) -> Parts | None:
+def _parts(
+    x: jax.Array, kernel: jax.Array, scale: jax.Array | None, turned: bool = False
+) -> Parts | None:
     """The product by a kernel of our own, where it fits."""
     rows, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
-    if scale is None:
-        flat, outputs = kernel.reshape(width, -1), kernel.shape[1:]
-    else:
-        flat, outputs = kernel.reshape(-1, width), scale.shape
-        scale = scale.reshape(-1)
+    turned = turned or scale is not None
+    flat = kernel.reshape(-1, width) if turned else kernel.reshape(width, -1)
+    outputs = kernel.shape[:-1] if turned else kernel.shape[1:]
     if not kernels.product.fits(rows, flat):
         return None
-    array = kernels.product.product(rows, flat, scale)
+    flat_scale = None if scale is None else scale.reshape(-1)
+    array = kernels.product.product(rows, flat, flat_scale, turned=turned)
     return Parts(array, (*x.shape[:-1], *outputs), x.dtype)
 
 

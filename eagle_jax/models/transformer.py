@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int
 from eagle_jax.config import TransformerConfig
 from eagle_jax.models.attention import AttentionKernel, bend
 from eagle_jax.models.cache import Cache
-from eagle_jax.models.layers import DecoderLayer, Embedding, Linear, RMSNorm, join
+from eagle_jax.models.layers import DecoderLayer, Embedding, Linear, RMSNorm, join, matmul
 from eagle_jax.sharding import constrain
 from eagle_jax.types import Hidden, Logits
 
@@ -105,13 +105,8 @@ class Transformer(nnx.Module):
     def logits(self, features: Hidden) -> Logits:
         """The vocabulary head, float32 out."""
         if self.lm_head is None:
-            # XLA's: a kernel of ours would want the matrix turned round in memory.
-            logits = jnp.einsum(
-                "btd,vd->btv",
-                features,
-                self.embed_tokens.embedding[...],
-                preferred_element_type=jnp.float32,
-            )
+            embedding = self.embed_tokens.embedding[...]
+            logits = matmul(features, embedding, jnp.float32, turned=True)
         else:
             logits = self.lm_head.product(features, jnp.float32)
         return self.finish(logits)

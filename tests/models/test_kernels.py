@@ -77,7 +77,29 @@ def test_gated(interpreted, rows: int, quantized: bool) -> None:
     gate, up = np.einsum("ni,igo->gno", exact(x), whole)
     got = exact(kernels.product.gated(x, kernel, scale))
     np.testing.assert_allclose(got, gate / (1 + np.exp(-gate)) * up, rtol=0.02, atol=0.02)
-    assert not kernels.product.gates(x, normal(128, 2, 64))  # in parts: too few columns
+    assert not kernels.product.gates(x, normal(128, 2, 24))  # fewer than a tensor core multiplies
+    assert not kernels.product.gates(x.astype(jnp.float32), kernel)
+
+
+@pytest.mark.parametrize("rows", [1, 10, 60])
+@pytest.mark.parametrize("itemsize", [1, 2])
+@pytest.mark.parametrize(("width", "f"), [(4096, 11008), (2048, 5632), (2048, 2816), (512, 1408)])
+def test_gates_of_any_model_are_one_launch(monkeypatch, rows, itemsize, width, f) -> None:
+    """Catches matrices so small that a product is cut in parts, for which `gated` gave up."""
+    monkeypatch.setattr(device, "usable", lambda *x: True)
+    found = []
+
+    def look(x, kernel):
+        assert kernels.product.gates(x, kernel)
+        found.append(kernels.product._gated_tile(x, kernel))
+
+    shapes = jax.ShapeDtypeStruct((rows, width), BFLOAT16), (width, 2, f)
+    jax.eval_shape(
+        look, shapes[0], jax.ShapeDtypeStruct(shapes[1], (jnp.int8, BFLOAT16)[itemsize - 1])
+    )
+    (cut,) = found
+    assert cut.parts == 1 and f % cut.columns == 0 and width % cut.step == 0
+    assert f // cut.columns >= 80 or cut.columns <= 32
 
 
 def test_cuts_of_a_7b_model() -> None:
@@ -95,7 +117,9 @@ def test_matmul_chooses_the_kernel(interpreted, monkeypatch) -> None:
     """Catches a kernel that is never chosen, and one chosen where it may not be."""
     calls = []
     product = kernels.product.product
-    monkeypatch.setattr(kernels.product, "product", lambda *a: calls.append(a) or product(*a))
+    monkeypatch.setattr(
+        kernels.product, "product", lambda *a, **k: calls.append(a) or product(*a, **k)
+    )
     x, kernel = normal(2, 3, 64), normal(64, 2, 48, seed=1)
     got = matmul(x, kernel, jnp.float32)
     assert len(calls) == 1 and got.shape == (2, 3, 2, 48)
@@ -106,13 +130,28 @@ def test_matmul_chooses_the_kernel(interpreted, monkeypatch) -> None:
     got = matmul(x, quantized, scale=scale)
     assert len(calls) == 2
     np.testing.assert_allclose(exact(got), exact(quantize.product(x, quantized, scale)), rtol=0.01)
+    embedding = normal(48, 64, seed=2)
+    got = matmul(x, embedding, jnp.float32, turned=True)
+    assert len(calls) == 3 and got.shape == (2, 3, 48)
+    np.testing.assert_allclose(got, exact(x) @ exact(embedding).T, atol=1e-3, rtol=1e-4)
     for other, matrix in (
         (x.astype(jnp.float32), kernel.astype(jnp.float32)),  # whose bits are sacred
         (normal(100, 64), kernel),  # many rows
         (x, normal(64, 50)),  # no whole columns
     ):
         matmul(other, matrix)
-    assert len(calls) == 2
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("lead", [(1, 1), (2, 3)])
+def test_a_turned_kernel_by_xla(monkeypatch, lead) -> None:
+    """Catches the row that is put beside a single one on GPUs, and outputs of another matrix."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x, kernel = normal(*lead, 64), normal(2, 48, 64, seed=1)
+    got = matmul(x, kernel, jnp.float32, turned=True)
+    assert got.shape == (*lead, 2, 48)
+    wanted = np.einsum("bti,goi->btgo", exact(x), exact(kernel))
+    np.testing.assert_allclose(got, wanted, atol=1e-3, rtol=1e-4)
 
 
 def test_not_on_this_device() -> None:
@@ -272,21 +311,23 @@ def test_who_asks_for_the_largest(interpreted, monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     ("joined", "changes"),
-    [(True, {}), (False, {}), (True, {"quantize": "int8"})],
-    ids=["bfloat16", "q, k and v apart", "int8"],
+    [(True, {}), (False, {}), (True, {"quantize": "int8"}), (True, {"tie_word_embeddings": True})],
+    ids=["bfloat16", "q, k and v apart", "int8", "tied head"],
 )
 def test_a_pass_with_all_of_them(interpreted, monkeypatch, joined: bool, changes) -> None:
     """Catches heads, tokens and layers that are mixed up between one kernel and the next."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
     config = tiny_target(64, fused=True, fused_qkv=joined, **sizes)
-    params = cast(init_params(Transformer, config, 0), BFLOAT16)
+    config = dataclasses.replace(config, **changes)
+    floats = dataclasses.replace(config, quantize=None)
+    params = cast(init_params(Transformer, floats, 0), BFLOAT16)
     rng = np.random.default_rng(0)
     params = {
         name: jnp.asarray(rng.normal(size=x.shape) * (0.1 if x.ndim > 1 else 1.0), x.dtype)
         for name, x in params.items()
     }
-    if changes:
-        config, params = dataclasses.replace(config, **changes), quantize.quantize_params(params)
+    if config.quantize:
+        params = quantize.quantize_params(params)
     b, t, slots, lengths = 2, 5, 48, jnp.array([7, 33])
     cache = tuple(
         (normal(b, 2, slots, 16, seed=i), normal(b, 2, slots, 16, seed=i + 9)) for i in range(2)
@@ -297,7 +338,9 @@ def test_a_pass_with_all_of_them(interpreted, monkeypatch, joined: bool, changes
     of = kernels.product, kernels.product, kernels.norm, kernels.rotary, kernels.attention
     for kernel, at in zip(of, ("product", "gated", "add", "split", "attend"), strict=True):
         own = getattr(kernel, at)
-        monkeypatch.setattr(kernel, at, lambda *a, own=own, at=at: used.append(at) or own(*a))
+        monkeypatch.setattr(
+            kernel, at, lambda *a, own=own, at=at, **k: used.append(at) or own(*a, **k)
+        )
 
     def run():
         model = bind(Transformer, config, params)

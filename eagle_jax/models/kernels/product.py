@@ -3,7 +3,7 @@
 A program owns some columns of the result and a part of the sum, and walks down the matrix. Parts
 make enough programs for the device where there are few columns; whoever reads the result adds
 them up. An int8 matrix [o, i] becomes the activations' dtype in registers, so that memory is read
-at a byte a weight.
+at a byte a weight. An embedding, which is read as a head, lies like that too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from jaxtyping import Array, Float, Float32, Num
 from eagle_jax.models.kernels import device
 
 _ROWS = (16, 32, 64)  # a tensor core multiplies at least 16
+_LEAST = 16  # columns of a tensor core
+_ENOUGH = 80  # programs that read a matrix as fast as memory gives it, of 132 multiprocessors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,23 +72,25 @@ def _tile(x: jax.Array, kernel: jax.Array) -> Tile | None:
     return tile(rows, width, kernel.size // width, kernel.dtype.itemsize)
 
 
-@functools.partial(jax.jit, static_argnames="cut")
+@functools.partial(jax.jit, static_argnames=("cut", "turned"))
 def product(
     x: Float[Array, "n i"],
     kernel: Num[Array, "a b"],
     scale: Float32[Array, " o"] | None = None,
     cut: Tile | None = None,
+    turned: bool = False,
 ) -> Float32[Array, "p n o"]:
     """`x @ kernel (* scale)` in p parts of the sum, all float32.
 
     Args:
         x: few rows: as many as `fits` takes.
-        kernel: [i, o], of the dtype of `x`, or [o, i], of int8.
+        kernel: [i, o], of the dtype of `x`; [o, i] if it is `turned`, as one of int8 always is.
         scale: of an int8 kernel's outputs.
         cut: by default that of `tile`.
+        turned: inputs are the last axis.
     """
-    (n, width), turned = x.shape, scale is not None
-    columns = kernel.size // width
+    n, width = x.shape
+    columns, turned = kernel.size // width, turned or scale is not None
     cut = cut or _tile(x, kernel)
     assert cut is not None
     rows, steps = _rows(n), width // cut.step // cut.parts
@@ -94,7 +98,7 @@ def product(
     def program(x_ref, *rest) -> None:  # the references are to memory
         *matrix, out_ref = rest
         first = pl.program_id(1) * steps
-        (total,) = _walk(x_ref, matrix[:1], matrix[1:], n, rows, cut, first, steps)
+        (total,) = _walk(x_ref, matrix[:1], matrix[1:], n, rows, cut, first, steps, turned)
         _put(out_ref, total, n)
 
     scales = [] if scale is None else [(scale, pl.BlockSpec((cut.columns,), lambda i, _: (i,)))]
@@ -117,10 +121,22 @@ def product(
 
 
 def gates(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether `gated` can do x [n, i] by kernel [i, 2, f], or [2, f, i] of int8, in one part."""
-    f = kernel.size // x.shape[1] // 2
-    cut = _tile(x, kernel) if fits(x, kernel) else None
-    return cut is not None and cut.parts == 1 and f % (cut.columns // 2) == 0
+    """Whether `gated` can do x [n, i] by kernel [i, 2, f], or [2, f, i] of int8."""
+    return fits(x, kernel) and _gated_tile(x, kernel) is not None
+
+
+def _gated_tile(x: jax.Array, kernel: jax.Array) -> Tile | None:
+    """Of each half; in one part, since what is done with the two needs whole sums."""
+    cut = _tile(x, kernel)
+    if cut is None:
+        return None
+    columns, wide = kernel.size // x.shape[1], cut.columns
+    while wide > 64 and columns // wide < _ENOUGH:
+        wide //= 2
+    half = wide // 2
+    if half < _LEAST or columns // 2 % half:
+        return None
+    return dataclasses.replace(cut, columns=half, parts=1)
 
 
 @jax.jit
@@ -132,14 +148,13 @@ def gated(
     """`silu(x @ gate) * (x @ up)`: the two are kernel [i, 2, f], or [2, f, i] of int8."""
     (n, width), turned = x.shape, scale is not None
     columns = kernel.size // width // 2
-    cut = _tile(x, kernel)
+    cut = _gated_tile(x, kernel)
     assert cut is not None
-    cut = dataclasses.replace(cut, columns=cut.columns // 2)
     rows, steps, blocks = _rows(n), width // cut.step, columns // cut.columns
 
     def program(x_ref, *rest) -> None:
         *matrices, out_ref = rest
-        both = _walk(x_ref, matrices[:2], matrices[2:], n, rows, cut, 0, steps)
+        both = _walk(x_ref, matrices[:2], matrices[2:], n, rows, cut, 0, steps, turned)
         # Rounded as a product is that another kernel reads.
         gate, up = (total.astype(x.dtype).astype(jnp.float32) for total in both)
         _put(out_ref, gate / (1 + jnp.exp(-gate)) * up, n)
@@ -173,7 +188,7 @@ def _rows(n: int) -> int:
 
 
 def _walk(
-    x_ref, kernel_refs, scale_refs, n: int, rows: int, cut: Tile, first, steps: int
+    x_ref, kernel_refs, scale_refs, n: int, rows: int, cut: Tile, first, steps: int, turned: bool
 ) -> tuple[jax.Array, ...]:
     """Products of all rows by a program's columns of some matrices, over some steps down them."""
     seen = jax.lax.broadcasted_iota(jnp.int32, (rows, cut.step), 0) < n
@@ -182,7 +197,7 @@ def _walk(
         at = pl.ds((first + i) * cut.step, cut.step)
         some = triton.load(x_ref.at[pl.ds(0, rows), at], mask=seen, other=0)
         matrices = [
-            ref[:, at].astype(some.dtype).T if scale_refs else ref[at, :] for ref in kernel_refs
+            ref[:, at].astype(some.dtype).T if turned else ref[at, :] for ref in kernel_refs
         ]
         return tuple(
             total + jnp.dot(some, matrix, preferred_element_type=jnp.float32)
