@@ -1,7 +1,7 @@
 """Does it fit, and what would it cost? Training and decoding compiled for accelerators not at hand.
 
-libtpu compiles for a TPU topology on any x86 machine (`pip install 'eagle-jax[tpu]'`); nothing
-runs, no weights exist.
+libtpu compiles for a TPU topology on any x86 machine (`pip install 'eagle-jax[tpu]'`), JAX's CUDA
+plugin for NVIDIA GPUs (`pip install 'eagle-jax[cuda]'`); nothing runs, no weights exist.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class AotConfig:
     """What is compiled, and for which machine.
 
     Attributes:
-        topology: of the slice, as libtpu names it: "v5e:2x4", "v5p:2x2x2", "v6e:2x4", ...
+        topology: of the slice, as libtpu names it: "v5e:2x4", "v5p:2x2x2", "v6e:2x4", ...; of GPUs
+            in one host kind and number: "h100:1", "h200:2".
         target: architecture of the target.
         draft: of the draft, if the method has one.
         method: how it decodes (`eagle_jax.decode`).
@@ -73,7 +74,28 @@ CHIPS = {
     "TPU v5 lite": Chip(16, 819, 197),
     "TPU v5": Chip(95, 2765, 459),
     "TPU v6 lite": Chip(32, 1640, 918),
+    "NVIDIA H100 80GB HBM3": Chip(79.6, 3350, 989),
+    "NVIDIA H200": Chip(140.4, 4800, 989),
 }
+# GPUs as XLA's target_config describes them: name, bytes of memory and a second, by kind.
+_GPUS = {
+    "h100": ("NVIDIA H100 80GB HBM3", 85_520_000_000, 3_352_320_000_000),
+    "h200": ("NVIDIA H200", 150_750_000_000, 4_814_000_000_000),
+}
+_HOPPER = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  l2_cache_size: 52428800 clock_rate_ghz: 1.98 cuda_compute_capability {{ major: 9 }}
+  memory_bandwidth: {bandwidth} device_memory_size: {memory}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 12 }}
+device_description_str: "{name}"
+"""
 
 # How programs speak to the host.
 _HOST = re.compile(
@@ -83,15 +105,19 @@ _COLLECTIVE = re.compile(
     r"= (?P<result>.+?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|"
     r"collective-permute)(?:-start)?\("
 )
+# What costs a GPU nothing.
+_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]+|pred)\[([0-9,]*)\]")
 
 
 def devices(topology: str) -> list[Any]:
-    """The devices of a TPU topology, of which there need be none.
+    """The devices of a topology, of which there need be none.
 
     Raises:
-        ValueError: libtpu is not installed, or does not know the topology.
+        ValueError: libtpu or JAX's CUDA plugin is not installed, or there is no such topology.
     """
+    if topology.partition(":")[0] in _GPUS:
+        return _gpus(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             f"topology={topology!r}: libtpu is not installed; pip install 'eagle-jax[tpu]'"
@@ -111,6 +137,38 @@ def devices(topology: str) -> list[Any]:
     except Exception as error:  # libtpu has its own
         said = str(error).strip().splitlines()[0]
         raise ValueError(f"topology={topology!r}: {said}; e.g. v5e:2x4, v5p:2x2x2") from error
+
+
+def _gpus(topology: str) -> list[Any]:
+    kind, _, number = topology.partition(":")
+    if not number.isdecimal() or int(number) < 1:
+        raise ValueError(f"topology={topology!r}: give a number of GPUs, as in {kind}:2")
+    plugins = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+    if not any(_installed(plugin) for plugin in plugins):
+        raise ValueError(
+            f"topology={topology!r}: JAX's CUDA plugin is not installed; pip install "
+            "'eagle-jax[cuda]'"
+        )
+    # There is no driver either, whose version the plugin would compare.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    from jax.experimental import topologies
+
+    name, memory, bandwidth = _GPUS[kind]
+    target = _HOPPER.format(name=name, memory=memory, bandwidth=bandwidth)
+    try:
+        found = topologies.get_topology_desc(
+            kind, platform="cuda", target_config=target, topology=f"1x1x{number}"
+        )
+    except Exception as error:  # the plugin has its own
+        raise ValueError(f"topology={topology!r}: {str(error).strip().splitlines()[0]}") from error
+    return list(found.devices)
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # not even what it lies in
+        return False
 
 
 def compile_all(config: AotConfig) -> Iterator[dict[str, Any]]:
@@ -137,13 +195,16 @@ def _decoding(config: AotConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
     from eagle_jax import sharding
     from eagle_jax.decode import Vanilla, engine
     from eagle_jax.decode.sampling import sampling
-    from eagle_jax.models import DRAFTS, Transformer
+    from eagle_jax.models import DRAFTS, Transformer, kernels
     from eagle_jax.params import Draft, Params
 
     mesh = sharding.make_mesh(tensor=config.tensor, expert=config.expert, devices=where)
-    target, draft = dataclasses.replace(config.target, fused=True), config.draft
+    with kernels.tracing_for(where[0]):
+        qkv = kernels.expected(jnp.dtype(jnp.bfloat16), len(where))
+    layout = {"fused": True, "fused_qkv": qkv}  # as `load` has it
+    target, draft = dataclasses.replace(config.target, **layout), config.draft
     if draft is not None and not isinstance(draft, MedusaConfig):
-        draft = dataclasses.replace(draft, fused=True)
+        draft = dataclasses.replace(draft, **layout)
     sharding.check_tensor(mesh, [target] if draft is None else [target, draft])
     drafts = (
         {}
@@ -166,7 +227,11 @@ def _decoding(config: AotConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
 
         def on_mesh(function: Callable[..., Any], program: Any = program) -> Callable[..., Any]:
             def traced(*args: Any) -> Any:
-                with sharding.using(mesh):
+                with (
+                    sharding.using(mesh),
+                    kernels.tracing_for(where[0]),
+                    kernels.decoding(),
+                ):
                     return function(program, *args)
 
             return traced
@@ -271,8 +336,9 @@ def describe(name: str, compiled: Any, seconds: float, kind: str) -> dict[str, A
         program; arguments, temporaries, code, total in GiB, and total as a share of the chip's
         memory; gflop and gbytes (moved, as the compiler counts), its estimate in milliseconds, and
         a floor in milliseconds: arguments read once, or the arithmetic, at the data sheet's rate
-        (None where there is none); collectives by kind as (number, MiB of results); host: what
-        crosses to the host (both None if the program cannot be read); compile: seconds.
+        (None where there is none); collectives by kind as (number, MiB of results); launches of
+        kernels (of a program on GPUs that has no loop); host: what crosses to the host (all None if
+        the program cannot be read); compile: seconds.
     """
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     text = _text(compiled)
@@ -281,6 +347,7 @@ def describe(name: str, compiled: Any, seconds: float, kind: str) -> dict[str, A
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     total = arguments + new + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     estimate = cost.get("optimal_seconds", -1.0)
+    counted = "flops" in cost  # not by XLA's compiler for GPUs
     gflop, chip = cost.get("flops", 0.0) / 1e9, CHIPS.get(kind)
     floor = None
     if chip is not None:
@@ -292,11 +359,12 @@ def describe(name: str, compiled: Any, seconds: float, kind: str) -> dict[str, A
         "code": memory.generated_code_size_in_bytes / GIB,
         "total": total / GIB,
         "share": None if chip is None else total / GIB / chip.memory,
-        "gflop": gflop,
-        "gbytes": cost.get("bytes accessed", 0.0) / 1e9,
+        "gflop": gflop if counted else None,
+        "gbytes": cost.get("bytes accessed", 0.0) / 1e9 if counted else None,
         "milliseconds": 1e3 * estimate if estimate > 0 else None,
         "floor": floor,
         "collectives": None if text is None else collectives(text),
+        "launches": None if text is None or not kind.startswith("NVIDIA") else launches(text),
         "host": None
         if text is None
         else sorted({match.group(0).strip("(") for match in _HOST.finditer(text)}),
@@ -320,6 +388,15 @@ def collectives(text: str) -> dict[str, tuple[int, float]]:
     for match in _COLLECTIVE.finditer(text):
         found[match["kind"]].append(_bytes(match["result"]) / 2**20)
     return {kind: (len(sizes), sum(sizes)) for kind, sizes in sorted(found.items())}
+
+
+def launches(text: str) -> int | None:
+    """Kernels and copies of a compiled GPU program, from its entry; None where that has a loop."""
+    entry = text[text.rindex("\nENTRY ") :]
+    kinds = re.findall(r"^\s+(?:ROOT )?%\S+ = .*? ([a-z][a-z-]*)\(", entry, re.MULTILINE)
+    if "while" in kinds:
+        return None
+    return sum(kind not in _FREE and not kind.endswith("-done") for kind in kinds)
 
 
 def _bytes(shapes: str) -> int:

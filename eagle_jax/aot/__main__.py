@@ -1,6 +1,6 @@
 """Command line: `python -m eagle_jax.aot --config configs/aot/llama_8b.py`.
 
-Compiles training and decoding for a TPU slice that is not at hand, on the CPU, and reports per
+Compiles training and decoding for a TPU slice, or GPUs, not at hand, on the CPU, and reports per
 chip: GiB of weights and state, of temporaries, of all, and the share of its memory; GFLOP and GB
 moved as the compiler counts them, its estimate of the time, and a floor by the chip's data sheet
 (weights and cache read once, or arithmetic); collectives, and whether anything
@@ -47,7 +47,9 @@ def _line(row: dict[str, Any]) -> str:
         return f"{' '.join(cells)}  cannot be read; compiled in {row['compile']:.0f} s"
     sent = ", ".join(f"{n} {kind} {size:.1f} MiB" for kind, (n, size) in row["collectives"].items())
     host = ", ".join(row["host"]) or "no"
-    return f"{' '.join(cells)}  {sent or '-'}; host: {host}; compiled in {row['compile']:.0f} s"
+    kernels = f"{row['launches']} launches; " if row["launches"] is not None else ""
+    seconds = f"compiled in {row['compile']:.0f} s"
+    return f"{' '.join(cells)}  {sent or '-'}; {kernels}host: {host}; {seconds}"
 
 
 def main() -> None:

@@ -330,9 +330,7 @@ def _append(
     count: Int[Array, " b"],
 ) -> Int[Array, "b c"]:
     emitted = jnp.where(jnp.arange(emitted.shape[1])[None] < count[:, None], emitted, 0)
-    return jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))(
-        tokens, emitted, length, 0
-    )
+    return caches.place(tokens, emitted, length, axis=0)
 
 
 @dataclasses.dataclass

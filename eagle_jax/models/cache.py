@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Shaped
 
 from eagle_jax.models import kernels
 from eagle_jax.sharding import constrain
@@ -17,6 +17,7 @@ from eagle_jax.types import KeyValue
 # Per layer (keys, values), each [b, k, s, e].
 Cache = tuple[KeyValue, ...]
 AXES = ("batch", "heads")  # of those, what a mesh cuts
+_FEW = 64  # slots that the kernel writes at once
 
 
 def empty(
@@ -35,21 +36,42 @@ def write(cache: Cache, block: Cache, start: Int[Array, " b"]) -> Cache:
     A row whose slice would pass the end is shifted back by XLA and would corrupt older slots, so
     callers allocate slack (`engine.capacity`).
     """
+    t = jax.tree.leaves(block)[0].shape[2]
+    every = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (start.shape[0], t))
+    if t <= _FEW and (written := _launched(cache, block, every, start)) is not None:
+        return written
+    written = jax.tree.map(lambda old, new: place(old, new, start, axis=1), cache, block)
+    return constrain(written, *AXES)
+
+
+def place(
+    old: Shaped[Array, "b ..."], new: Shaped[Array, "b ..."], start: Int[Array, " b"], axis: int
+) -> Shaped[Array, "b ..."]:
+    """`new` in each row of `old`, from `start` on along an axis of the row."""
 
     def one_row(old: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis)
 
-    written = jax.tree.map(lambda old, new: jax.vmap(one_row)(old, new, start), cache, block)
-    return constrain(written, *AXES)
+    if old.shape[0] == 1:  # of several rows XLA makes a scatter, with checks around it
+        return one_row(old[0], new[0], start[0])[None]
+    return jax.vmap(one_row)(old, new, start)
 
 
 def commit(cache: Cache, block: Cache, path: Int[Array, "b n"], start: Int[Array, " b"]) -> Cache:
     """As `write`, of the entries `path` of each row's block."""
+    written = _launched(cache, block, path, start)
+    return write(cache, gather(block, path), start) if written is None else written
+
+
+def _launched(
+    cache: Cache, block: Cache, path: Int[Array, "b n"], start: Int[Array, " b"]
+) -> Cache | None:
+    """By a kernel of our own, where it fits."""
     arrays, structure = jax.tree.flatten(cache)
-    if kernels.commit.fits(arrays):
-        written = kernels.commit.commit(arrays, jax.tree.leaves(block), path, start)
-        return jax.tree.unflatten(structure, written)
-    return write(cache, gather(block, path), start)
+    if not kernels.commit.fits(arrays):
+        return None
+    written = kernels.commit.commit(arrays, jax.tree.leaves(block), path, start)
+    return jax.tree.unflatten(structure, written)
 
 
 def gather(block: Cache, index: Int[Array, "b n"]) -> Cache:

@@ -52,7 +52,7 @@ def matmul(
         return parts.total(dtype)
     if scale is not None:
         return quantize.product(x, kernel, scale, dtype)
-    if x.size == x.shape[-1] and jax.default_backend() == "gpu":
+    if x.size == x.shape[-1] and kernels.on_gpu():
         # XLA makes a reduction of its own of one row by a matrix, which reads weights more slowly
         # than a product of two rows.
         row = x.reshape(1, -1)
@@ -193,7 +193,12 @@ class Embedding(nnx.Module):
         self.scale = scale
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Hidden:
-        x = self.embedding[...].at[tokens].get(mode="clip")
+        table = self.embedding[...]
+        if tokens.size == 1 and ways_of("vocab", table.shape[0]) > 1:
+            # Of one token XLA makes a slice, for which GPUs gather the whole table.
+            x = table.at[jnp.concatenate([tokens, tokens], axis=1)].get(mode="clip")[:, :1]
+        else:
+            x = table.at[tokens].get(mode="clip")
         # In the weights' dtype: Gemma was trained with a scale rounded to bfloat16.
         return x if self.scale is None else x * jnp.asarray(self.scale, x.dtype)
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int8
 
+from eagle_jax.models.kernels import device
 from eagle_jax.types import ParamDict
 
 Quantization = Literal["int8"]
@@ -113,7 +114,7 @@ def product(
     dtype = x.dtype if dtype is None else dtype
     width, shape = x.shape[-1], (*x.shape[:-1], *scale.shape)
     few = x.size // width
-    if few < LEAST_ROWS and jax.default_backend() == "gpu":
+    if few < LEAST_ROWS and device.on_gpu():
         rows = jnp.pad(x.reshape(few, width), ((0, LEAST_ROWS - few), (0, 0)))
         return _xla(rows, kernel, scale, dtype)[:few].reshape(shape)
     return _xla(x, kernel, scale, dtype)

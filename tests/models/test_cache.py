@@ -1,5 +1,6 @@
 """The cache: rows written at their own place, nodes gathered in path order."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,6 +27,19 @@ def test_write_puts_each_row_at_its_own_start_and_nowhere_else() -> None:
             for row, start in enumerate(starts):
                 expected[row, :, start : start + 4] = new[layer][which][row]
             np.testing.assert_array_equal(written[layer][which], expected)
+
+
+def test_one_row_is_written_without_a_scatter() -> None:
+    """A scatter of one row is a slice update with checks around it, three launches on GPUs."""
+    old, new = jnp.zeros((2, 3, 8, 4)), jnp.ones((2, 3, 2, 4))
+    start = jnp.array([3, 5], jnp.int32)
+
+    def placed(rows: int):
+        return caches.place(old[:rows], new[:rows], start[:rows], axis=1)
+
+    assert "scatter" in str(jax.make_jaxpr(lambda: placed(2))())
+    assert "scatter" not in str(jax.make_jaxpr(lambda: placed(1))())
+    np.testing.assert_array_equal(placed(1), placed(2)[:1])
 
 
 def test_write_casts_to_the_cache_and_not_the_cache_to_the_block() -> None:

@@ -269,6 +269,21 @@ def test_commit(interpreted, monkeypatch, n: int, layers: int) -> None:
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
+@pytest.mark.parametrize(("rows", "fresh", "launches"), [(2, 7, 1), (1, 7, 1), (2, 80, 0)])
+def test_write(interpreted, monkeypatch, rows: int, fresh: int, launches: int) -> None:
+    """Catches slots beside those of the block, and a block too long for a program."""
+    k, slots, e = 2, 96, 16
+    cache = ((normal(rows, k, slots, e), normal(rows, k, slots, e, seed=1)),)
+    block = ((normal(rows, k, fresh, e, seed=2), normal(rows, k, fresh, e, seed=3)),)
+    start = jnp.array([3, slots - fresh][:rows], jnp.int32)
+    calls, commit = [], kernels.commit.commit
+    monkeypatch.setattr(kernels.commit, "commit", lambda *a: calls.append(1) or commit(*a))
+    got = caches.write(cache, block, start)
+    monkeypatch.setattr(device, "INTERPRET", False)
+    jax.tree.map(np.testing.assert_array_equal, got, caches.write(cache, block, start))
+    assert len(calls) == launches
+
+
 # --- The largest -------------------------------------------------------------------------------
 
 
@@ -298,8 +313,12 @@ def test_who_asks_for_the_largest(interpreted, monkeypatch) -> None:
     monkeypatch.setattr(kernels.top, "largest", lambda *a: calls.append(1) or largest(*a))
     scores = normal(2, 3, 3000, dtype=jnp.float32)
     found, shares = sampling.top_k(scores, 10), sampling.likeliest(scores, 10)
-    assert len(calls) == 2
+    equal = jnp.zeros((2, 3, 3000)).at[..., 7::500].set(1.0)
+    first, drawn = sampling.argmax(equal), sampling.argmax(scores)
+    assert len(calls) == 4
     monkeypatch.setattr(device, "INTERPRET", False)
+    assert np.all(first == 7) and drawn.dtype == sampling.argmax(scores).dtype
+    np.testing.assert_array_equal(drawn, sampling.argmax(scores))
     jax.tree.map(np.testing.assert_array_equal, found, sampling.top_k(scores, 10))
     wanted = sampling.likeliest(scores, 10)
     np.testing.assert_array_equal(shares[1], wanted[1])

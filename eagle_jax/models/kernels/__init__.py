@@ -12,6 +12,7 @@ Their functions are jitted: one that is called in every layer is traced and lowe
 """
 
 from eagle_jax.models.kernels import attention, commit, norm, product, rotary, top
-from eagle_jax.models.kernels.device import decoding, expected
+from eagle_jax.models.kernels.device import decoding, expected, on_gpu, tracing_for
 
-__all__ = ["attention", "commit", "decoding", "expected", "norm", "product", "rotary", "top"]
+__all__ = ["attention", "commit", "decoding", "expected", "norm", "on_gpu", "product", "rotary"]
+__all__ += ["top", "tracing_for"]

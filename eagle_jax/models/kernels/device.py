@@ -16,6 +16,7 @@ INTERPRET = False
 _BFLOAT16_FROM = 8.0  # compute capability: Ampere
 
 _decoding = contextvars.ContextVar("decoding", default=False)
+_absent: contextvars.ContextVar[jax.Device | None] = contextvars.ContextVar("absent", default=None)
 
 
 @contextlib.contextmanager
@@ -26,6 +27,22 @@ def decoding() -> Iterator[None]:
         yield
     finally:
         _decoding.reset(token)
+
+
+@contextlib.contextmanager
+def tracing_for(device: jax.Device) -> Iterator[None]:
+    """The context in which programs are traced for a device that is not there."""
+    token = _absent.set(device)
+    try:
+        yield
+    finally:
+        _absent.reset(token)
+
+
+def on_gpu() -> bool:
+    """Whether programs are traced for a GPU."""
+    device = _absent.get()
+    return jax.default_backend() == "gpu" if device is None else device.platform == "gpu"
 
 
 def expected(dtype: jnp.dtype, devices: int) -> bool:
@@ -46,11 +63,13 @@ def _taken(dtype: jnp.dtype) -> bool:
     return dtype.itemsize == 2
 
 
-@functools.cache
 def _gpu() -> bool:
-    if jax.default_backend() != "gpu":
-        return False
-    capability = getattr(jax.devices()[0], "compute_capability", "0")  # AMD's is no number
+    return on_gpu() and _takes_bfloat16(_absent.get() or jax.devices()[0])
+
+
+@functools.cache
+def _takes_bfloat16(device: jax.Device) -> bool:
+    capability = getattr(device, "compute_capability", "0")  # AMD's is no number
     try:
         return float(capability) >= _BFLOAT16_FROM
     except ValueError:

@@ -57,38 +57,43 @@ def largest(
         out_specs=[
             pl.BlockSpec((None, None, size), lambda i, c: (i, c, 0)) for size in (kept, kept, 1, 1)
         ],
-        out_shape=[
-            jax.ShapeDtypeStruct((n, chunks, size), dtype)
-            for size, dtype in (
-                (kept, jnp.float32),
-                (kept, jnp.int32),
-                (1, jnp.float32),
-                (1, jnp.float32),
-            )
-        ],
+        out_shape=_results((n, chunks), kept),
     )(scores)
     best, index, top, total = (x.reshape(n, -1) for x in (best, index, top, total))
     if chunks > 1:
         found = best.shape[1]
-        size = pl.next_power_of_2(found)
 
-        def of_row(values_ref, places_ref, best_ref, index_ref) -> None:
-            at = jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
-            values = triton.load(values_ref.at[pl.ds(0, size)], mask=at < found, other=-jnp.inf)
-            places = triton.load(places_ref.at[pl.ds(0, size)], mask=at < found, other=_NOWHERE)
+        def some(ref, count: int, other: Any) -> jax.Array:
+            wide = pl.next_power_of_2(count)
+            here = jax.lax.broadcasted_iota(jnp.int32, (wide,), 0) < count
+            return triton.load(ref.at[pl.ds(0, wide)], mask=here, other=other)
+
+        def of_row(values_ref, places_ref, tops_ref, totals_ref, *out_refs) -> None:
+            best_ref, index_ref, top_ref, total_ref = out_refs
+            values, places = some(values_ref, found, -jnp.inf), some(places_ref, found, _NOWHERE)
             best_ref[...], index_ref[...] = _search(values, places, k, kept)
+            tops, totals = some(tops_ref, chunks, -jnp.inf), some(totals_ref, chunks, 0.0)
+            top = jnp.max(tops)
+            shares = jnp.exp(tops - jnp.where(top == -jnp.inf, 0.0, top))
+            top_ref[0], total_ref[0] = top, jnp.sum(totals * shares)
 
-        best, index = _call(
+        best, index, top, total = _call(
             of_row,
             grid=(n,),
-            in_specs=[pl.BlockSpec((None, found), lambda i: (i, 0))] * 2,
-            out_specs=[pl.BlockSpec((None, kept), lambda i: (i, 0))] * 2,
-            out_shape=[
-                jax.ShapeDtypeStruct((n, kept), dtype) for dtype in (jnp.float32, jnp.int32)
+            in_specs=[
+                pl.BlockSpec((None, size), lambda i: (i, 0))
+                for size in (found, found, chunks, chunks)
             ],
-        )(best, index)
-    whole = jax.nn.logsumexp(top, axis=-1, b=total)
-    return best[:, :k], index[:, :k], whole
+            out_specs=[pl.BlockSpec((None, size), lambda i: (i, 0)) for size in (kept, kept, 1, 1)],
+            out_shape=_results((n,), kept),
+        )(best, index, top, total)
+    return best[:, :k], index[:, :k], top[:, 0] + jnp.log(total[:, 0])
+
+
+def _results(lead: tuple[int, ...], kept: int) -> list[jax.ShapeDtypeStruct]:
+    """The largest and their places, the largest of all, the sum of exponentials beside it."""
+    sizes = ((kept, jnp.float32), (kept, jnp.int32), (1, jnp.float32), (1, jnp.float32))
+    return [jax.ShapeDtypeStruct((*lead, size), dtype) for size, dtype in sizes]
 
 
 def _search(values: jax.Array, places: jax.Array, k: int, kept: int) -> tuple[jax.Array, jax.Array]:
