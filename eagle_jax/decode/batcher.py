@@ -187,11 +187,11 @@ class Batcher:
         )
         table = methods(params, method, rows, options)
         self._settings = sampling(temperature, top_k, top_p)
-        self._params = params
         self._context = params.target_config.max_position_embeddings
         self._max_prompt = min(max_prompt, self._context - 1)
         self._max_new_tokens = int(max_new_tokens)
         self._stages = stages(params, table, options, self._max_prompt, prefill_rows)
+        self._params = self._stages[-1].params  # no draft of `params` that nobody uses is kept
         self._chunk, self._longest_queue = chunk, waiting
         self._clock = engine.Clock()
 
