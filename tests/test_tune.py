@@ -374,6 +374,32 @@ def test_auto_writes_what_vanilla_does(params, temperature) -> None:
     assert Batcher(params, method="auto", rows=2, temperature=temperature).method == Eagle(chain(2))
 
 
+def test_auto_is_a_table_for_a_batcher(params, model) -> None:
+    """Catches sizes that are not looked for, one above `rows`, and another's or an old entry."""
+    words = "--method speculative --set length="
+    stored = [
+        entry(params, 1, method=f"{words}1", tuned="2027-01-01"),
+        entry(params, 2, 1.0, method=f"{words}2"),
+        entry(params, 4, method=f"{words}4"),
+        entry(params, 8, method="--method vanilla"),
+    ]
+    cache = tuned.places(params)[-1]
+    cache.parent.mkdir(parents=True)
+    tuned._write(cache, [entry(params, 1, method=f"{words}3")])
+    tuned.store(params, stored)
+    sizes = {1: Speculative(1), 4: Speculative(4)}
+    assert tuned.table(params, 4, 0.0) == sizes
+    assert tuned.table(params, 3, 0.0) == {1: Speculative(1), 3: Speculative(4)}
+    assert tuned.table(params, 8, 0.0) == {**sizes, 8: Vanilla()}
+    batcher = Batcher(params, method="auto", rows=4)
+    assert batcher.method == Speculative(4)
+    batcher.submit("Hi", max_new_tokens=2)
+    assert list(batcher.run()) and batcher.method == Speculative(1)
+    with pytest.raises(ValueError, match="batch size 16, greedy, .* --batch-size 9$") as error:
+        Batcher(params, method="auto", rows=9)
+    assert "\n" not in str(error.value)
+
+
 def test_auto_from_the_shell(params, model, capsys) -> None:
     argv = ["Hi", "--model", str(model), "--method", "auto", "--max-new-tokens", "8"]
     tuned.store(params, [entry(params)])

@@ -6,9 +6,11 @@
     for piece in batcher.run():
         print(piece.request, piece.text, piece.finish)
 
-The batch keeps one shape: `rows` rows, of which those without a request are done. A new prompt
-runs through a prefill of its own and its state takes the place of a finished row's. So every
-answer is that of `generate` alone with the same seed, whatever else is decoded and whenever.
+The batch has one shape at a time: rows, of which those without a request are done. A new prompt
+runs through a prefill of its own and its state takes the place of a finished row's. With a table
+of methods the batch shrinks and grows with the load (`eagle_jax.decode.stages`): a request moves
+as a prompt that has its answer so far behind it, since noise is keyed by position. So every answer
+is that of `generate` alone with the same seed, whatever else is decoded, whenever and by what.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import dataclasses
 import itertools
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,6 +28,8 @@ import numpy as np
 
 from eagle_jax.decode import Options, check_seeds, encode, engine
 from eagle_jax.decode.method import Method
+from eagle_jax.decode.sampling import sampling
+from eagle_jax.decode.stages import Stage, Table, check_count, methods, pause, stages, wanted
 from eagle_jax.params import Params
 from eagle_jax.text import StreamDecoder
 
@@ -56,10 +60,12 @@ class BatcherStatistics:
 
     Attributes:
         waiting, occupied: requests in the queue and in rows, now.
+        rows: of the batch, now.
         finished: requests answered to their end.
         new_tokens: committed tokens of all requests.
         rounds: passes over a request's tree, of all requests.
         passes: rounds of the whole batch.
+        moves: changes of the batch size that took requests along.
         tau: mean acceptance length, `new_tokens` per `rounds`.
         occupancy: share of a pass's rows that had a request, on average.
         compile_seconds, prefill_seconds, decode_seconds: wall clock, apart from each other.
@@ -67,10 +73,12 @@ class BatcherStatistics:
 
     waiting: int
     occupied: int
+    rows: int
     finished: int
     new_tokens: int
     rounds: int
     passes: int
+    moves: int
     tau: float
     occupancy: float
     compile_seconds: float
@@ -80,29 +88,50 @@ class BatcherStatistics:
 
 @dataclasses.dataclass(eq=False)
 class _Request:
-    """A request on its way; `seen` is the length of its text that was handed out."""
+    """A request on its way.
+
+    Attributes:
+        id: its number.
+        text: [n] what its next prefill takes: the prompt and, in a move, all that was committed.
+        limit: length of the text at which it ends.
+        seed: of its noise.
+        decoder: of its answer; none without tokenizer.
+        seen: length of its text that was handed out.
+        rounds: target passes so far, in all rows that it had.
+        row_rounds: of these, in the row that it has.
+        cancelled: nobody wants it.
+    """
 
     id: int
-    prompt: np.ndarray
+    text: np.ndarray
     limit: int
     seed: int
     decoder: StreamDecoder | None
     seen: int
     rounds: int = 0
+    row_rounds: int = 0
     cancelled: bool = False
 
 
 class Batcher:
-    """A batch of `rows` rows in which requests come and go.
+    """A batch of up to `rows` rows in which requests come and go.
 
-    `submit` and `cancel` may be called from any thread, `step` and `run` from one at a time.
+    `submit` and `cancel` may be called from any thread, `step`, `run` and `warm_up` from one at a
+    time.
+
+    The batch has one of the table's sizes (and that size's method): the smallest that holds all
+    requests there are, else `rows`. It grows at once when prompts wait and no row is free. It
+    shrinks when the smaller size holds everybody and that is worth it: moving prefills each
+    request in a row anew, which counts as 8 passes (`stages.MOVE`). So with n requests in rows the
+    last change must be 8 n passes ago, and one of them must have 8 n tokens left to its limit.
+    An empty batch takes any size at once.
     """
 
     def __init__(
         self,
         params: Params,
         *,
-        method: str | Method | Mapping[int, str | Method] = "eagle",
+        method: str | Method | Table = "eagle",
         rows: int = 8,
         max_prompt: int = 512,
         max_new_tokens: int = 256,
@@ -114,12 +143,16 @@ class Batcher:
         prefill_rows: int = 1,
         waiting: int = 1024,
     ) -> None:
-        """Allocates the batch.
+        """Allocates the largest batch.
 
         Args:
             params: from `eagle_jax.load`.
-            method: as in `generate`, or a table from batch sizes to methods: `method_for` chooses.
-            rows: b, requests decoded together.
+            method: as in `generate`, or a table from batch sizes to methods such as `{1: "eagle2",
+                4: "eagle", 8: "vanilla"}`, whose sizes up to `rows` are those that the batch may
+                have. `rows` is one too: without an entry, with the method of the size below. "auto"
+                is the table of what `python -m eagle_jax.tune --batch-size 1 2 4 8` stored; there
+                must be an entry for `rows`.
+            rows: b, requests decoded together at most.
             max_prompt: longest prompt, in tokens. With `max_new_tokens` it sets the cache's size.
             max_new_tokens: longest answer; a request may ask for less.
             temperature, top_k, top_p, ignore_eos: as in `generate`, for all requests.
@@ -127,6 +160,7 @@ class Batcher:
                 prompt and a cancellation wait. While prompts wait, a row that is done ends a chunk.
             prefill_rows: p, prompts prefilled together; p rows must then be done to end a chunk.
                 On an accelerator a prefill of several short prompts costs little more than of one.
+                In a batch of b rows at most b - 1.
             waiting: length of the queue.
 
         Raises:
@@ -139,33 +173,40 @@ class Batcher:
             ("prefill_rows", prefill_rows),
             ("waiting", waiting),
         ):
-            _check_count(name, value)
+            check_count(name, value)
         if prefill_rows > max(rows - 1, 1):
             raise ValueError(
                 f"prefill_rows={prefill_rows}: with rows={rows}, use at most {max(rows - 1, 1)}"
             )
-        if isinstance(method, Mapping):
-            method = method_for(method, rows)
-        options = Options(method, max_new_tokens, temperature, top_k, top_p, ignore_eos)
-        self._settings, self.method = options.check(params, rows)
+        options = Options(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            ignore_eos=ignore_eos,
+        )
+        table = methods(params, method, rows, options)
+        self._settings = sampling(temperature, top_k, top_p)
         self._context = params.target_config.max_position_embeddings
         self._max_prompt = min(max_prompt, self._context - 1)
         self._max_new_tokens = int(max_new_tokens)
-        self._program = options.program(params, self.method, self._max_prompt)
-        self._params = params.only(self.method.draft)
-        self._chunk, self._prefill_rows, self._longest_queue = chunk, prefill_rows, waiting
+        self._stages = stages(params, table, options, self._max_prompt, prefill_rows)
+        self._params = self._stages[-1].params  # no draft of `params` that nobody uses is kept
+        self._chunk, self._longest_queue = chunk, waiting
         self._clock = engine.Clock()
 
         self._lock = threading.Lock()
         self._ids = itertools.count()
         self._queue: collections.deque[_Request] = collections.deque()
         self._requests: dict[int, _Request] = {}  # waiting and in rows
-        self._rows: list[_Request | None] = [None] * rows
-        self._finished = self._tokens = self._rounds = self._passes = 0
-        nothing = [np.zeros(1, np.int32)] * rows  # prompts at their limit: rows that are done
-        self._state = engine.start(
-            self._program, self._params, nothing, [1] * rows, [0] * rows, self._clock
-        )
+        self._finished = self._tokens = self._rounds = self._passes = self._moves = 0
+        self._places = 0  # rows of all passes
+        self._enter(self._stages[-1])  # the largest, so that memory trouble shows at once
+
+    @property
+    def method(self) -> Method:
+        """What decodes at the batch size of now."""
+        return self._stage.method
 
     def submit(
         self, prompt: Any, *, seed: int = 0, max_new_tokens: int | None = None, raw: bool = False
@@ -193,7 +234,7 @@ class Batcher:
             )
         (seed,) = check_seeds([seed], 1)
         new = self._max_new_tokens if max_new_tokens is None else max_new_tokens
-        _check_count("max_new_tokens", new)
+        check_count("max_new_tokens", new)
         if new > self._max_new_tokens:
             raise ValueError(
                 f"max_new_tokens={new}: this batcher allows {self._max_new_tokens}; ask for less"
@@ -204,7 +245,7 @@ class Batcher:
                 raise queue.Full(f"waiting={self._longest_queue}: the queue is full; try again")
             request = _Request(
                 id=next(self._ids),
-                prompt=ids,
+                text=ids,
                 limit=min(len(ids) + int(new), self._context),
                 seed=seed,
                 decoder=None if tokenizer is None else StreamDecoder(tokenizer),
@@ -230,29 +271,31 @@ class Batcher:
         return True
 
     def step(self) -> list[Piece]:
-        """Give free rows to waiting prompts and decode one chunk.
+        """Give free rows to waiting prompts and decode one chunk, in the batch that fits the load.
 
         Returns:
             What each request in a row got; nothing if there is none.
         """
         self._drop_cancelled()
+        left = [request.limit - request.seen for request in self._rows if request]
+        here = self._passes - self._entered
+        stage = wanted(self._stages, self._stage, left, len(self._queue), here)
+        if stage is not self._stage:
+            self._move(stage)
         while group := self._next_group():
-            self._insert(*group)
-        before = self._occupied()
-        if not before:
+            self._insert(group)
+        live, here = self._occupied(), self._passes - self._entered
+        if not live:
             return []
-        with self._lock:
-            wanted = min(self._prefill_rows, len(self._queue))
-        # Without prompts that wait, a free row is of no use to anybody.
-        enough = len(self._rows) - before + wanted if wanted else len(self._rows)
+        rounds, enough = pause(self._stages, stage, live, len(self._queue), here)
         self._state = engine.advance(
-            self._program,
-            self._params,
+            stage.program,
+            stage.params,
             self._state,
             self._settings,
             self._clock,
-            self._chunk,
-            min(enough, len(self._rows)),
+            min(rounds, self._chunk),
+            enough,
         )
         return self._collect()
 
@@ -262,27 +305,38 @@ class Batcher:
             yield from self.step()
 
     def warm_up(self) -> None:
-        """Compile every program now: a size of prompts costs its first one seconds otherwise."""
-        nobody = [len(self._rows)] * self._prefill_rows
-        sizes = {engine.bucket_prompt(length + 1) for length in range(self._max_prompt)}
-        for size in sizes:
-            idle = _Request(-1, np.zeros(size, np.int32), size, 0, None, 0)
-            self._insert([idle] * self._prefill_rows, nobody)
-        self._state = engine.advance(
-            self._program, self._params, self._state, self._settings, self._clock, 0
-        )
+        """Compile every program now: a size of batch or prompts costs its first one seconds
+        otherwise."""
+        longest = self._max_prompt
+        if len(self._stages) > 1:  # a prefill may be of an answer too
+            longest = min(longest + self._max_new_tokens, self._context) - 1
+        sizes = {min(engine.bucket_prompt(length + 1), longest) for length in range(longest)}
+        before, live = self._stage, self._leave()
+        for stage in (*(stage for stage in self._stages if stage is not before), before):
+            self._enter(stage)
+            for size in sorted(sizes):
+                nobody = _Request(-1, np.zeros(size, np.int32), size, 0, None, 0)
+                self._prefill([nobody], [stage.rows])
+            self._state = engine.advance(
+                stage.program, stage.params, self._state, self._settings, self._clock, 0
+            )
+            if stage is not before:
+                del self._state
+        self._insert_all(live)
 
     def statistics(self) -> BatcherStatistics:
         """Of everything since this batcher was made."""
         return BatcherStatistics(
             waiting=len(self._queue),
             occupied=self._occupied(),
+            rows=self._stage.rows,
             finished=self._finished,
             new_tokens=self._tokens,
             rounds=self._rounds,
             passes=self._passes,
+            moves=self._moves,
             tau=self._tokens / max(self._rounds, 1),
-            occupancy=self._rounds / max(self._passes * len(self._rows), 1),
+            occupancy=self._rounds / max(self._places, 1),
             compile_seconds=self._clock.compile,
             prefill_seconds=self._clock.prefill,
             decode_seconds=self._clock.decode,
@@ -304,30 +358,57 @@ class Batcher:
         done = jax.device_put(done, self._state.done.sharding)
         self._state = dataclasses.replace(self._state, done=done)
 
-    def _next_group(self) -> tuple[list[_Request], list[int]] | None:
-        """Up to `prefill_rows` waiting requests and the rows that are now theirs.
+    def _move(self, stage: Stage) -> None:
+        live = self._leave()
+        self._enter(stage)
+        self._insert_all(live)
+        self._moves += bool(live)
 
-        Padded to that number: with the first request, for a row that there is not.
-        """
-        free = [i for i, request in enumerate(self._rows) if request is None]
+    def _leave(self) -> list[_Request]:
+        """The requests in rows with all of their text; the batch's memory is free then."""
+        tokens, live = jax.device_get(self._state.tokens), []
+        for row, request in enumerate(self._rows):
+            if request is not None and not request.cancelled:
+                request.text = tokens[row, : request.seen].copy()
+                live.append(request)
+        del self._state
+        return live
+
+    def _enter(self, stage: Stage) -> None:
+        """A batch of this size, without requests."""
+        self._stage, self._entered = stage, self._passes
+        self._rows: list[_Request | None] = [None] * stage.rows
+        self._state = engine.vacant(stage.program, stage.params, stage.rows, self._clock)
+
+    def _next_group(self) -> list[_Request]:
+        """Up to `prefill_rows` waiting requests, as many as rows are free."""
+        free = len(self._rows) - self._occupied()
         with self._lock:
-            count = min(self._prefill_rows, len(free), len(self._queue))
-            group = [self._queue.popleft() for _ in range(count)]
-        if not group:
-            return None
-        rows = free[:count]
-        for row, request in zip(rows, group, strict=True):
-            self._rows[row] = request
-        missing = self._prefill_rows - count
-        return group + group[:1] * missing, rows + [len(self._rows)] * missing
+            count = min(self._stage.prefill_rows, free, len(self._queue))
+            return [self._queue.popleft() for _ in range(count)]
 
-    def _insert(self, group: list[_Request], rows: list[int]) -> None:
+    def _insert_all(self, requests: list[_Request]) -> None:
+        for first in range(0, len(requests), self._stage.prefill_rows):
+            self._insert(requests[first : first + self._stage.prefill_rows])
+
+    def _insert(self, group: list[_Request]) -> None:
+        """Give free rows to a group of at most `prefill_rows` requests."""
+        free = [row for row, request in enumerate(self._rows) if request is None][: len(group)]
+        for row, request in zip(free, group, strict=True):
+            self._rows[row], request.row_rounds = request, 0
+        self._prefill(group, free)
+
+    def _prefill(self, group: list[_Request], rows: list[int]) -> None:
+        """Padded to `prefill_rows`: with the first request, for a row that there is not."""
+        stage = self._stage
+        missing = stage.prefill_rows - len(group)
+        group, rows = group + group[:1] * missing, rows + [stage.rows] * missing
         self._state = engine.replace_rows(
-            self._program,
-            self._params,
+            stage.program,
+            stage.params,
             self._state,
             rows,
-            [request.prompt for request in group],
+            [request.text for request in group],
             [request.limit for request in group],
             [request.seed for request in group],
             self._clock,
@@ -344,13 +425,14 @@ class Batcher:
             if request is None or request.cancelled:
                 continue
             new = tokens[row, request.seen : length[row]].copy()
-            took = int(rounds[row]) - request.rounds
-            request.seen, request.rounds = int(length[row]), int(rounds[row])
+            took = int(rounds[row]) - request.row_rounds
+            request.seen, request.row_rounds = int(length[row]), int(rounds[row])
+            request.rounds += took
             self._tokens, self._rounds = self._tokens + len(new), self._rounds + took
             passes = max(passes, took)  # the row that finished last took part in all of them
             finish = None
             if done[row]:
-                finish = "stop" if new[-1] in self._program.eos else "length"
+                finish = "stop" if new[-1] in self._stage.program.eos else "length"
                 self._rows[row] = None
                 self._finished += 1
                 with self._lock:
@@ -361,28 +443,5 @@ class Batcher:
                 text += request.decoder.flush() if finish else ""
             pieces.append(Piece(request.id, text, new, finish, request.rounds))
         self._passes += passes
+        self._places += passes * len(self._rows)
         return pieces
-
-
-def method_for(table: Mapping[int, str | Method], rows: int) -> str | Method:
-    """The method of a table for a batch of `rows`: that of the largest size which is no larger.
-
-    Speculation pays the less, the more rows share a pass: `{1: "eagle2", 4: "eagle", 32:
-    "vanilla"}`.
-
-    Raises:
-        ValueError: no entry is small enough, or a size is no whole number above 0.
-    """
-    for size in table:
-        _check_count("batch size", size)
-    fitting = [size for size in table if size <= rows]
-    if not fitting:
-        raise ValueError(
-            f"method: a table for batch sizes {sorted(table)}, and rows={rows}; add one for 1"
-        )
-    return table[max(fitting)]
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r}: must be a whole number above 0")

@@ -416,11 +416,12 @@ def forget() -> None:
 
 
 def _pad(
-    prompts: list[np.ndarray], limits: list[int], seeds: list[int]
+    program: Program, prompts: list[np.ndarray], limits: list[int], seeds: list[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """What `prefill` takes: prompts padded to a bucket, their lengths, limits and seeds."""
     length = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), bucket_prompt(int(length.max()))), np.int32)
+    size = min(bucket_prompt(int(length.max())), program.slots)  # an answer may be among them
+    tokens = np.zeros((len(prompts), size), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     return tokens, length, np.array(limits, np.int32), np.array(seeds, np.uint32)
@@ -435,7 +436,18 @@ def start(
     clock: Clock,
 ) -> State:
     """Pad the prompts to a bucket and prefill."""
-    args = (params, *sharding.put(sharding.mesh_of(params.target), _pad(prompts, limits, seeds)))
+    return _start(program, params, _pad(program, prompts, limits, seeds), clock)
+
+
+def vacant(program: Program, params: Params, rows: int, clock: Clock) -> State:
+    """`rows` rows that are done: places for `replace_rows`."""
+    one = np.ones(rows, np.int32)  # a token each, at its limit
+    arrays = (np.zeros((rows, 1), np.int32), one, one, np.zeros(rows, np.uint32))
+    return _start(program, params, arrays, clock)
+
+
+def _start(program: Program, params: Params, arrays: tuple[np.ndarray, ...], clock: Clock) -> State:
+    args = (params, *sharding.put(sharding.mesh_of(params.target), arrays))
     run = _compiled(prefill, program, args, clock)
     begin = time.perf_counter()
     state = jax.block_until_ready(run(*args))
@@ -510,7 +522,7 @@ def replace_rows(
     clock: Clock,
 ) -> State:
     """Start prompts in the place of `rows`; `state` is consumed."""
-    arrays = (*_pad(prompts, limits, seeds), np.array(rows, np.int32))
+    arrays = (*_pad(program, prompts, limits, seeds), np.array(rows, np.int32))
     args = (params, state, *sharding.put(sharding.mesh_of(params.target), arrays))
     run = _compiled(insert, program, args, clock)
     begin = time.perf_counter()

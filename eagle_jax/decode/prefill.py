@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,14 +33,13 @@ def fill(run: Pass, inputs: Any, slots: int, chunk: int = CHUNK) -> tuple[Any, C
         run: one pass; the cache holds what came before the chunk.
         inputs: arrays [b, t, ...].
         slots: of the cache, at least t.
-        chunk: longest chunk; prompts beyond it must be a multiple.
+        chunk: longest chunk; of prompts beyond it, the largest that divides both.
 
     Returns:
         What `run` returned first, for all t tokens, and the cache [b, k, slots, e] per array.
     """
     b, t = jax.tree.leaves(inputs)[0].shape[:2]
-    width = min(t, chunk)
-    assert t % width == 0, (t, width)
+    width = t if t <= chunk else math.gcd(t, chunk)
     mask = packed_mask(jnp.zeros((b, width), jnp.int32))
     steps = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (b, width))
 

@@ -184,14 +184,35 @@ def method(params: Params, rows: int, temperature: float) -> Method:
     entry = find(params, rows, temperature)
     if entry is None:
         raise ValueError(_missing(params, rows, temperature))
+    return _parsed(entry, params, rows, temperature)
+
+
+def table(params: Params, rows: int, temperature: float) -> dict[int, Method]:
+    """The stored methods by batch size: of `rows`, and of smaller ones where there are any.
+
+    Raises:
+        ValueError: as `method`; an entry for `rows` there must be.
+    """
+    found = {rows: method(params, rows, temperature)}
+    wanted = key(params, rows, temperature)
+    del wanted["rows"]
+    stored = list(_matching(params, wanted))
+    for size in (1 << i for i in range((rows - 1).bit_length())):
+        fitting = [entry for entry in stored if entry["key"].get("rows") == size]
+        if fitting:
+            newest = max(fitting, key=lambda entry: entry["tuned"])
+            found[size] = _parsed(newest, params, size, temperature)
+    return found
+
+
+def _parsed(entry: Entry, params: Params, rows: int, temperature: float) -> Method:
     try:
-        found = named.parse(entry["method"])
+        return named.parse(entry["method"])
     except ValueError as error:
         raise ValueError(
             f"{entry['path']}: method {entry['method']!r}: {error}; run "
             f"{command(params, rows, temperature)}"
         ) from error
-    return found
 
 
 def _missing(params: Params, rows: int, temperature: float) -> str:

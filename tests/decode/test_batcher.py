@@ -4,6 +4,7 @@ import dataclasses
 import queue
 import re
 import threading
+import weakref
 from typing import Any
 
 import decoding
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eagle_jax.decode import Eagle, Vanilla, chain, engine, generate
-from eagle_jax.decode.batcher import Batcher, Piece, method_for
+from eagle_jax.decode import Eagle, Options, Vanilla, chain, engine, generate, stages
+from eagle_jax.decode.batcher import Batcher, Piece
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.sampling import sampling
 from eagle_jax.params import Params
@@ -312,19 +313,276 @@ def test_a_state_without_leading_rows_is_refused() -> None:
         batcher.step()
 
 
-TABLE: dict[int, str | Method] = {1: Eagle(chain(5)), 3: METHOD, 8: "vanilla"}
+# --- Batch sizes -------------------------------------------------------------------------------
+
+TABLE: dict[int, str | Method] = {1: decoding.METHODS["lookahead"], 2: "vanilla", 4: METHOD}
+TABLES: list[dict[int, str | Method]] = [
+    TABLE,
+    {1: decoding.METHODS["eagle2"], 2: decoding.METHODS["recycling"], 3: "prompt_lookup"},
+    {2: METHOD, 3: decoding.METHODS["medusa"], 4: METHOD},
+]
+LONG = 60
+
+
+@pytest.fixture
+def eager(monkeypatch) -> None:
+    """Moves that are not worth it, so that short answers move often."""
+    monkeypatch.setattr(stages, "MOVE", 1)
+
+
+def busy(batcher: Batcher) -> tuple[list[int], list[Piece], list[int]]:
+    """Eleven ragged requests in three waves: their numbers, all pieces, batch sizes by step."""
+    ids: list[int] = []
+    pieces: list[Piece] = []
+    sizes: list[int] = []
+    for wave, few in ((range(1), 4), (range(1, 7), 2), (range(7, 11), 0)):
+        ids += [batcher.submit(asked(i)[0], **asked(i)[1]) for i in wave]
+        while new := batcher.step():
+            pieces += new
+            statistics = batcher.statistics()
+            sizes.append(statistics.rows)
+            if statistics.rows <= few and statistics.occupied:
+                break
+    assert batcher.step() == []
+    return ids, pieces, sizes
+
+
+def asked(i: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """A prompt, and what `submit` and `generate` take with it."""
+    new = (LONG, 8, 40, 13, 22, 1, 35)[i % 7]
+    return np.asarray(PROMPTS[i % 9]), {"seed": 90 + i, "max_new_tokens": new}
+
+
+def by_vanilla(i: int, temperature: float) -> list[int]:
+    prompt, options = asked(i)
+    pair = decoding.trained_pair()
+    found = generate(pair, prompt, method="vanilla", temperature=temperature, **options)
+    return found.tokens.tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("table", TABLES, ids=["lookahead-vanilla-eagle", "eagle2", "same method"])
+def test_moves_change_no_text(table, temperature: float, eager) -> None:
+    """Catches a moved request with other noise, limit or text, a lost or doubled token, a row that
+    two requests have, and rounds or tokens that are counted twice or from zero again."""
+    options = {"temperature": temperature, "max_new_tokens": LONG, "prefill_rows": 2}
+    batcher = make(method=table, rows=4, **options)
+    ids, pieces, sizes = busy(batcher)
+    got = joined(pieces)
+    assert [got[i][0] for i in ids] == [by_vanilla(i, temperature) for i in range(len(ids))]
+    changes = [now - before for before, now in zip(sizes, sizes[1:], strict=False)]
+    assert max(sizes) == 4 and min(sizes) == min(table)
+    assert sum(change > 0 for change in changes) >= 2 <= sum(change < 0 for change in changes)
+    statistics = batcher.statistics()
+    assert statistics.moves >= 4 and statistics.finished == len(ids)
+    assert statistics.rounds == sum(rounds for _, rounds in got.values())
+    assert statistics.new_tokens == sum(len(tokens) for tokens, _ in got.values())
+    assert statistics.tau == statistics.new_tokens / statistics.rounds
+    assert 0.5 < statistics.occupancy <= 1
+    assert all(0 < rounds <= len(tokens) for tokens, rounds in got.values())
+
+
+def test_a_moved_request_is_drafted_for_as_before(eager) -> None:
+    """Catches a draft that begins a moved request with the prompt alone, or a row too late: no
+    text would tell, the rounds do."""
+    options = {"max_new_tokens": LONG, "temperature": 1.0}
+    still = joined(busy(make(method=METHOD, rows=4, **options))[1])
+    batcher = make(method=dict.fromkeys((1, 2, 3, 4), METHOD), rows=4, **options)
+    moved = joined(busy(batcher)[1])
+    assert batcher.statistics().moves >= 4
+    assert {i: tokens for i, (tokens, _) in moved.items()} == {
+        i: tokens for i, (tokens, _) in still.items()
+    }
+    rounds = [sum(rounds for _, rounds in got.values()) for got in (still, moved)]
+    assert abs(rounds[0] - rounds[1]) <= 2 and rounds[0] < 0.8 * batcher.statistics().new_tokens
+
+
+def test_the_rule_of_moves() -> None:
+    """Catches moves that cannot pay, one missed, and passes counted by another size's rows."""
+    batcher = make(
+        method=dict.fromkeys((1, 2, 4), "vanilla"), rows=4, max_new_tokens=LONG, chunk=LONG
+    )
+    assert batcher.statistics().rows == 4
+
+    def until_idle() -> list[tuple[int, int]]:
+        """Batch size and passes of every chunk."""
+        out, passes = [], batcher.statistics().passes
+        while batcher.step():
+            statistics = batcher.statistics()
+            out.append((statistics.rows, statistics.passes - passes))
+            passes = statistics.passes
+        return out
+
+    for new in (10, 10, 22, 30):
+        batcher.submit([1, 2], max_new_tokens=new)
+    # Two are left after 10 passes: the last move must be 16 ago. Then neither has 16 tokens left.
+    # One is left after 22: it has 8, which will do.
+    assert until_idle() == [(4, 10), (4, 6), (4, 6), (1, 8)]
+    statistics = batcher.statistics()
+    assert (statistics.moves, statistics.passes, statistics.rounds) == (1, 30, 72)
+    assert statistics.occupancy == 72 / (4 * 22 + 8)
+    # An idle batch changes as it likes, and no further than it must.
+    for new in (15, 2):
+        batcher.submit([1, 2], max_new_tokens=new)
+    assert until_idle() == [(2, 2), (2, 6), (2, 7)]  # 2 passes ago; then 7 tokens left
+    # It grows at once, and a load that goes up and down does not move it again and again.
+    batcher.submit([1, 2], max_new_tokens=LONG)
+    batcher.submit([1, 2], max_new_tokens=LONG)
+    for _ in range(3):
+        batcher.submit([1, 2], max_new_tokens=1)
+        batcher.step()
+        assert (batcher.statistics().rows, batcher.statistics().moves) == (4, 1)
+    assert until_idle() == [(4, 13), (2, 44)]
+
+
+def test_a_growing_batch_takes_everybody_along() -> None:
+    """Catches growth by one size at a time, growth before the rows are taken, and a table that is
+    looked up once."""
+    batcher = make(method=TABLE, rows=4, max_new_tokens=LONG)
+    assert batcher.method == METHOD
+    seen = []
+    for requests in (1, 0, 1, 2):
+        for _ in range(requests):
+            batcher.submit([3, 4], max_new_tokens=LONG)
+        batcher.step()
+        seen.append((batcher.statistics().rows, batcher.method, batcher.statistics().moves))
+    one, two = (decoding.METHODS[name] for name in ("lookahead", "vanilla"))
+    assert seen == [(1, one, 0), (1, one, 0), (2, two, 1), (4, METHOD, 2)]
+    batcher = make(method=TABLE, rows=4)
+    batcher.submit([3, 4])
+    batcher.step()
+    submit(batcher, range(5))
+    batcher.step()
+    assert (batcher.method, batcher.statistics().moves) == (METHOD, 1)
+
+
+@pytest.mark.parametrize("long", [1, 500])
+def test_answers_longer_than_the_longest_prompt_move(long: int, eager) -> None:
+    """Catches a prefill padded past the cache, and chunks that do not divide what they are of."""
+    pair = decoding.trained_pair()
+    config = dataclasses.replace(pair.target_config, max_position_embeddings=1024)
+    pair = dataclasses.replace(pair, target_config=config)
+    prompt, new = np.arange(long, dtype=np.int32) % decoding.VOCAB, 200
+    batcher = make(
+        pair,
+        method={1: METHOD, 2: "vanilla"},
+        rows=2,
+        max_prompt=500,
+        max_new_tokens=new,
+        temperature=1.0,
+    )
+    assert {stage.program.slots for stage in batcher._stages} == {768}
+    ids = [batcher.submit(prompt, seed=i, max_new_tokens=n) for i, n in enumerate((new, new - 40))]
+    got = joined(list(batcher.run()))
+    assert batcher.statistics().moves == 1 and batcher.method == METHOD
+    options = {"method": "vanilla", "max_new_tokens": new, "temperature": 1.0}
+    assert got[ids[0]][0] == generate(pair, prompt, seed=0, **options).tokens.tolist()
+
+
+def test_moves_compile_nothing(eager) -> None:
+    """Catches a program per move or per number of requests that move, and a batch that forgets who
+    was in it when it was warmed up."""
+    shapes: dict[str, Any] = {
+        "params": decoding.lettered_pair(),
+        "method": TABLE,
+        "rows": 4,
+        "max_prompt": 120,
+        "prefill_rows": 2,
+        "ignore_eos": True,
+        "max_new_tokens": LONG,
+    }
+    batcher = make(**shapes)
+    ids = [batcher.submit(asked(i)[0], **asked(i)[1]) for i in range(3)]
+    pieces = batcher.step()
+    batcher.warm_up()
+    made = len(engine.executables())
+    with decoding.compilations() as seen:
+        pieces += batcher.run()
+        assert {len(piece.tokens) > 0 for piece in pieces} == {True}
+        other = make(**shapes)
+        for prompt, new in ((120, 60), (100, 45), (110, 25), (90, 5)):
+            other.submit(np.ones(prompt, np.int32), max_new_tokens=new)
+        assert len(joined(list(other.run()))) == 4  # texts of more than 128 tokens move
+        assert other.statistics().moves == 2
+        assert seen == [] and len(engine.executables()) == made
+    assert [joined(pieces)[i][0] for i in ids] == [by_vanilla(i, 0.0) for i in range(3)]
+
+
+def test_an_idle_size_has_no_state(monkeypatch, eager) -> None:
+    """Catches two batches in memory at once."""
+    alive: list[weakref.ref] = []
+
+    def watched(name: str) -> None:
+        real = getattr(engine, name)
+
+        def call(*args: Any) -> engine.State:
+            assert name != "vacant" or not any(ref() is not None for ref in alive)
+            state = real(*args)
+            alive[:] = [weakref.ref(x) for x in jax.tree.leaves(state.cache)]
+            return state
+
+        monkeypatch.setattr(engine, name, call)
+
+    for name in ("vacant", "replace_rows", "advance"):
+        watched(name)
+    batcher = make(method=TABLE, rows=4)
+    submit(batcher, range(4))
+    list(batcher.run())
+    batcher.warm_up()
+    assert batcher.statistics().moves > 0
+
+
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+def test_cancelled_around_a_move(when: str, monkeypatch, eager) -> None:
+    """Catches a cancelled request that moves along for good, and one that gets a piece."""
+    batcher = make(method=TABLE, rows=4, max_new_tokens=LONG)
+    ids = [batcher.submit(asked(i)[0], **asked(i)[1]) for i in (0, 2)]
+    pieces = batcher.step()
+    assert batcher.statistics().rows == 2
+    ids += [batcher.submit(asked(i)[0], **asked(i)[1]) for i in (3, 4, 6)]
+    real = engine.vacant
+
+    def vacant(*args: Any) -> engine.State:
+        if when == "during":
+            thread = threading.Thread(target=lambda: batcher.cancel(ids[0]))
+            thread.start()
+            thread.join()
+        return real(*args)
+
+    monkeypatch.setattr(engine, "vacant", vacant)
+    if when == "before":
+        assert batcher.cancel(ids[0])
+    pieces += (later := batcher.step())
+    assert batcher.statistics().rows == 4
+    if when == "after":
+        assert batcher.cancel(ids[0])
+    else:
+        assert ids[0] not in {piece.request for piece in later}
+    assert not batcher.cancel(ids[0])
+    after = list(batcher.run())
+    assert ids[0] not in {piece.request for piece in after}
+    got = joined([piece for piece in pieces if piece.request != ids[0]] + after)
+    assert {i: tokens for i, (tokens, _) in got.items()} == {
+        ids[j]: by_vanilla(i, 0.0) for j, i in ((1, 2), (2, 3), (3, 4), (4, 6))
+    }
+    assert batcher.statistics().finished == 4 and not batcher.statistics().occupied
 
 
 @pytest.mark.parametrize(
     ("rows", "chosen"),
-    [(1, TABLE[1]), (2, TABLE[1]), (3, METHOD), (7, METHOD), (8, "vanilla"), (99, "vanilla")],
+    [
+        (1, {1: TABLE[1]}),
+        (2, {1: TABLE[1], 2: Vanilla()}),
+        (3, {1: TABLE[1], 2: Vanilla(), 3: Vanilla()}),
+        (9, {1: TABLE[1], 2: Vanilla(), 4: METHOD, 9: METHOD}),
+    ],
 )
-def test_the_method_follows_from_the_batch_size(rows: int, chosen: str | Method) -> None:
-    assert method_for(TABLE, rows) == chosen
-
-
-def test_a_table_serves_for_a_method() -> None:
-    assert make(method=TABLE).method == METHOD
+def test_batch_sizes_of_a_table(rows: int, chosen: dict[int, Method]) -> None:
+    """Catches sizes out of order, and `rows` with the method of a size above it."""
+    table = dict(reversed(TABLE.items()))
+    found = stages.methods(decoding.trained_pair(), table, rows, Options())
+    assert list(found.items()) == list(chosen.items())
+    assert stages.methods(decoding.trained_pair(), METHOD, rows, Options()) == {rows: METHOD}
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from eagle_jax.decode import (
     chain,
     engine,
     generate,
+    stages,
     static_tree,
 )
 from eagle_jax.decode.batcher import Batcher
@@ -141,6 +142,26 @@ def test_rows_are_replaced_on_a_mesh(rows):
     for i, prompt in enumerate(PROMPTS):
         batcher.submit(prompt, seed=i)
     assert list(batcher.run()) and len(engine.executables()) == made
+
+
+def test_batch_sizes_on_a_mesh(monkeypatch):
+    """Catches a batch size that the groups do not divide, refused or with half of its rows; a state
+    placed otherwise than the programs of its size take it."""
+    monkeypatch.setattr(stages, "MOVE", 1)
+    params = placed(pair(), mesh(tensor=4))
+    table = {1: METHODS["eagle"], 3: "vanilla", 4: METHODS["eagle"]}
+    options = {"max_prompt": 20, "max_new_tokens": 20, "temperature": 1.0, "chunk": 2}
+    batcher = Batcher(params, method=table, rows=4, **options)
+    batcher.warm_up()
+    made = len(engine.executables())
+    found: dict[int, list[int]] = {}
+    numbers = [batcher.submit(PROMPTS[0], seed=3)]
+    pieces = batcher.step()
+    numbers += [batcher.submit(prompt, seed=3 + i) for i, prompt in enumerate(PROMPTS) if i]
+    for piece in [*pieces, *batcher.run()]:
+        found.setdefault(piece.request, []).extend(np.asarray(piece.tokens).tolist())
+    assert [found[number] for number in numbers] == alone("eagle", 1.0)
+    assert batcher.statistics().moves >= 2 and len(engine.executables()) == made
 
 
 def compiled(method: str, params: Params) -> str:
