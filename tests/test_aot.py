@@ -143,7 +143,8 @@ def test_decoding_compiles_for_gpus(number):
         assert row["temporaries"] < 0.2
         for kind, (_, size) in row["collectives"].items():
             assert number == 2 and size < 32, (name, kind)  # MiB: no matrix is so small
-    assert rows["vanilla: one round"]["launches"] < rows["Eagle: one round"]["launches"] < 200
+    vanilla, eagle = (rows[f"{name}: one round"]["launches"] for name in ("vanilla", "Eagle"))
+    assert vanilla < eagle < (200 if number == 1 else 400)  # kernels of our own run on one alone
     if number == 2:  # of two layers: their sums, the embedding's, and the drawn token
         assert rows["vanilla: loop"]["collectives"]["all-reduce"][0] == 2 * 2 + 1 + 2
         assert set(rows["vanilla: loop"]["collectives"]) == {"all-reduce"}
