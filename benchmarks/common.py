@@ -98,7 +98,7 @@ def parser(doc: str | None, *names: str) -> argparse.ArgumentParser:
         "--used": {"type": positive, "default": 512, "help": "slots with tokens"},
         "--rounds": {"type": positive, "default": 32, "help": "rounds of one timed call"},
         "--repeats": {"type": positive, "default": 5, "help": "timed calls; medians are taken"},
-        "--quantize": {"help": "int8, where this version has it: the target's matrices"},
+        "--quantize": {"help": "int8, the target's matrices"},
         "--quantize-drafts": {"help": "int8, the drafts' matrices"},
         "--layers": {"type": positive, "help": "of the target (default: all)"},
         "--tensor": {"type": positive, "default": 1, "help": "devices that share the model"},

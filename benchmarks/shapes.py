@@ -23,7 +23,8 @@ from eagle_jax.config import (
     TransformerConfig,
 )
 from eagle_jax.decode import Medusa
-from eagle_jax.models import DRAFTS, Transformer, param_shapes
+from eagle_jax.models import DRAFTS, Transformer, kernels, param_shapes
+from eagle_jax.models.quantize import checked
 from eagle_jax.params import Draft, Params, draft_place
 from eagle_jax.types import ParamDict
 
@@ -65,20 +66,15 @@ def draft_configs(shape: str, draft_vocabulary: int | None = None) -> dict[str, 
     """A draft of every kind for a target of `shape`, as wide as published ones.
 
     Raises:
-        ValueError: EAGLE-1's draft vocabulary is larger than the target's, or this version of the
-            package knows none.
+        ValueError: EAGLE-1's draft vocabulary is larger than the target's.
     """
     target = SHAPES[shape]
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
     names += ("num_key_value_heads", "head_dim", "rope_theta")
     own = {name: getattr(target, name) for name in names}
     layers, vocab = target.num_hidden_layers, target.vocab_size
-    fields = {field.name for field in dataclasses.fields(EagleConfig)}
-    if draft_vocabulary is not None and "draft_vocab_size" not in fields:
-        raise ValueError("--draft-vocabulary: this version of eagle_jax has none for EAGLE-1")
-    known: dict[str, Any] = {"draft_vocab_size": draft_vocabulary} if draft_vocabulary else {}
     drafts = (
-        EagleConfig(**own, **known),
+        EagleConfig(**own, draft_vocab_size=draft_vocabulary),
         Eagle3Config(
             **own,
             draft_vocab_size=min(_DRAFT_VOCABULARY, vocab),
@@ -165,14 +161,8 @@ def offsets(vocab: int, size: int) -> np.ndarray:
 
 def _for_decoding(config: Any, devices: int = 1) -> Any:
     """In the layout that `load` chooses on so many devices."""
-    layout: dict[str, Any] = {"fused": True}
-    if "fused_qkv" in {field.name for field in dataclasses.fields(config)}:
-        # Older versions of the package have neither the field nor, some of them, the kernels.
-        from eagle_jax.models import kernels
-
-        dtype = jnp.dtype(common.default_dtype())
-        layout["fused_qkv"] = kernels.expected(dtype, devices=devices)
-    return dataclasses.replace(config, **layout)
+    qkv = kernels.expected(jnp.dtype(common.default_dtype()), devices=devices)
+    return dataclasses.replace(config, fused=True, fused_qkv=qkv)
 
 
 def _small(config: Any, quantize: str) -> Any:
@@ -196,9 +186,11 @@ def random_params(
     place them.
 
     Raises:
-        ValueError: this version of the package cannot store weights as `quantize` says, or as in
-            `draft_configs`; there are not so many layers; the mesh does not divide the target.
+        ValueError: unknown quantisation, or as in `draft_configs`; there are not so many layers;
+            the mesh does not divide the target.
     """
+    quantization = checked("--quantize", quantize)
+    of_drafts = checked("--quantize-drafts", quantize_drafts)
     devices = 1 if mesh is None else mesh.size
     target = _for_decoding(SHAPES[shape], devices)
     if mesh is not None:
@@ -208,10 +200,7 @@ def random_params(
         if not least <= layers <= most:
             raise ValueError(f"--layers {layers}: shape {shape} has {most}; use {least} to {most}")
         target = dataclasses.replace(target, num_hidden_layers=layers)
-    if quantize is not None:
-        if "quantize" not in {field.name for field in dataclasses.fields(target)}:
-            raise ValueError(f"--quantize {quantize}: this version of eagle_jax cannot quantise")
-        target = dataclasses.replace(target, **{"quantize": quantize})
+    target = dataclasses.replace(target, quantize=quantization)
     drafts = {}
     for kind in kinds:
         config = draft_configs(shape, draft_vocabulary)[kind]
@@ -219,8 +208,8 @@ def random_params(
             config = dataclasses.replace(config, aux_layers=(0, layers // 2, layers))
         if not isinstance(config, MedusaConfig):
             config = _for_decoding(config, devices)
-        if quantize_drafts is not None:
-            config = _small(config, quantize_drafts)
+        if of_drafts is not None:
+            config = _small(config, of_drafts)
         weights = random_weights(DRAFTS[kind], config, 1, where=draft_place(config, mesh))
         drafts[kind] = Draft(weights, config)
     return Params(random_weights(Transformer, target, where=mesh), drafts, target)
