@@ -131,6 +131,9 @@ def main() -> None:
     help_eval = f"override, for the evaluation; by default {' '.join(_EVAL)}"
     parser.add_argument("--eval-set", action="append", default=[], help=help_eval)
     args, further = parser.parse_known_args()
+    for name in ("data", "validation"):
+        if not Path(getattr(args, name)).exists():
+            raise ValueError(f"--{name} {getattr(args, name)}: there is no such file")
     args.output, args.configs = args.output.resolve(), args.configs.resolve()
     args.output.mkdir(parents=True, exist_ok=True)
 

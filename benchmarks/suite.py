@@ -106,7 +106,17 @@ def done_before(path: Path) -> set[tuple[str, str]]:
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
-    return {(entry["name"], entry["command"]) for entry in found if entry["status"] == "done"}
+    entries = [
+        entry for entry in found if isinstance(entry, dict) and entry.get("status") == "done"
+    ]
+    return {(entry["name"], entry["command"]) for entry in entries}
+
+
+def keep(path: Path, entry: dict[str, Any]) -> None:
+    """Adds a line to results.jsonl, also after one that was cut off."""
+    whole = not path.exists() or path.read_text()[-1:] in ("", "\n")
+    with path.open("a") as file:
+        file.write(("" if whole else "\n") + json.dumps(entry) + "\n")
 
 
 def main() -> int:
@@ -119,6 +129,8 @@ def main() -> int:
         "--minutes", type=float, default=float("inf"), help="of all commands together"
     )
     args = parser.parse_args()
+    if not args.minutes > 0:
+        raise ValueError(f"--minutes {args.minutes:g}: must be above 0")
     lines = [line.split(None, 2) for line in SETS[args.set].strip().split("\n")]
     listed = {name: (float(limit), f"benchmarks/{words}") for name, limit, words in lines}
     if unknown := set(args.only or ()) - set(listed):
@@ -140,8 +152,7 @@ def main() -> int:
             )
         elif (name, command) not in before:
             entry = execute(name, limit, command, output)
-            with results.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+            keep(results, entry)
             print(told(entry, output), flush=True)
         rows.append({key: entry.get(key) for key in ("name", "status", "seconds")})
     common.report(rows, benchmark="suite", set=args.set, output=str(output))

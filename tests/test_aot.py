@@ -103,7 +103,7 @@ def test_without_the_cuda_plugin_it_says_so(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"'h100:2': JAX's CUDA plugin is not installed; pip inst"):
         aot.devices("h100:2")
-    with pytest.raises(ValueError, match="topology='h200': give a number of GPUs, as in h200:2"):
+    with pytest.raises(ValueError, match="topology='h200': give 1 to 8 GPUs, as in h200:2"):
         aot.devices("h200")
 
 

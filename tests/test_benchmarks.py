@@ -456,10 +456,15 @@ def test_large_pair_plans_by_the_clock_and_goes_on(module, tmp_path, monkeypatch
 
     monkeypatch.setattr(large_pair, "call", call)
     out = tmp_path / "out"
-    options = ["--data", "text.jsonl", "--validation", "held_out.jsonl", "--output", str(out)]
+    files = [tmp_path / "text.jsonl", tmp_path / "held_out.jsonl"]
+    options = ["--data", str(files[0]), "--validation", str(files[1]), "--output", str(out)]
     options += ["--target-minutes", "6", "--draft-minutes", "3", "--set", "attention=xla"]
     monkeypatch.setattr(sys, "argv", ["large_pair.py", *options, "--prompts", "7"])
 
+    for file in files:
+        with pytest.raises(ValueError, match=rf"--(data|validation) {file}: there is no such file"):
+            large_pair.main()
+        file.touch()
     large_pair.main()
     programs = ["benchmarks/train.py", "train/pair.py", "benchmarks/pair.py"]
     assert [command[0] for command in calls] == programs
@@ -556,10 +561,12 @@ def test_suite_goes_on_where_it_was(tmp_path) -> None:
 
     (tmp_path / "bad.py").write_text(good)
     with (output / "results.jsonl").open("a") as file:
-        file.write('{"name": "cut o\n')
+        file.write('5\n{"name": "cut o')
     _, found, code = statuses("--only", "good", "bad", "long")
     assert found == {"good": "done before", "bad": "done", "long": "done"} and code == 0
-    assert len((output / "results.jsonl").read_text().splitlines()) == 6
+    assert len((output / "results.jsonl").read_text().splitlines()) == 7
+    _, found, _ = statuses("--only", "bad", "long")  # what came after the line that was cut off
+    assert set(found.values()) == {"done before"}
 
 
 def test_a_suite_that_is_stopped_stops_its_command(tmp_path) -> None:

@@ -183,6 +183,32 @@ def test_the_whole_pipeline(tmp_path, questions) -> None:
     assert not list((tmp_path / "more").glob("answers*"))
 
 
+def test_answers_are_not_mixed(tiny_model, tmp_path) -> None:
+    """Catches other prompts, or another model, in a folder that has answers; and one cut short."""
+    lines = [{"messages": [{"role": "user", "content": f"{i} ?"}]} for i in range(5)]
+    texts = ["".join(json.dumps(line) + "\n" for line in lines[first:]) for first in (0, 1)]
+    for name, text in zip(("all", "fewer"), texts, strict=True):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    options = ["--output", str(tmp_path / "out"), "--batch-size", "4", "--new-tokens", "4"]
+
+    def run(data: str, model: Path) -> str:
+        more = ["--data", str(tmp_path / f"{data}.jsonl"), "--model", str(model)]
+        return tiny_pair.run_program("train/answers.py", *options, *more)
+
+    run("all", tiny_model)
+    prompts = tmp_path / "out" / "prompts.jsonl"
+    whole = prompts.read_text()
+    prompts.write_text(whole[:40])  # as a kill leaves it
+    found = [json.loads(line) for line in run("all", tiny_model).splitlines()]
+    assert [line["already_answered"] for line in found] == [5] * 3
+    assert prompts.read_text() == whole
+    tiny_pair.write(tmp_path / "other", seed=4)
+    for data, model in (("fewer", tiny_model), ("all", tmp_path / "other")):
+        with pytest.raises(AssertionError, match="ended with 2"):
+            run(data, model)
+    assert prompts.read_text() == whole
+
+
 def test_medusa_tree(tiny_model) -> None:
     """Catches heads compared with the wrong token: of random ones each rank is right as often."""
     options = ["--model", str(tiny_model), "--limit", "2", "--new-tokens", "24", "--nodes", "9"]

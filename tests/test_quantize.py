@@ -426,11 +426,11 @@ def test_mistakes(tiny_model, tmp_path) -> None:
         quantize.quantize_params(pair().target)
     with says("quantize='int8': quantised weights are not written"):
         hf.save_target(tmp_path / "out", pair().target_config, pair().target)
-    draft = small_drafts(pair()).drafts["eagle3"]
-    with says(
-        "quantised weights are not written; give the model as it was before, load(..., quanti"
-    ):
-        hf.save_draft(tmp_path / "out", draft.config, draft.params)
+    for draft in small_drafts(pair()).drafts.values():
+        with says(
+            "weights are not written; give the model as it was before, load(..., quantize_dr"
+        ):
+            hf.save_draft(tmp_path / "out", draft.config, draft.params)
     assert not (tmp_path / "out").exists()
     data = configs.DataConfig(train=(), tokenizer="-", sequence_length=32, batch_size=1)
     optim = configs.OptimConfig(learning_rate=1e-3, steps=1)

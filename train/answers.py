@@ -5,16 +5,20 @@
 
 The output folder gets `prompts.jsonl` and, of every way of decoding that a draft shall imitate, a
 file `answers-0.jsonl`, `answers-1.jsonl`, ... Start it again after an interruption: it goes on.
+What another model answered, or other prompts, is not mixed in (`answers.json`).
 """
 
 import argparse
+import hashlib
 import json
 import random
 from pathlib import Path
 
 import eagle_jax
 from eagle_jax import cli
+from eagle_jax.checkpoint import files
 from eagle_jax.decode.batch import answer_file
+from eagle_jax.decode.tuned import fingerprint
 from eagle_jax.text import read_prompts
 
 # Temperature, and the first prompt's seed.
@@ -36,12 +40,20 @@ def main() -> None:
     assert params.tokenizer is not None  # every model directory has one
 
     args.output.mkdir(parents=True, exist_ok=True)
-    prompts = args.output / "prompts.jsonl"
-    if not prompts.exists():
-        firsts = {json.dumps([turns[0]]): turns[:1] for turns in read_prompts(args.data)}
-        kept = [turns for turns in firsts.values() if len(params.tokenizer.chat(turns)) <= LONGEST]
-        random.Random(0).shuffle(kept)
-        prompts.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in kept))
+    prompts, made = args.output / "prompts.jsonl", args.output / "answers.json"
+    firsts = {json.dumps([turns[0]]): turns[:1] for turns in read_prompts(args.data)}
+    kept = [turns for turns in firsts.values() if len(params.tokenizer.chat(turns)) <= LONGEST]
+    random.Random(0).shuffle(kept)
+    text = "".join(json.dumps({"messages": turns}) + "\n" for turns in kept)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    own = {"weights": fingerprint(params.only(None)), "prompts": digest}
+    if made.exists() and files.read_json(made) != own:
+        raise ValueError(
+            f"{made}: the answers there are another model's, or to other prompts; give another "
+            "--output"
+        )
+    prompts.write_text(text)
+    files.write_json(made, own)
     options = {"limit": args.prompts, "batch_size": args.batch_size, "method": "vanilla"}
     options["max_new_tokens"] = args.new_tokens
     for number, (temperature, seed) in enumerate(PASSES):

@@ -9,38 +9,14 @@ resumes: start it again after an interruption. Ends in evaluation's JSON line.
 """
 
 import argparse
-import os
 import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from eagle_jax import cli
+from eagle_jax.jobs import run
+
+HERE = Path(__file__).resolve().parent
 DRAFTS = ("eagle", "eagle3", "medusa", "model")
-
-
-def run(*jobs: tuple[Path, list[str]], together: bool = False) -> None:
-    """The project's own commands, echoed: in turn, or at once, their progress in the files named.
-
-    One that fails ends the program, after those beside it.
-    """
-    # Alone a process takes most of the device's memory when it starts.
-    shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
-
-    def status(job: tuple[Path, list[str]]) -> int:
-        log, command = job
-        print("$", *command, f"2> {log}" if together else "", flush=True)
-        if not together:
-            return subprocess.run([sys.executable, *command]).returncode
-        with log.open("wb") as errors:
-            return subprocess.run([sys.executable, *command], stderr=errors, env=shared).returncode
-
-    with ThreadPoolExecutor() as pool:
-        for (log, _), code in zip(jobs, (pool.map if together else map)(status, jobs), strict=True):
-            if code and together:
-                print(f"{log}: status {code}; the file says why", file=sys.stderr)
-            if code:
-                raise SystemExit(code if code > 0 else 128 - code)
 
 
 def main() -> None:
@@ -50,8 +26,8 @@ def main() -> None:
     parser.add_argument("--validation", required=True, help="held-out conversations")
     parser.add_argument("--eval", help="directory of question files; default: our own prompts")
     parser.add_argument("--output", default="runs/tiny", type=Path)
-    parser.add_argument("--configs", default="configs/tiny", type=Path)
-    parser.add_argument("--eval-config", default="configs/eval/tiny.py")
+    parser.add_argument("--configs", default=HERE.parent / "configs/tiny", type=Path)
+    parser.add_argument("--eval-config", default=str(HERE.parent / "configs/eval/tiny.py"))
     parser.add_argument("--target", type=Path, help="a trained target, instead of training one")
     parser.add_argument("--drafts", nargs="+", default=DRAFTS, help="by name of their config")
     parser.add_argument("--prompts", default=40000, type=int, help="prompts the target answers")
@@ -72,7 +48,7 @@ def main() -> None:
         run(training("target", f"data.train=({args.data!r},)"))
     shutil.copytree(args.target or out / "target/export", model / "target", dirs_exist_ok=True)
     if args.prompts:
-        command = ["train/answers.py", "--model", str(model / "target"), "--data", args.data]
+        command = [str(HERE / "answers.py"), "--model", str(model / "target"), "--data", args.data]
         for name in ("output", "prompts", "batch_size", "new_tokens"):
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
         run((out / "answers.log", command))
@@ -87,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -136,13 +136,15 @@ def devices(topology: str) -> list[Any]:
         return list(topologies.get_topology_desc(topology, platform="tpu").devices)
     except Exception as error:  # libtpu has its own
         said = str(error).strip().splitlines()[0]
-        raise ValueError(f"topology={topology!r}: {said}; e.g. v5e:2x4, v5p:2x2x2") from error
+        raise ValueError(
+            f"topology={topology!r}: {said}; e.g. v5e:2x4, v5p:2x2x2, h100:2"
+        ) from error
 
 
 def _gpus(topology: str) -> list[Any]:
     kind, _, number = topology.partition(":")
-    if not number.isdecimal() or int(number) < 1:
-        raise ValueError(f"topology={topology!r}: give a number of GPUs, as in {kind}:2")
+    if number not in map(str, range(1, 9)):
+        raise ValueError(f"topology={topology!r}: give 1 to 8 GPUs, as in {kind}:2")
     plugins = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
     if not any(_installed(plugin) for plugin in plugins):
         raise ValueError(

@@ -3,8 +3,9 @@
 Compiles training and decoding for a TPU slice, or GPUs, not at hand, on the CPU, and reports per
 chip: GiB of weights and state, of temporaries, of all, and the share of its memory; GFLOP and GB
 moved as the compiler counts them, its estimate of the time, and a floor by the chip's data sheet
-(weights and cache read once, or arithmetic); collectives, and whether anything
-crosses to the host. The table goes to stderr; stdout gets one JSON line.
+(weights and cache read once, or arithmetic); collectives, launches of kernels (on GPUs, of what has
+no loop), and whether anything crosses to the host. The table goes to stderr; stdout gets one JSON
+line.
 """
 
 from __future__ import annotations

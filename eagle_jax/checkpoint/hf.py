@@ -120,10 +120,10 @@ def save_draft(
         )
     if coverage is not None and not 0 <= coverage <= 1:
         raise ValueError(f"coverage={coverage}: must be 0 to 1, a share of the counted tokens")
+    _check_floats("quantize_drafts", config)
     if isinstance(config, TransformerConfig):
         save_target(directory, config, params, dtype)
         return
-    _check_floats("quantize_drafts", config)
     files.check_params(config, params, dtype)
     if isinstance(config, EagleConfig):
         settings = drafts.eagle_json(config, dtype, coverage)
