@@ -288,10 +288,9 @@ def _with_all_tokens(
     of a draft vocabulary that has all tokens."""
     if not isinstance(config, EagleConfig) or config.draft_vocab_size is not None:
         return config, params
-    none = Stored(
-        (config.vocab_size,), np.dtype(np.int32), lambda: np.zeros(config.vocab_size, np.int32)
-    )
-    return dataclasses.replace(config, draft_vocab_size=config.vocab_size), {**params, "d2t": none}
+    size = config.vocab_size
+    table = Stored((size,), np.dtype(np.int32), lambda: np.zeros(size, np.int32))
+    return dataclasses.replace(config, draft_vocab_size=size), {**params, "d2t": table}
 
 
 def _for_decoding(

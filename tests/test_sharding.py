@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from eagle_jax import sharding, testing
+from eagle_jax.models.layers import Embedding
 
 
 def shape(*sizes: int) -> jax.ShapeDtypeStruct:
@@ -72,6 +74,23 @@ def test_stored_weights_are_cut_along_their_largest_divisible_axis():
     for mesh, stored in ((sharding.make_mesh(), True), (sharding.make_mesh(4), False)):
         places = sharding.weight_shardings(mesh, tree, stored=stored)
         assert all(place.is_fully_replicated for place in jax.tree.leaves(places))
+
+
+def test_one_token_is_looked_up_as_two_where_the_table_is_cut():
+    """Catches a lookup that XLA makes a slice of: GPUs gather the whole table for that, though CPUs
+    and TPUs do not (test_aot.py compiles it, where JAX's CUDA plugin is installed)."""
+    mesh = sharding.make_mesh(tensor=2, devices=jax.devices()[:2])
+    embedding = Embedding(8, 4, rngs=nnx.Rngs(0))
+
+    def looked_up(tokens: jax.Array) -> str:
+        return str(jax.make_jaxpr(embedding)(tokens))
+
+    token = jnp.full((1, 1), 5, jnp.int32)
+    assert "f32[1,2,4]" not in looked_up(token)
+    with sharding.using(mesh):
+        assert "f32[1,2,4] = gather" in looked_up(token)
+        got = jax.jit(embedding)(token)
+    np.testing.assert_array_equal(got, embedding(token))
 
 
 def test_programs_over_several_devices_run_one_at_a_time():

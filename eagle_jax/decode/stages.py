@@ -20,7 +20,8 @@ from eagle_jax.params import Params
 Table = Mapping[int, str | Method]
 
 # What the prefill of a request that moves counts as, in passes. On two CPU cores the shipped
-# model's took 1 to 9 (100 to 250 tokens), and 1 to 8 here did equally well.
+# model's took 1 to 9 (100 to 250 tokens), and 1 to 8 here did equally well, by a probe that is not
+# in this repository.
 MOVE = 8
 _FOREVER = 2**31 - 1  # rounds
 
