@@ -62,9 +62,10 @@ def two_segment_attention(
     if prefix is not None and lengths is not None and kernels.attention.fits(query, prefix):
         of_rows = jnp.repeat(mask, h // k, axis=1)
         edges = None if oldest is None else jnp.repeat(oldest, h // k, axis=1)
-        return kernels.attention.attend(
+        mixed, _ = kernels.attention.attend(
             grouped, block, of_rows, prefix, lengths, edges, t, factor, softcap
         )
+        return mixed
     grouped = grouped * jnp.asarray(factor, query.dtype)
 
     def score(keys: jax.Array, visible: jax.Array) -> jax.Array:
@@ -88,6 +89,27 @@ def two_segment_attention(
         mixed = jnp.einsum("bkqs,bkse->bkqe", weights[..., :slots], prefix[1])
         mixed = mixed + jnp.einsum("bkqs,bkse->bkqe", weights[..., slots:], block[1])
     return mixed.reshape(b, k, t, h // k, e).transpose(0, 2, 1, 3, 4).reshape(b, t, h, e)
+
+
+def joined_attention(
+    joined: kernels.attention.Joined,
+    mask: Bool[Array, "b t t"],
+    prefix: KeyValue,
+    lengths: Int[Array, " b"],
+    *,
+    oldest: Int[Array, "b t"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> tuple[Float[Array, "b t h e"], KeyValue]:
+    """As `two_segment_attention`, of a product that `kernels.attention.splits` takes; the mixed
+    values, and keys and values [b, k, t, e] of the tokens at hand."""
+    (_, k, q, e), t = joined.shape, mask.shape[1]
+    of_rows = jnp.repeat(mask, q // t, axis=1)
+    edges = None if oldest is None else jnp.repeat(oldest, q // t, axis=1)
+    factor = e**-0.5 if scale is None else scale
+    return kernels.attention.attend(
+        joined, None, of_rows, prefix, lengths, edges, t, factor, softcap
+    )
 
 
 def aligned_attention(

@@ -13,7 +13,7 @@ from flax import nnx
 from eagle_jax.decode import chain
 from eagle_jax.models import Transformer, bind, cast, init_params, kernels, quantize
 from eagle_jax.models import cache as caches
-from eagle_jax.models.attention import two_segment_attention
+from eagle_jax.models.attention import joined_attention, two_segment_attention
 from eagle_jax.models.kernels import device
 from eagle_jax.models.layers import Parts, RMSNorm, join, matmul
 from eagle_jax.models.rotary import angles, rotary
@@ -240,7 +240,31 @@ def test_cuts_of_attention(interpreted, parts: int, rows: int) -> None:
     weights = np.exp(exact(query) @ keys.swapaxes(2, 3))
     wanted = weights / weights.sum(axis=-1, keepdims=True) @ values
     cut = dataclasses.replace(kernels.attention.tile(q, slots, k), rows=rows, parts=parts)
-    np.testing.assert_allclose(exact(run(cut)), wanted.swapaxes(1, 2), atol=0.02)
+    np.testing.assert_allclose(exact(run(cut)[0]), wanted.swapaxes(1, 2), atol=0.02)
+
+
+@pytest.mark.parametrize("window", [None, 5], ids=lambda w: f"window {w}")
+@pytest.mark.parametrize(("b", "t", "k", "g"), [(1, 1, 2, 1), (2, 1, 2, 4), (2, 4, 2, 2), (1, 8, 2, 1)])
+def test_attention_that_splits_a_product(interpreted, b, t, k, g, window) -> None:
+    """Catches heads, tokens and halves that are mixed up, and a block that is not written."""
+    e, count, slots = 16, 3, 64
+    parts = normal(count, b * t, k * (g + 2) * e, dtype=jnp.float32) / count
+    length = jnp.asarray([17, 0][:b])
+    places = length[:, None] + jnp.arange(t)[None]
+    turn, heads = angles(places, e // 2, 1e4, None), (k, g + 2, e)
+    joined = kernels.attention.Joined(parts, *turn, heads, jnp.dtype(BFLOAT16))
+    prefix = (normal(b, k, slots, e, seed=3), normal(b, k, slots, e, seed=4))
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (b, t, t))
+    oldest = None if window is None else places - window
+    assert kernels.attention.splits(joined, prefix)
+    got = joined_attention(joined, mask, prefix, length, oldest=oldest)
+    query, *block = kernels.rotary.split(parts, *turn, heads, jnp.dtype(BFLOAT16))
+    query = query.reshape(b, k, t, g, e).transpose(0, 2, 1, 3, 4).reshape(b, t, k * g, e)
+    mixed = two_segment_attention(query, tuple(block), mask, prefix, length, oldest=oldest)
+    for ours, theirs in zip(jax.tree.leaves(got), (mixed, *block), strict=True):
+        np.testing.assert_allclose(exact(ours), exact(theirs), atol=2**-7, rtol=2**-7)
+    many = dataclasses.replace(joined, cos=jnp.zeros((b, 9, e // 2)))
+    assert not kernels.attention.splits(many, prefix)
 
 
 # --- Caches ------------------------------------------------------------------------------------

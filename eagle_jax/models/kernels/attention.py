@@ -3,6 +3,9 @@
 A program owns a key head, some of its query rows and a part of the used slots, which it walks
 through with a running maximum and sum; slots that are not used are not read. The part that comes
 last takes the fresh tokens. A second launch joins the parts.
+
+Of very few rows every program makes queries and fresh keys itself of the product that they are in
+(`Joined`): a launch less for what takes it no time.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +27,7 @@ from eagle_jax.types import KeyValue
 
 _MOST = 128  # fresh tokens
 _ROWS = (16, 64)  # query rows of a program: a tensor core multiplies at least 16
+_SPLIT = 8  # query rows that every program makes itself
 _NOTHING = -1e30  # below any score; no infinity, which minus itself is no number
 
 
@@ -36,6 +42,28 @@ class Tile:
     stages: int = 2
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["parts", "cos", "sin"],
+    meta_fields=["heads", "dtype"],
+)
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """What `rotary.split` splits, by the names there, before it is split."""
+
+    parts: Float32[Array, "p n o"]
+    cos: Float32[Array, "b t f"]
+    sin: Float32[Array, "b t f"]
+    heads: tuple[int, ...]
+    dtype: jnp.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """b, k, q, e of the queries."""
+        (b, t, _), (k, both, e) = self.cos.shape, self.heads
+        return b, k, t * (both - 2), e
+
+
 def tile(rows: int, slots: int, heads: int) -> Tile:
     """The cut for so many query rows of each of `heads` key heads (of all texts)."""
     size = next((size for size in _ROWS if size >= rows), _ROWS[-1])
@@ -47,15 +75,23 @@ def tile(rows: int, slots: int, heads: int) -> Tile:
 
 def fits(query: jax.Array, prefix: KeyValue) -> bool:
     """Whether `attend` can do it: few tokens, sizes that a tensor core takes."""
+    return device.usable(query) and query.shape[1] <= _MOST and _reads(prefix)
+
+
+def splits(joined: Joined, prefix: KeyValue) -> bool:
+    """Whether `attend` can take a product that is not split: few rows, which cost nothing."""
+    return joined.shape[2] <= _SPLIT and _reads(prefix)
+
+
+def _reads(prefix: KeyValue) -> bool:
     slots, e = prefix[0].shape[2:]
-    sizes = e >= 16 and (e & (e - 1)) == 0 and slots % 16 == 0
-    return device.usable(query, *prefix) and query.shape[1] <= _MOST and sizes
+    return device.usable(*prefix) and e >= 16 and (e & (e - 1)) == 0 and slots % 16 == 0
 
 
 @functools.partial(jax.jit, static_argnames=("tokens", "scale", "softcap", "cut"))
 def attend(
-    query: Float[Array, "b k q e"],
-    block: KeyValue,
+    query: Float[Array, "b k q e"] | Joined,
+    block: KeyValue | None,
     mask: Bool[Array, "b q u"],
     prefix: KeyValue,
     lengths: Int[Array, " b"],
@@ -64,39 +100,71 @@ def attend(
     scale: float,
     softcap: float | None,
     cut: Tile | None = None,
-) -> Float[Array, "b t h e"]:
+) -> tuple[Float[Array, "b t h e"], KeyValue]:
     """As `two_segment_attention`, for queries grouped by key head (`kernels.rotary.split`).
 
     Args:
-        query: unscaled; q = t g rows of each key head, a token's g heads in order.
-        block, prefix, lengths, softcap: as there.
+        query: unscaled; q = t g rows of each key head, a token's g heads in order. Or the product
+            that queries, keys and values are in, where `splits` takes it.
+        block: as there; None where it is in that product.
+        prefix, lengths, softcap: as there.
         mask: query row -> block token.
         oldest: the first prefix slot that each query row sees; None: the first of all.
         tokens: t.
         scale: of the scores.
         cut: by default that of `tile`.
+
+    Returns:
+        The mixed values, and the block.
     """
-    (b, k, q, e), slots, fresh = query.shape, prefix[0].shape[2], block[0].shape[2]
+    (b, k, q, e), slots = query.shape, prefix[0].shape[2]
+    fresh, dtype = tokens if block is None else block[0].shape[2], query.dtype
     cut = cut or tile(q, slots, b * k)
     step = math.gcd(cut.slots, slots)
     span = min(64, max(16, pl.next_power_of_2(fresh)))  # fresh tokens a step
     spans, last = -(-fresh // span), cut.parts
 
-    def program(query_ref, keys_ref, values_ref, lengths_ref, *rest) -> None:
-        oldest_ref, rest = (None, rest) if oldest is None else (rest[0], rest[1:])
-        fresh_keys_ref, fresh_values_ref, mask_ref, mixed_ref, largest_ref, total_ref = rest
+    def program(*refs) -> None:
+        ref = dict(zip((*inputs, *outputs), refs, strict=True))
         first, part = pl.program_id(1) * cut.rows, pl.program_id(2)
-        length = lengths_ref[0]
+        length = ref["lengths"][0]
 
         def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
             return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
+        def read(token: int, head: int, column: jax.Array) -> jax.Array:
+            parts = (ref[f"part {i}"][token, head, column] for i in range(count))
+            # Rounded as a product is that another kernel reads.
+            return functools.reduce(operator.add, parts).astype(dtype)
+
+        def turned(token: int, head: int) -> jax.Array:
+            """As `rotary.split`; a head's other half comes from memory once more."""
+            column = iota((e,), 0)
+            own, other = (
+                read(token, head, at).astype(jnp.float32) for at in (column, (column + e // 2) % e)
+            )
+            cos, sin = (ref[name][token, column % (e // 2)] for name in ("cos", "sin"))
+            across = jnp.where(column < e // 2, -other, other)
+            return (own * cos + across * sin).astype(dtype)
+
+        def stacked(lines: Sequence[jax.Array], size: int) -> jax.Array:
+            """Lines [e] as the first rows of [size, e]."""
+            row, whole = iota((size, e), 0), jnp.zeros((size, e), dtype)
+            for i, line in enumerate(lines):
+                whole = jnp.where(row == i, jnp.broadcast_to(line[None], whole.shape), whole)
+            return whole
+
         rows = pl.ds(first, cut.rows)
         own = first + iota((cut.rows, e), 0) < q
-        mine = triton.load(query_ref.at[rows, :], mask=own, other=0)
+        group = q // tokens
+        if isinstance(query, Joined):
+            mine = stacked([turned(i // group, i % group) for i in range(q)], cut.rows)
+        else:
+            mine = triton.load(ref["query"].at[rows, :], mask=own, other=0)
         edge = None
-        if oldest_ref is not None:
-            edge = triton.load(oldest_ref.at[rows], mask=first + iota((cut.rows,), 0) < q, other=0)
+        if oldest is not None:
+            inside = first + iota((cut.rows,), 0) < q
+            edge = triton.load(ref["oldest"].at[rows], mask=inside, other=0)
 
         def add(carry, keys, values, seen):
             mixed, largest, total = carry
@@ -115,16 +183,22 @@ def attend(
             seen = slot < length
             if edge is not None:
                 seen = seen & (slot >= edge[:, None])
-            return add(carry, keys_ref[at, :], values_ref[at, :], seen)
+            return add(carry, ref["keys"][at, :], ref["values"][at, :], seen)
 
         def drafted(i, carry):
             at = pl.ds(i * span, span)
-            there = i * span + iota((span, e), 0) < fresh
-            keys = triton.load(fresh_keys_ref.at[at, :], mask=there, other=0)
-            values = triton.load(fresh_values_ref.at[at, :], mask=there, other=0)
+            if isinstance(query, Joined):  # this is the only program of the head that comes here
+                new = [(turned(j, group), read(j, group + 1, iota((e,), 0))) for j in range(fresh)]
+                for j, pair in enumerate(new):
+                    ref["new keys"][j, :], ref["new values"][j, :] = pair
+                keys, values = (stacked(lines, span) for lines in zip(*new, strict=True))
+            else:
+                there = i * span + iota((span, e), 0) < fresh
+                keys = triton.load(ref["fresh keys"].at[at, :], mask=there, other=0)
+                values = triton.load(ref["fresh values"].at[at, :], mask=there, other=0)
             shape = (cut.rows, span)
             inside = (first + iota(shape, 0) < q) & (i * span + iota(shape, 1) < fresh)
-            seen = triton.load(mask_ref.at[rows, at], mask=inside, other=0)
+            seen = triton.load(ref["mask"].at[rows, at], mask=inside, other=0)
             return add(carry, keys, values, seen > 0)
 
         carry = (
@@ -136,13 +210,18 @@ def attend(
         each = (steps + cut.parts - 1) // cut.parts
         end = jnp.minimum((part + 1) * each, steps)
         carry = jax.lax.fori_loop(part * each, end, cached, carry)
-        # Of int32 as it stands: Triton's loops want bounds of one type.
-        turns = (part == last).astype(jnp.int32) * spans
-        mixed, largest, total = jax.lax.fori_loop(jnp.int32(0), turns, drafted, carry)
-        triton.store(mixed_ref.at[rows, :], mixed, mask=own)
+        if isinstance(query, Joined):  # in a loop, all that is read would be read ahead
+            drafts = functools.partial(drafted, 0)
+            carry = jax.lax.cond(part == last, drafts, lambda carry: carry, carry)
+        else:
+            # Of int32 as it stands: Triton's loops want bounds of one type.
+            turns = (part == last).astype(jnp.int32) * spans
+            carry = jax.lax.fori_loop(jnp.int32(0), turns, drafted, carry)
+        mixed, largest, total = carry
+        triton.store(ref["mixed"].at[rows, :], mixed, mask=own)
         inside = first + iota((cut.rows,), 0) < q
-        triton.store(largest_ref.at[rows], largest, mask=inside)
-        triton.store(total_ref.at[rows], total, mask=inside)
+        triton.store(ref["largest"].at[rows], largest, mask=inside)
+        triton.store(ref["total"].at[rows], total, mask=inside)
 
     def of_head(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec(
@@ -158,30 +237,44 @@ def attend(
             lambda i, _, part: (part, i // k, i % k, *(0 for _ in shape)),
         )
 
-    edges = [] if oldest is None else [(oldest, of_row(q))]
-    mixed, largest, total = pl.pallas_call(
+    count, inputs = 0, {}
+    if isinstance(query, Joined):
+        count, both = len(query.parts), query.heads[1]
+        by_head = query.parts.reshape(count, b, tokens, k, both, e)
+        for i in range(count):
+            shape = (None, None, tokens, None, both, e)
+            where = functools.partial(lambda i, h, *_: (i, h // k, 0, h % k, 0, 0), i)
+            inputs[f"part {i}"] = by_head, pl.BlockSpec(shape, where)
+        inputs |= {name: (getattr(query, name), of_row(tokens, e // 2)) for name in ("cos", "sin")}
+    else:
+        assert block is not None
+        inputs["query"] = query, of_head(q, e)
+        for name, array in zip(("fresh keys", "fresh values"), block, strict=True):
+            inputs[name] = array, of_head(fresh, e)
+    inputs["mask"] = mask.astype(jnp.int8), of_row(q, fresh)
+    inputs |= {"keys": (prefix[0], of_head(slots, e)), "values": (prefix[1], of_head(slots, e))}
+    inputs["lengths"] = lengths, pl.BlockSpec((1,), lambda i, *_: (i // k,))
+    if oldest is not None:
+        inputs["oldest"] = oldest, of_row(q)
+    outputs = {
+        name: (jax.ShapeDtypeStruct((cut.parts + 1, b, k, *shape), jnp.float32), of_part(*shape))
+        for name, shape in (("mixed", (q, e)), ("largest", (q,)), ("total", (q,)))
+    }
+    if block is None:
+        new = jax.ShapeDtypeStruct((b, k, fresh, e), dtype), of_head(fresh, e)
+        outputs |= {"new keys": new, "new values": new}
+    found = pl.pallas_call(
         program,
         grid=(b * k, -(-q // cut.rows), cut.parts + 1),
-        in_specs=[
-            of_head(q, e),
-            of_head(slots, e),
-            of_head(slots, e),
-            pl.BlockSpec((1,), lambda i, *_: (i // k,)),
-            *(spec for _, spec in edges),
-            of_head(fresh, e),
-            of_head(fresh, e),
-            of_row(q, fresh),
-        ],
-        out_specs=[of_part(q, e), of_part(q), of_part(q)],
-        out_shape=[
-            jax.ShapeDtypeStruct((cut.parts + 1, b, k, *shape), jnp.float32)
-            for shape in ((q, e), (q,), (q,))
-        ],
+        in_specs=[spec for _, spec in inputs.values()],
+        out_specs=[spec for _, spec in outputs.values()],
+        out_shape=[shape for shape, _ in outputs.values()],
         compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
         interpret=device.INTERPRET,
         name="attention",
-    )(query, *prefix, lengths, *(array for array, _ in edges), *block, mask.astype(jnp.int8))
-    return _join(mixed, largest, total, tokens, query.dtype)
+    )(*(array for array, _ in inputs.values()))
+    mixed, largest, total, *made = found
+    return _join(mixed, largest, total, tokens, dtype), tuple(made) if block is None else block
 
 
 def _join(
