@@ -194,7 +194,7 @@ def top_k(
         return _top_k(scores, k)
     # Each device finds the best of its own entries; only these are sent.
     axes = ("batch", *[None] * (scores.ndim - 2), "vocab")
-    best, index = sharding.locally(lambda x: _top_k(x, k), scores, axes, (axes, axes))
+    best, index = sharding.apart(lambda x: _top_k(x, k), (scores,), (axes,), (axes, axes))
     first = jnp.repeat(jnp.arange(0, vocab, vocab // parts, dtype=index.dtype), k)
     index = index + jnp.broadcast_to(first, index.shape)
     best, index = sharding.constrain((best, index), "batch")
