@@ -259,7 +259,11 @@ def apart(
     """
     mesh = jax.sharding.get_abstract_mesh()
     named = {name: _logical(name, x) for name, x in (weights or {}).items()}
-    known = [(x.shape, names) for arg, names in zip(args, axes, strict=True) for x in jax.tree.leaves(arg)]
+    known = [
+        (x.shape, names)
+        for arg, names in zip(args, axes, strict=True)
+        for x in jax.tree.leaves(arg)
+    ]
     known += [(x.shape, named[name]) for name, x in (weights or {}).items()]
     known += [((size,), (name,)) for name, size in (sizes or {}).items()]
     whole: set[str] = set()
