@@ -247,8 +247,8 @@ def apart(
 ) -> Any:
     """`function` by each device of the mesh in use, of its own parts, and its results together.
 
-    Nothing is sent but by `summed`. An axis that a part of the mesh does not divide is whole, and so
-    are all others that this part would cut.
+    Nothing is sent but by `summed`. An axis that its part of the mesh does not divide is whole, and
+    so are all others which that part would cut.
 
     Args:
         function: of `args`, after `weights` if they are given; returns one result or a tuple.
@@ -282,7 +282,8 @@ def apart(
     if weights is not None:
         args = (weights, *args)
         places.insert(0, {name: place(names) for name, names in named.items()})
-    out = tuple(map(place, results)) if len(results) > 1 else place(results[0])
+    found = [place(names) for names in results]
+    out = tuple(found) if len(found) > 1 else found[0]
     # Kernels do not say over which axes their results vary.
     run = jax.shard_map(function, in_specs=tuple(places), out_specs=out, check_vma=False)
     return run(*args)

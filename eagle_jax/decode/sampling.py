@@ -196,7 +196,8 @@ def top_k(
         return _top_k(scores, k)
     axes = ("batch", *[None] * (scores.ndim - 2), "vocab")
     found = sharding.apart(lambda x: _top_k(x, k), (scores,), (axes,), (axes, axes))
-    return _of_parts(*sharding.constrain(found, "batch"), vocab, k)
+    best, index = sharding.constrain(found, "batch")
+    return _of_parts(best, index, vocab, k)
 
 
 def _of_parts(

@@ -10,12 +10,19 @@ import numpy as np
 import pytest
 
 from eagle_jax import aot, sharding
-from eagle_jax.decode import DynamicTree, Eagle, engine, generate, static_tree
+from eagle_jax.decode import DynamicTree, Eagle, Medusa, engine, generate, static_tree
 from eagle_jax.models import Transformer, bind, cast, kernels, quantize
 from eagle_jax.models import cache as caches
 from eagle_jax.models.kernels import device
 from eagle_jax.params import Draft, Params, draft_place
-from eagle_jax.testing import random_draft, random_params, tiny_draft, tiny_eagle3, tiny_target
+from eagle_jax.testing import (
+    random_draft,
+    random_params,
+    tiny_draft,
+    tiny_eagle3,
+    tiny_medusa,
+    tiny_target,
+)
 
 drawing = importlib.import_module("eagle_jax.decode.sampling")  # a function has that name too
 
@@ -58,15 +65,17 @@ def put(weights, where):
 def watched(monkeypatch) -> dict[str, list[tuple[int, ...]]]:
     """Shapes of the first operands that each kernel gets while a program is traced."""
     seen: dict[str, list[tuple[int, ...]]] = {}
-    for name, module in KERNELS.items():
 
-        def watch(*args, own=getattr(module, name), name=name, **more):
-            seen.setdefault(name, []).append(
-                args[0][0].shape if name == "commit" else args[0].shape
-            )
+    def watch(name, own):
+        def watching(*args, **more):
+            first = args[0][0] if name == "commit" else args[0]
+            seen.setdefault(name, []).append(first.shape)
             return own(*args, **more)
 
-        monkeypatch.setattr(module, name, watch)
+        return watching
+
+    for name, module in KERNELS.items():
+        monkeypatch.setattr(module, name, watch(name, getattr(module, name)))
     return seen
 
 
@@ -154,6 +163,7 @@ def test_two_sums_a_layer(kind: str) -> None:
     """Catches weights and caches that travel, and parts of a product that are sent one by one."""
     function, args = one_pass(kind, 1, mesh(2, 2))
     text = function.lower(*args).compile().as_text()
+    assert text is not None
     sent = aot.collectives(text)
     assert set(sent) == {"all-reduce"} and sent["all-reduce"][0] == 2 * LAYERS + 1
     # In float32, whatever is handed on: rounded once. The embedding's parts are summed as they are.
@@ -162,10 +172,12 @@ def test_two_sums_a_layer(kind: str) -> None:
 
 # --- Texts -------------------------------------------------------------------------------------
 
+TREE = static_tree([[0], [1], [0, 0], [0, 1]])
 METHODS = {
-    "eagle": Eagle(static_tree([[0], [1], [0, 0], [0, 1]])),
+    "eagle": Eagle(TREE),
     "eagle2": Eagle(DynamicTree(depth=3, k=4, drafted=10)),
     "eagle3": Eagle(DynamicTree(depth=3, k=4, drafted=10), head="eagle3"),
+    "medusa": Medusa(TREE),
 }
 
 
@@ -174,10 +186,12 @@ def pair(k_heads: int) -> Params:
     config, params = target("llama")
     more = {**LAYOUT, "num_attention_heads": 4, "num_key_value_heads": k_heads, "head_dim": 16}
     more["intermediate_size"] = 96
-    drafts = {
-        own.kind: random_draft(own, 4)
-        for own in (tiny_draft(config, **more), tiny_eagle3(config, **more, draft_vocab_size=32))
-    }
+    configs = (
+        tiny_draft(config, **more),
+        tiny_eagle3(config, **more, draft_vocab_size=32),
+        tiny_medusa(config),
+    )
+    drafts = {own.kind: random_draft(own, 4) for own in configs}
     where = mesh(2, 4)
     placed = {
         kind: Draft(
@@ -221,7 +235,7 @@ def test_best_of_parts(monkeypatch, vocab: int, k: int) -> None:
     of a part instead of the whole."""
     scores = np.random.default_rng(0).integers(0, 9, (4, 3, vocab)).astype(np.float32)
     scores[0, 0], scores[1, 1, : VOCAB // 2] = -np.inf, -np.inf
-    values, index = jax.lax.top_k(scores, k)
+    values, index = map(np.asarray, jax.lax.top_k(scores, k))
     share = jax.nn.log_softmax(scores, axis=-1)
     share = np.nan_to_num(np.take_along_axis(np.asarray(share), index, -1), nan=-np.inf)
     for devices in (mesh(4, 8), mesh(2, 2), mesh(1, 8)):
