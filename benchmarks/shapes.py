@@ -159,9 +159,9 @@ def offsets(vocab: int, size: int) -> np.ndarray:
     return index * (vocab // size) - index
 
 
-def _for_decoding(config: Any, devices: int = 1) -> Any:
-    """In the layout that `load` chooses on so many devices."""
-    qkv = kernels.expected(jnp.dtype(common.default_dtype()), devices=devices)
+def _for_decoding(config: Any) -> Any:
+    """In the layout that `load` chooses."""
+    qkv = kernels.expected(jnp.dtype(common.default_dtype()))
     return dataclasses.replace(config, fused=True, fused_qkv=qkv)
 
 
@@ -191,8 +191,7 @@ def random_params(
     """
     quantization = checked("--quantize", quantize)
     of_drafts = checked("--quantize-drafts", quantize_drafts)
-    devices = 1 if mesh is None else mesh.size
-    target = _for_decoding(SHAPES[shape], devices)
+    target = _for_decoding(SHAPES[shape])
     if mesh is not None:
         sharding.check_tensor(mesh, [target])
     if layers is not None:
@@ -207,7 +206,7 @@ def random_params(
         if isinstance(config, Eagle3Config) and layers is not None:
             config = dataclasses.replace(config, aux_layers=(0, layers // 2, layers))
         if not isinstance(config, MedusaConfig):
-            config = _for_decoding(config, devices)
+            config = _for_decoding(config)
         if of_drafts is not None:
             config = _small(config, of_drafts)
         weights = random_weights(DRAFTS[kind], config, 1, where=draft_place(config, mesh))

@@ -134,7 +134,7 @@ def load(
     target_dir = root / "target" if (root / "target").is_dir() else root
     on_cpu = jax.default_backend() == "cpu"
     dtype = _dtype(dtype if dtype is not None else ("float32" if on_cpu else "bfloat16"))
-    qkv = kernels.expected(dtype, _devices(sharding))
+    qkv = kernels.expected(dtype)
 
     given = _directories(draft)
     replaced = {hf.kind(directory) for directory in given}
@@ -392,12 +392,6 @@ def _quantised(name: str, kernel: jax.Array, sharding: Mesh | Sharding | None) -
         where = tuple(places[name] for name in names)
     run = jax.jit(quantisation.quantize, static_argnames="axis", out_shardings=where)
     return dict(zip(names, run(kernel, axis=axis), strict=True))
-
-
-def _devices(sharding: Mesh | Sharding | None) -> int:
-    if sharding is None:
-        return 1
-    return sharding.size if isinstance(sharding, Mesh) else sharding.num_devices
 
 
 def draft_place(config: DraftConfig, sharding: Mesh | Sharding | None) -> Mesh | Sharding | None:

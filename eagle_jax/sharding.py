@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -25,6 +25,8 @@ from jax.sharding import PartitionSpec as P
 from eagle_jax.config import DraftConfig, TransformerConfig
 
 T = TypeVar("T")
+
+Logical = tuple[str | None, ...]  # axes of an array; past those named it is whole
 
 DATA, FSDP, EXPERT, TENSOR = "data", "fsdp", "expert", "tensor"
 AXES = (DATA, FSDP, EXPERT, TENSOR)  # the last varies fastest: neighbours speak most
@@ -192,14 +194,20 @@ def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
+def over_several() -> bool:
+    """Whether what is traced here is for all devices of a mesh at once, to be cut by XLA."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual
+
+
 def constrain(x: T, *logical: str | None) -> T:
     """`x` cut along these logical axes, where a mesh is in use.
 
     Axes past those named are whole, and so is one that the mesh does not divide.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not over_several():
         return x
+    mesh = jax.sharding.get_abstract_mesh()
 
     def one(array: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(array, _fitting(mesh, array.shape, logical))
@@ -223,28 +231,67 @@ def _fitting(
 
 
 def ways_of(logical: str, size: int) -> int:
-    """Parts that the mesh in use, if any, cuts an axis of this size into."""
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else ways(mesh, logical)
+    """Parts that XLA cuts an axis of this size into, over the mesh in use, if any."""
+    parts = ways(jax.sharding.get_abstract_mesh(), logical) if over_several() else 1
     return 1 if size % parts else parts
 
 
-def locally(
-    function: Callable[[jax.Array], Any],
-    x: jax.Array,
-    axes: tuple[str | None, ...],
-    results: tuple[tuple[str | None, ...], ...],
+def apart(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    axes: tuple[Logical, ...],
+    results: tuple[Logical, ...],
+    *,
+    weights: Mapping[str, jax.Array] | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Any:
-    """`function` of each device's part of `x`, and the parts of its results put together.
+    """`function` by each device of the mesh in use, of its own parts, and its results together.
+
+    Nothing is sent but by `summed`. An axis that its part of the mesh does not divide is whole, and
+    so are all others which that part would cut.
 
     Args:
-        function: of one array; results have the logical axes `results`.
-        x: cut along the logical axes `axes`, except where the mesh in use does not divide it.
+        function: of `args`, after `weights` if they are given; returns one result or a tuple.
+        args: trees of arrays.
+        axes, results: leading logical axes of the arrays of each argument and result.
+        weights: by name, as a pass uses them.
+        sizes: of logical axes that lie within an axis of weights.
     """
-    whole = {name for name, n in zip(axes, x.shape, strict=True) if name and ways_of(name, n) == 1}
-    fitted = [[None if name in whole else name for name in names] for names in (axes, *results)]
-    places = [spec(*names) for names in fitted]
-    return jax.shard_map(function, in_specs=places[0], out_specs=tuple(places[1:]))(x)
+    mesh = jax.sharding.get_abstract_mesh()
+    named = {name: _logical(name, x) for name, x in (weights or {}).items()}
+    known = [
+        (x.shape, names)
+        for arg, names in zip(args, axes, strict=True)
+        for x in jax.tree.leaves(arg)
+    ]
+    known += [(x.shape, named[name]) for name, x in (weights or {}).items()]
+    known += [((size,), (name,)) for name, size in (sizes or {}).items()]
+    whole: set[str] = set()
+    for shape, names in known:
+        for size, name in zip(shape, names, strict=False):
+            if name is not None and size % ways(mesh, name):
+                whole |= set(RULES[name])
+
+    def place(names: Logical) -> P:
+        return spec(*(None if name is None or whole & set(RULES[name]) else name for name in names))
+
+    places: list[Any] = [
+        jax.tree.map(lambda _, names=names: place(names), arg)
+        for arg, names in zip(args, axes, strict=True)
+    ]
+    if weights is not None:
+        args = (weights, *args)
+        places.insert(0, {name: place(names) for name, names in named.items()})
+    found = [place(names) for names in results]
+    out = tuple(found) if len(found) > 1 else found[0]
+    # Kernels do not say over which axes their results vary.
+    run = jax.shard_map(function, in_specs=tuple(places), out_specs=out, check_vma=False)
+    return run(*args)
+
+
+def summed(x: T, logical: str) -> T:
+    """In `apart`: the sum over the devices among which this axis is cut."""
+    return jax.lax.psum(x, RULES[logical])
 
 
 def check_tensor(mesh: Mesh, configs: Iterable[DraftConfig]) -> None:

@@ -202,7 +202,7 @@ def _decoding(config: AotConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
 
     mesh = sharding.make_mesh(tensor=config.tensor, expert=config.expert, devices=where)
     with kernels.tracing_for(where[0]):
-        qkv = kernels.expected(jnp.dtype(jnp.bfloat16), len(where))
+        qkv = kernels.expected(jnp.dtype(jnp.bfloat16))
     layout = {"fused": True, "fused_qkv": qkv}  # as `load` has it
     target, draft = dataclasses.replace(config.target, **layout), config.draft
     if draft is not None and not isinstance(draft, MedusaConfig):

@@ -171,7 +171,7 @@ def argmax(scores: Float[Array, "*lead v"]) -> Int[Array, "*lead"]:
     a row of 8k, against 4 for these two plain reductions.
     """
     vocab = scores.shape[-1]
-    if kernels.top.fits(scores, 1):
+    if _fits(scores, 1):
         return _largest(scores, 1)[1][..., 0]
     best = jnp.max(scores, axis=-1, keepdims=True)
     index = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
@@ -190,14 +190,23 @@ def top_k(
     """
     vocab = scores.shape[-1]
     parts = sharding.ways_of("vocab", vocab)
+    if _fits(scores, k):
+        return _largest(scores, k)[:2]
     if parts == 1 or vocab <= k * max(_CHUNK, parts):
         return _top_k(scores, k)
-    # Each device finds the best of its own entries; only these are sent.
     axes = ("batch", *[None] * (scores.ndim - 2), "vocab")
-    best, index = sharding.locally(lambda x: _top_k(x, k), scores, axes, (axes, axes))
+    found = sharding.apart(lambda x: _top_k(x, k), (scores,), (axes,), (axes, axes))
+    best, index = sharding.constrain(found, "batch")
+    return _of_parts(best, index, vocab, k)
+
+
+def _of_parts(
+    best: Float[Array, "*lead n"], index: Int[Array, "*lead n"], vocab: int, k: int
+) -> tuple[Float[Array, "*lead k"], Int[Array, "*lead k"]]:
+    """What devices found in their own entries, k each; only these were sent."""
+    parts = best.shape[-1] // k
     first = jnp.repeat(jnp.arange(0, vocab, vocab // parts, dtype=index.dtype), k)
     index = index + jnp.broadcast_to(first, index.shape)
-    best, index = sharding.constrain((best, index), "batch")
     best, place = jax.lax.top_k(best, k)
     return best, jnp.take_along_axis(index, place, axis=-1)
 
@@ -209,7 +218,7 @@ def likeliest(
 
     Never positive, never NaN.
     """
-    if kernels.top.fits(scores, k):
+    if _fits(scores, k):
         best, index, whole = _largest(scores, k)
     else:
         best, index = top_k(scores, k)
@@ -221,17 +230,30 @@ def likeliest(
 def _largest(
     scores: Float[Array, "*lead v"], k: int
 ) -> tuple[Float[Array, "*lead k"], Int[Array, "*lead k"], Float[Array, "*lead"]]:
+    """By the kernel, over a mesh on each of its devices."""
     *lead, vocab = scores.shape
-    found = kernels.top.largest(scores.reshape(-1, vocab), k)
-    best, index, whole = (x.reshape(*lead, *x.shape[1:]) for x in found)
-    return best, index, whole
+
+    def search(scores):
+        found = kernels.top.largest(scores.reshape(-1, scores.shape[-1]), k)
+        return tuple(x.reshape(*scores.shape[:-1], -1) for x in found)
+
+    if not sharding.over_several():
+        best, index, whole = search(scores)
+        return best, index, whole[..., 0]
+    axes = ("batch", *[None] * (len(lead) - 1), "vocab")
+    found = sharding.apart(search, (scores,), (axes,), (axes,) * 3)
+    best, index, whole = sharding.constrain(found, "batch")
+    return *_of_parts(best, index, vocab, k), jax.nn.logsumexp(whole, axis=-1)
+
+
+def _fits(scores: Float[Array, "*lead v"], k: int) -> bool:
+    vocab = scores.shape[-1]
+    return kernels.top.fits(scores, k) and k <= vocab // sharding.ways_of("vocab", vocab)
 
 
 def _top_k(
     scores: Float[Array, "*lead v"], k: int
 ) -> tuple[Float[Array, "*lead k"], Int[Array, "*lead k"]]:
-    if kernels.top.fits(scores, k):
-        return _largest(scores, k)[:2]
     if k == 1:
         return jnp.max(scores, axis=-1, keepdims=True), argmax(scores)[..., None]
     *lead, vocab = scores.shape

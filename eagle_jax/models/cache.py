@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
 from eagle_jax.models import kernels
-from eagle_jax.sharding import constrain
+from eagle_jax.sharding import apart, constrain, over_several
 from eagle_jax.types import KeyValue
 
 # Per layer (keys, values), each [b, k, s, e].
@@ -68,9 +68,14 @@ def _launched(
 ) -> Cache | None:
     """By a kernel of our own, where it fits."""
     arrays, structure = jax.tree.flatten(cache)
+    args = (arrays, jax.tree.leaves(block), path, start)
     if not kernels.commit.fits(arrays):
         return None
-    written = kernels.commit.commit(arrays, jax.tree.leaves(block), path, start)
+    if over_several():
+        axes = (AXES, AXES, ("batch",), ("batch",))
+        written = apart(kernels.commit.commit, args, axes, (AXES,))
+    else:
+        written = kernels.commit.commit(*args)
     return jax.tree.unflatten(structure, written)
 
 

@@ -18,9 +18,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from eagle_jax.config import EagleConfig
+from eagle_jax.models.apart import apart
 from eagle_jax.models.attention import AttentionKernel
+from eagle_jax.models.cache import AXES
 from eagle_jax.models.layers import DecoderLayer, Linear
-from eagle_jax.models.transformer import Output, Transformer
+from eagle_jax.models.transformer import Output, Transformer, vocabulary_head
 from eagle_jax.types import Hidden, KeyValue, Logits
 
 
@@ -62,10 +64,19 @@ class EagleDraft(nnx.Module):
         Returns:
             Predicted features f_{i+1} [b, t, d], and the block's keys and values.
         """
-        x = self.fc(jnp.concatenate([embeddings, features], axis=-1))
-        return self.layers[0](
-            x, positions, mask, prefix=prefix, lengths=lengths, before=before, kernel=kernel
-        )
+
+        def run(own, x, positions, mask, prefix, lengths, before):
+            more = {"prefix": prefix, "lengths": lengths, "before": before, "kernel": kernel}
+            return own["layers"][0](own["fc"](x), positions, mask, **more)
+
+        own = {"fc": self.fc, "layers": self.layers}
+        x = jnp.concatenate([embeddings, features], axis=-1)
+        args = (x, positions, mask, prefix, lengths, before)
+        if kernel != "xla":
+            return run(own, *args)
+        rows, heads = ("batch",), self.layers[0].self_attn.k_heads
+        axes = (rows, rows, rows, AXES, rows, AXES)
+        return apart(run, own, args, axes, (rows, AXES), heads=heads)
 
     def features(self, output: Output) -> Hidden:
         """What is kept of a target pass: its features."""
@@ -83,7 +94,7 @@ class EagleDraft(nnx.Module):
         """Scores of predicted features through the target's head, or its columns that are here."""
         if self.lm_head is None:
             return target.logits(state)
-        return target.finish(self.lm_head.product(state, jnp.float32))
+        return target.finish(vocabulary_head(self.lm_head, state))
 
     def tokens(self) -> Int[Array, " v"] | None:
         """The target's token of every entry of the draft vocabulary; None where that is its own."""

@@ -12,6 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from eagle_jax.config import Eagle3Config
+from eagle_jax.models.apart import apart
+from eagle_jax.models.cache import AXES
 from eagle_jax.models.eagle import target_tokens
 from eagle_jax.models.layers import (
     MLP,
@@ -24,7 +26,7 @@ from eagle_jax.models.layers import (
     join,
     total,
 )
-from eagle_jax.models.transformer import Output, Transformer
+from eagle_jax.models.transformer import Output, Transformer, vocabulary_head
 from eagle_jax.types import Hidden, KeyValue
 
 
@@ -84,7 +86,11 @@ class Eagle3Draft(nnx.Module):
             parts = jnp.split(features, len(self.fc_norm), axis=-1)
             pairs = zip(self.fc_norm, parts, strict=True)
             features = jnp.concatenate([norm(part) for norm, part in pairs], axis=-1)
-        return self.fc(features)
+
+        def run(own, features):
+            return own["fc"](features)
+
+        return apart(run, {"fc": self.fc}, (features,), (("batch",),), (("batch",),))
 
     def __call__(
         self,
@@ -99,16 +105,23 @@ class Eagle3Draft(nnx.Module):
         kernel: AttentionKernel = "xla",
     ) -> tuple[Hidden, KeyValue]:
         """The next state [b, t, d], and the block's keys and values; arguments as `EagleDraft`."""
-        mixed, block = self.midlayer.self_attn(
-            self.midlayer.read(embeddings, state),
-            positions,
-            mask,
-            prefix=prefix,
-            lengths=lengths,
-            before=before,
-            kernel=kernel,
-        )
-        return self.feed_back(self.midlayer.leave(state, mixed)), block
+
+        def run(own, embeddings, state, positions, mask, prefix, lengths, before):
+            more = {"prefix": prefix, "lengths": lengths, "before": before, "kernel": kernel}
+            layer = own["midlayer"]
+            read = layer.read(embeddings, state)
+            mixed, block = layer.self_attn(read, positions, mask, **more)
+            return layer.leave(state, mixed), block
+
+        own = {"midlayer": self.midlayer}
+        args = (embeddings, state, positions, mask, prefix, lengths, before)
+        if kernel == "xla":
+            rows, heads = ("batch",), self.midlayer.self_attn.k_heads
+            axes = (rows, rows, rows, rows, AXES, rows, AXES)
+            state, block = apart(run, own, args, axes, (rows, AXES), heads=heads)
+        else:
+            state, block = run(own, *args)
+        return self.feed_back(state), block
 
     def feed_back(self, state: Hidden) -> Hidden:
         """The state as the next draft step reads it."""
@@ -118,7 +131,7 @@ class Eagle3Draft(nnx.Module):
         """Scores over the draft vocabulary, float32, of states as `__call__` returns them."""
         del target
         normed = state if self.norm_output else self.norm(state)
-        return self.lm_head.product(normed, jnp.float32)
+        return vocabulary_head(self.lm_head, normed)
 
     def tokens(self) -> Int[Array, " v"]:
         """The target's token of every entry of the draft vocabulary."""

@@ -22,7 +22,7 @@ from eagle_jax.models import kernels, quantize
 from eagle_jax.models.attention import AttentionKernel, aligned_attention, two_segment_attention
 from eagle_jax.models.quantize import Quantization
 from eagle_jax.models.rotary import angles, rotary
-from eagle_jax.sharding import constrain, ways_of
+from eagle_jax.sharding import constrain, summed, ways_of
 from eagle_jax.types import Hidden, KeyValue
 
 # A kernel and, if it is int8, the scales of its outputs.
@@ -107,6 +107,16 @@ def whole(added: Hidden | Parts) -> Hidden:
 def total(x: Hidden, added: Hidden | Parts) -> Hidden:
     """The residual stream and what is added to it."""
     return x + whole(added)
+
+
+def over_group(added: Hidden | Parts, here: int, all_of: int, logical: str) -> Hidden | Parts:
+    """A product with the sum over an axis of which `here` of `all_of` are on this device."""
+    if here == all_of:
+        return added
+    if isinstance(added, Parts):  # rounded after the sum, by whoever reads it
+        array = jnp.sum(added.array, axis=0, keepdims=True)
+        return dataclasses.replace(added, array=summed(array, logical))
+    return summed(added, logical)
 
 
 def join(x: Hidden, added: Hidden | Parts, norm: RMSNorm) -> tuple[Hidden, Hidden]:
@@ -303,7 +313,8 @@ class Attention(nnx.Module):
             if before is not None:
                 seen = jax.tree.map(lambda a, c: jnp.concatenate([a, c], axis=2), before, block)
             mixed = two_segment_attention(query, seen, mask, prefix, lengths, **bounds)
-        return self.o_proj.lazily(mixed.reshape(*x.shape[:2], -1)), block
+        out = self.o_proj.lazily(mixed.reshape(*x.shape[:2], -1))
+        return over_group(out, mixed.shape[2], self.q_heads, "heads"), block
 
     def project(
         self, x: Float[Array, "b t i"], positions: Int[Array, "b t"]
@@ -312,12 +323,13 @@ class Attention(nnx.Module):
         plain = self.q_norm is None and self.k_norm is None
         if self.fused_qkv:
             joined = self.qkv_proj.lazily(x)
-            (b, t), h, k = x.shape[:2], self.q_heads, self.k_heads
-            heads = (k, h // k + 2, self.head_dim)
+            (b, t), g = x.shape[:2], self.q_heads // self.k_heads
+            k = joined.shape[-1] // ((g + 2) * self.head_dim)  # of which some may be elsewhere
+            h, heads = k * g, (k, g + 2, self.head_dim)
             if plain and isinstance(joined, Parts) and kernels.rotary.fits(x, self.head_dim):
                 turn = angles(positions, self.head_dim // 2, self.theta, self.scaling)
                 grouped, keys, values = kernels.rotary.split(joined.array, *turn, heads, x.dtype)
-                query = grouped.reshape(b, k, t, h // k, -1).transpose(0, 2, 1, 3, 4)
+                query = grouped.reshape(b, k, t, g, -1).transpose(0, 2, 1, 3, 4)
                 query = query.reshape(b, t, h, -1)
                 return query, keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
             split = whole(joined).reshape(b, t, *heads)
@@ -357,7 +369,7 @@ class MLP(nnx.Module):
             self.gate_proj = Linear(d, f, quantization=quantization, rngs=rngs)
             self.up_proj = Linear(d, f, quantization=quantization, rngs=rngs)
         self.down_proj = Linear(f, d, zero=True, quantization=quantization, rngs=rngs)
-        self.fused, self.silu = config.fused, config.hidden_act == "silu"
+        self.fused, self.silu, self.width = config.fused, config.hidden_act == "silu", f
         self.activation = _ACTIVATIONS[config.hidden_act]
 
     def __call__(self, x: Hidden) -> Hidden | Parts:
@@ -366,12 +378,15 @@ class MLP(nnx.Module):
             rows = x.reshape(-1, x.shape[-1])
             if self.silu and kernels.product.gates(rows, kernel):
                 hidden = kernels.product.gated(rows, kernel, scale).reshape(*x.shape[:-1], -1)
-                return self.down_proj.lazily(hidden)
+                return self._down(hidden)
             both = matmul(x, kernel, scale=scale)
             gate, up = both[:, :, 0], both[:, :, 1]
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj.lazily(self.activation(gate) * up)
+        return self._down(self.activation(gate) * up)
+
+    def _down(self, hidden: Float[Array, "b t f"]) -> Hidden | Parts:
+        return over_group(self.down_proj.lazily(hidden), hidden.shape[-1], self.width, "mlp")
 
 
 class Stack(nnx.Module):
@@ -500,8 +515,9 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = _norm(config, d, rngs)
         self.pre_feedforward_layernorm = _norm(config, d, rngs) if config.post_norms else None
         self.post_feedforward_layernorm = _norm(config, d, rngs) if config.post_norms else None
-        experts = config.has_experts(layer)
-        self.mlp = MixtureOfExperts(config, rngs=rngs) if experts else MLP(config, rngs=rngs)
+        self.has_experts = config.has_experts(layer)
+        mlp = MixtureOfExperts if self.has_experts else MLP
+        self.mlp = mlp(config, rngs=rngs)
 
     def __call__(
         self,

@@ -14,8 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from eagle_jax.config import MedusaConfig
+from eagle_jax.models.apart import apart
 from eagle_jax.models.layers import Linear
-from eagle_jax.models.transformer import Output, Transformer
+from eagle_jax.models.transformer import Output, Transformer, vocabulary_head
 from eagle_jax.types import Hidden
 
 
@@ -56,7 +57,11 @@ class MedusaHeads(nnx.Module):
 
     def __call__(self, features: Hidden) -> list[Hidden]:
         """What each head's vocabulary matrix reads, [b, t, d] per head."""
-        return [head(features) for head in self.heads]
+
+        def run(own, features):
+            return [head(features) for head in own["heads"]]
+
+        return apart(run, {"heads": self.heads}, (features,), (("batch",),), (("batch",),))
 
     def features(self, output: Output) -> Hidden:
         """What is read of a target pass: its features."""
@@ -69,5 +74,5 @@ class MedusaHeads(nnx.Module):
             if head.lm_head is None:
                 scores.append(target.logits(hidden))
             else:
-                scores.append(head.lm_head.product(hidden, jnp.float32))
+                scores.append(vocabulary_head(head.lm_head, hidden))
         return scores

@@ -7,6 +7,7 @@ weights out of the stack (measured: 3x slower).
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from eagle_jax.config import TransformerConfig
+from eagle_jax.models.apart import apart
 from eagle_jax.models.attention import AttentionKernel, bend
-from eagle_jax.models.cache import Cache
+from eagle_jax.models.cache import AXES, Cache
 from eagle_jax.models.layers import DecoderLayer, Embedding, Linear, RMSNorm, join, matmul
 from eagle_jax.sharding import constrain
 from eagle_jax.types import Hidden, Logits
+
+SCORES = ("batch", None, "vocab")  # of those, what a mesh cuts
 
 
 @jax.tree_util.register_dataclass
@@ -85,36 +89,60 @@ class Transformer(nnx.Module):
             kernel: attention kernel; "cudnn" only without cache, "aligned" only with one.
             remat: recompute each layer in the backward pass.
         """
+
+        def run(own, x, positions, mask, cache, lengths):
+            residuals, block, added = [], [], None
+            for i, layer in enumerate(own["layers"]):
+                prefix = None if cache is None else cache[i]
+
+                def apply(layer, x, added, prefix=prefix):  # bind the loop's variable for remat
+                    more = {"prefix": prefix, "lengths": lengths, "kernel": kernel}
+                    return layer.step(x, added, positions, mask, **more)
+
+                entered, x, added, pair = (nnx.remat(apply) if remat else apply)(layer, x, added)
+                residuals.append(entered)
+                block.append(pair)
+            assert added is not None  # there is a layer
+            x, features = join(x, added, own["norm"])
+            residuals.append(constrain(x, "batch"))
+            return features, tuple(residuals), tuple(block)
+
         x = constrain(self.embed_tokens(tokens), "batch")
-        residuals, block, added = [], [], None
-        for i, layer in enumerate(self.layers):
-            prefix = None if cache is None else cache[i]
-
-            def apply(layer, x, added, prefix=prefix):  # bind the loop's variable for remat
-                more = {"prefix": prefix, "lengths": lengths, "kernel": kernel}
-                return layer.step(x, added, positions, mask, **more)
-
-            entered, x, added, pair = (nnx.remat(apply) if remat else apply)(layer, x, added)
-            residuals.append(entered)
-            block.append(pair)
-        assert added is not None  # there is a layer
-        x, features = join(x, added, self.norm)
-        residuals.append(constrain(x, "batch"))
-        return Output(features, tuple(residuals), tuple(block))
+        own = {"layers": self.layers, "norm": self.norm}
+        args = (x, positions, mask, cache, lengths)
+        if kernel == "xla" and not any(layer.has_experts for layer in self.layers):
+            rows, heads = ("batch",), self.layers[0].self_attn.k_heads
+            axes = (rows, rows, rows, AXES, rows)
+            found: Any = apart(run, own, args, axes, (rows, rows, AXES), heads=heads)
+        else:
+            found = run(own, *args)
+        return Output(*found)
 
     def logits(self, features: Hidden) -> Logits:
         """The vocabulary head, float32 out."""
-        if self.lm_head is None:
-            embedding = self.embed_tokens.embedding[...]
-            logits = matmul(features, embedding, jnp.float32, turned=True)
-        else:
-            logits = self.lm_head.product(features, jnp.float32)
-        return self.finish(logits)
+        if self.lm_head is not None:
+            return self.finish(vocabulary_head(self.lm_head, features))
+
+        def run(own, features):
+            embedding = own["embed_tokens"].embedding[...]
+            return matmul(features, embedding, jnp.float32, turned=True)
+
+        own = {"embed_tokens": self.embed_tokens}
+        return self.finish(apart(run, own, (features,), (("batch",),), (SCORES,)))
 
     def finish(self, logits: Logits) -> Logits:
         """What follows the head's product, of all its columns or of some."""
-        logits = constrain(logits, "batch", None, "vocab")
+        logits = constrain(logits, *SCORES)
         return logits if self.softcap is None else bend(logits, self.softcap)
+
+
+def vocabulary_head(head: Linear, x: Hidden) -> Logits:
+    """The product by a head, float32 out; also by one of some columns."""
+
+    def run(own, x):
+        return own["lm_head"].product(x, jnp.float32)
+
+    return apart(run, {"lm_head": head}, (x,), (("batch",),), (SCORES,))
 
 
 def packed_mask(segment_ids: Int[Array, "b t"]) -> Bool[Array, "b t t"]:

@@ -155,7 +155,7 @@ def test_a_turned_kernel_by_xla(monkeypatch, lead) -> None:
 
 
 def test_not_on_this_device() -> None:
-    assert not device.usable(normal(1)) and not device.expected(normal(1).dtype, devices=1)
+    assert not device.usable(normal(1)) and not device.expected(normal(1).dtype)
 
 
 # --- The residual stream, queries and keys -----------------------------------------------------

@@ -21,10 +21,11 @@ _ARRAYS = 96
 
 
 def fits(cache: Sequence[jax.Array]) -> bool:
-    """Whether `commit` can do it."""
+    """Whether `commit` can do it, over a mesh on each of its devices."""
     e = cache[0].shape[-1]
     same = all(x.shape == cache[0].shape for x in cache)
-    return device.usable(*cache) and same and e & (e - 1) == 0
+    here = device.usable(*cache) or device.usable_apart(*cache)
+    return here and same and e & (e - 1) == 0
 
 
 def commit(

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from eagle_jax import sharding
+
 # Pallas runs the kernels anywhere on any device then, slowly; for tests.
 INTERPRET = False
 
@@ -45,18 +47,26 @@ def on_gpu() -> bool:
     return jax.default_backend() == "gpu" if device is None else device.platform == "gpu"
 
 
-def expected(dtype: jnp.dtype, devices: int) -> bool:
-    """Whether kernels will run for a model of this dtype, whole on so many devices or cut over
-    them: what decides how it is laid out before anything is traced."""
-    return (INTERPRET or _gpu()) and _taken(dtype) and devices == 1
+def expected(dtype: jnp.dtype) -> bool:
+    """Whether kernels will run for a model of this dtype: what decides how it is laid out before
+    anything is traced."""
+    return (INTERPRET or _gpu()) and _taken(dtype)
 
 
 def usable(*arrays: jax.Array) -> bool:
     """Whether kernels may run here at all, on operands like these: of two bytes a number."""
-    mesh = jax.sharding.get_abstract_mesh()
-    alone = mesh.empty or mesh.size == 1
+    return _here(*arrays) and not sharding.over_several()
+
+
+def usable_apart(*arrays: jax.Array) -> bool:
+    """Whether they may not for the mesh in use alone, and so may on each of its devices
+    (`sharding.apart`)."""
+    return _here(*arrays) and sharding.over_several()
+
+
+def _here(*arrays: jax.Array) -> bool:
     here = INTERPRET or (_decoding.get() and _gpu())
-    return here and alone and all(_taken(x.dtype) for x in arrays)
+    return here and all(_taken(x.dtype) for x in arrays)
 
 
 def _taken(dtype: jnp.dtype) -> bool:
