@@ -103,7 +103,7 @@ def joined_attention(
 ) -> tuple[Float[Array, "b t h e"], KeyValue]:
     """As `two_segment_attention`, of a product that `kernels.attention.splits` takes; the mixed
     values, and keys and values [b, k, t, e] of the tokens at hand."""
-    (_, k, q, e), t = joined.shape, mask.shape[1]
+    (_, _, q, e), t = joined.shape, mask.shape[1]
     of_rows = jnp.repeat(mask, q // t, axis=1)
     edges = None if oldest is None else jnp.repeat(oldest, q // t, axis=1)
     factor = e**-0.5 if scale is None else scale

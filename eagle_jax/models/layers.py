@@ -19,7 +19,13 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Num
 
 from eagle_jax.config import TransformerConfig
 from eagle_jax.models import kernels, quantize
-from eagle_jax.models.attention import AttentionKernel, aligned_attention, two_segment_attention
+from eagle_jax.models.attention import (
+    AttentionKernel,
+    aligned_attention,
+    joined_attention,
+    two_segment_attention,
+)
+from eagle_jax.models.kernels.attention import Joined, splits
 from eagle_jax.models.quantize import Quantization
 from eagle_jax.models.rotary import angles, rotary
 from eagle_jax.sharding import constrain, summed, ways_of
@@ -287,13 +293,19 @@ class Attention(nnx.Module):
         for training, where there is no prefix, "aligned" makes results independent of how many
         tokens are verified together (`aligned_attention`).
         """
-        query, keys, values = self.project(x, positions)
+        product = self._product(x, positions)
         oldest = None
         if self.window is not None:
             # The positions of `before` are not known here; only drafts have it, which see all.
             assert before is None
             oldest = positions - (self.window - 1)
             mask = mask & (positions[:, None, :] >= oldest[:, :, None])
+        bounds = {"oldest": oldest, "scale": self.scale, "softcap": self.softcap}
+        if isinstance(product, Joined) and before is None and kernel == "xla":
+            if prefix is not None and lengths is not None and splits(product, prefix):
+                mixed, block = joined_attention(product, mask, prefix, lengths, **bounds)
+                return self._out(mixed), block
+        query, keys, values = self._split(product, x, positions)
         if kernel == "cudnn":
             if self.softcap is not None:
                 raise ValueError(
@@ -304,7 +316,6 @@ class Attention(nnx.Module):
                 query, keys, values, mask=mask[:, None], scale=self.scale, implementation="cudnn"
             )
         block = (keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3))
-        bounds = {"oldest": oldest, "scale": self.scale, "softcap": self.softcap}
         if kernel == "aligned":
             assert before is None and prefix is not None and lengths is not None
             mixed = aligned_attention(query, block, mask, positions, prefix, lengths, **bounds)
@@ -313,27 +324,52 @@ class Attention(nnx.Module):
             if before is not None:
                 seen = jax.tree.map(lambda a, c: jnp.concatenate([a, c], axis=2), before, block)
             mixed = two_segment_attention(query, seen, mask, prefix, lengths, **bounds)
-        out = self.o_proj.lazily(mixed.reshape(*x.shape[:2], -1))
-        return over_group(out, mixed.shape[2], self.q_heads, "heads"), block
+        return self._out(mixed), block
+
+    def _out(self, mixed: Float[Array, "b t h e"]) -> Hidden | Parts:
+        out = self.o_proj.lazily(mixed.reshape(*mixed.shape[:2], -1))
+        return over_group(out, mixed.shape[2], self.q_heads, "heads")
 
     def project(
         self, x: Float[Array, "b t i"], positions: Int[Array, "b t"]
     ) -> tuple[Float[Array, "b t h e"], Float[Array, "b t k e"], Float[Array, "b t k e"]]:
         """Query, keys and values of a block, rotated to their positions."""
+        return self._split(self._product(x, positions), x, positions)
+
+    def _product(
+        self, x: Float[Array, "b t i"], positions: Int[Array, "b t"]
+    ) -> Joined | Float[Array, "b t o"] | None:
+        """Queries, keys and values in one, if it is one product; as kernels of our own read it,
+        where they do."""
+        if not self.fused_qkv:
+            return None
+        product = self.qkv_proj.lazily(x)
+        g, e = self.q_heads // self.k_heads, self.head_dim
+        k = product.shape[-1] // ((g + 2) * e)  # of which some may be elsewhere
         plain = self.q_norm is None and self.k_norm is None
-        if self.fused_qkv:
-            joined = self.qkv_proj.lazily(x)
+        if plain and isinstance(product, Parts) and kernels.rotary.fits(x, e):
+            turn = angles(positions, e // 2, self.theta, self.scaling)
+            return Joined(product.array, *turn, (k, g + 2, e), x.dtype)
+        return whole(product)
+
+    def _split(
+        self,
+        product: Joined | Float[Array, "b t o"] | None,
+        x: Float[Array, "b t i"],
+        positions: Int[Array, "b t"],
+    ) -> tuple[Float[Array, "b t h e"], Float[Array, "b t k e"], Float[Array, "b t k e"]]:
+        if isinstance(product, Joined):
+            grouped, keys, values = kernels.rotary.split(
+                product.parts, product.cos, product.sin, product.heads, product.dtype
+            )
+            (b, k, t, e), g = keys.shape, product.heads[1] - 2
+            query = grouped.reshape(b, k, t, g, e).transpose(0, 2, 1, 3, 4)
+            query = query.reshape(b, t, k * g, e)
+            return query, keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
+        if product is not None:
             (b, t), g = x.shape[:2], self.q_heads // self.k_heads
-            k = joined.shape[-1] // ((g + 2) * self.head_dim)  # of which some may be elsewhere
-            h, heads = k * g, (k, g + 2, self.head_dim)
-            if plain and isinstance(joined, Parts) and kernels.rotary.fits(x, self.head_dim):
-                turn = angles(positions, self.head_dim // 2, self.theta, self.scaling)
-                grouped, keys, values = kernels.rotary.split(joined.array, *turn, heads, x.dtype)
-                query = grouped.reshape(b, k, t, g, -1).transpose(0, 2, 1, 3, 4)
-                query = query.reshape(b, t, h, -1)
-                return query, keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
-            split = whole(joined).reshape(b, t, *heads)
-            query = split[:, :, :, :-2].reshape(b, t, h, -1)
+            split = product.reshape(b, t, -1, g + 2, self.head_dim)
+            query = split[:, :, :, :-2].reshape(b, t, -1, self.head_dim)
             keys, values = split[:, :, :, -2], split[:, :, :, -1]
         else:
             heads = (*x.shape[:2], -1, self.head_dim)

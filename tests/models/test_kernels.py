@@ -244,7 +244,9 @@ def test_cuts_of_attention(interpreted, parts: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 5], ids=lambda w: f"window {w}")
-@pytest.mark.parametrize(("b", "t", "k", "g"), [(1, 1, 2, 1), (2, 1, 2, 4), (2, 4, 2, 2), (1, 8, 2, 1)])
+@pytest.mark.parametrize(
+    ("b", "t", "k", "g"), [(1, 1, 2, 1), (2, 1, 2, 4), (2, 4, 2, 2), (1, 8, 2, 1)]
+)
 def test_attention_that_splits_a_product(interpreted, b, t, k, g, window) -> None:
     """Catches heads, tokens and halves that are mixed up, and a block that is not written."""
     e, count, slots = 16, 3, 64
@@ -357,7 +359,8 @@ def test_who_asks_for_the_largest(interpreted, monkeypatch) -> None:
     [(True, {}), (False, {}), (True, {"quantize": "int8"}), (True, {"tie_word_embeddings": True})],
     ids=["bfloat16", "q, k and v apart", "int8", "tied head"],
 )
-def test_a_pass_with_all_of_them(interpreted, monkeypatch, joined: bool, changes) -> None:
+@pytest.mark.parametrize("t", [2, 5])
+def test_a_pass_with_all_of_them(interpreted, monkeypatch, t: int, joined: bool, changes) -> None:
     """Catches heads, tokens and layers that are mixed up between one kernel and the next."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
     config = tiny_target(64, fused=True, fused_qkv=joined, **sizes)
@@ -371,7 +374,7 @@ def test_a_pass_with_all_of_them(interpreted, monkeypatch, joined: bool, changes
     }
     if config.quantize:
         params = quantize.quantize_params(params)
-    b, t, slots, lengths = 2, 5, 48, jnp.array([7, 33])
+    b, slots, lengths = 2, 48, jnp.array([7, 33])
     cache = tuple(
         (normal(b, 2, slots, 16, seed=i), normal(b, 2, slots, 16, seed=i + 9)) for i in range(2)
     )
@@ -396,7 +399,7 @@ def test_a_pass_with_all_of_them(interpreted, monkeypatch, joined: bool, changes
     products = 2 * (3 if joined else 5) + 1
     assert {name: used.count(name) for name in set(used)} == {
         **{"product": products, "gated": 2},
-        **({"split": 2} if joined else {}),
+        **({"split": 2} if joined and t == 5 else {}),  # of few rows attention does it itself
         "add": 4,
         "attend": 2,
     }
