@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from eagle_jax.config import TransformerConfig
 from eagle_jax.models import kernels, quantize
@@ -80,7 +80,7 @@ class Parts:
     Whoever reads it next does that in passing.
     """
 
-    array: Float32[Array, "p n o"]
+    array: Float[Array, "p n o"]  # float32, but for the sum of what devices have, which is rounded
     shape: tuple[int, ...]
     dtype: DTypeLike
 
@@ -119,9 +119,9 @@ def over_group(added: Hidden | Parts, here: int, all_of: int, logical: str) -> H
     """A product with the sum over an axis of which `here` of `all_of` are on this device."""
     if here == all_of:
         return added
-    if isinstance(added, Parts):  # rounded after the sum, by whoever reads it
-        array = jnp.sum(added.array, axis=0, keepdims=True)
-        return dataclasses.replace(added, array=summed(array, logical))
+    if isinstance(added, Parts):  # still parts, for the kernels that read them
+        own = jnp.sum(added.array, axis=0, keepdims=True).astype(added.dtype)
+        return dataclasses.replace(added, array=summed(own, logical))
     return summed(added, logical)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from eagle_jax.models.kernels import device
 
@@ -25,7 +25,7 @@ def fits(x: jax.Array) -> bool:
 @functools.partial(jax.jit, static_argnames=("eps", "unit_offset"))
 def add(
     x: Float[Array, "n d"],
-    parts: Float32[Array, "p n d"],
+    parts: Float[Array, "p n d"],
     scale: Float[Array, " d"],
     eps: float,
     unit_offset: bool,
