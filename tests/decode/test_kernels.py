@@ -121,7 +121,8 @@ def test_texts(monkeypatch, name: str, temperature: float) -> None:
             module, at, lambda *a, own=own, at=at, **k: used.add(at) or own(*a, **k)
         )
     assert texts(pair(), METHODS[name], temperature) == vanilla(temperature)
-    assert used == {"product", "add", "split", "attend", "commit"}
+    few = name == "speculative"  # rows, of which attention splits the product itself
+    assert used == {"product", "add", "attend", "commit"} | (set() if few else {"split"})
 
 
 @pytest.mark.parametrize("name", ["eagle2", "eagle3", "medusa", "speculative"])
