@@ -78,6 +78,8 @@ def main() -> None:
                 continue
             result = measure(name, args)
             found[name] += [] if result is None else [result]
+            if result is not None:  # not lost if what follows is stopped
+                print(f"{name}: {result['ms']:.4g} ms", file=sys.stderr, flush=True)
     if not any(found.values()):
         raise ValueError("no contender ran; the lines above say why")
     rows = []

@@ -36,7 +36,9 @@ SETS = {
         step-long   150 step.py --shape 7b --cache 16384 --used 512 15800 --tokens 1 60
         train       240 train.py --shape 7b --batch 4 --attention cudnn
         batch       420 batch.py --shape 7b --batch 1 2 4 8 16 32 --threads 8
-        baselines   360 baselines.py --shape 7b
+        baselines   300 baselines.py --shape 7b --contenders eagle-jax torch-compile
+        transformers 420 baselines.py --shape 7b --contenders eagle-jax transformers-static \
+            transformers-eager torch-eager
         round-parts 420 round.py --shape 7b --threads 8
         round-8b    180 round.py --shape 8b --methods eagle2 eagle3 --no-parts
         8b-int8 180 round.py --shape 8b --methods eagle2 eagle3 --quantize-drafts int8 --no-parts
