@@ -251,7 +251,8 @@ def apart(
     so are all others which that part would cut.
 
     Args:
-        function: of `args`, after `weights` if they are given; returns one result or a tuple.
+        function: of `args`, after `weights` if they are given; returns a tree of arrays, or, for
+            several `results`, a tuple of as many.
         args: trees of arrays.
         axes, results: leading logical axes of the arrays of each argument and result.
         weights: by name, as a pass uses them.

@@ -171,7 +171,7 @@ def argmax(scores: Float[Array, "*lead v"]) -> Int[Array, "*lead"]:
     a row of 8k, against 4 for these two plain reductions.
     """
     vocab = scores.shape[-1]
-    if _fits(scores, 1):
+    if kernels.top.fits(scores, 1):
         return _largest(scores, 1)[1][..., 0]
     best = jnp.max(scores, axis=-1, keepdims=True)
     index = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
@@ -188,16 +188,22 @@ def top_k(
     for a few of its entries costs GPUs several times that. Among equals the lowest index wins in
     all stages, since the chunks stay in order. `*lead` begins with the batch.
     """
-    vocab = scores.shape[-1]
-    parts = sharding.ways_of("vocab", vocab)
-    if _fits(scores, k):
+    if kernels.top.fits(scores, k):
         return _largest(scores, k)[:2]
-    if parts == 1 or vocab <= k * max(_CHUNK, parts):
+    if not _cut(scores, k):
         return _top_k(scores, k)
     axes = ("batch", *[None] * (scores.ndim - 2), "vocab")
     found = sharding.apart(lambda x: _top_k(x, k), (scores,), (axes,), (axes, axes))
     best, index = sharding.constrain(found, "batch")
-    return _of_parts(best, index, vocab, k)
+    return _of_parts(best, index, scores.shape[-1], k)
+
+
+def _cut(scores: Float[Array, "*lead v"], k: int) -> bool:
+    """Whether each device of a mesh searches its own entries: those of a vocabulary, not of the few
+    candidates that a tree chooses from, which every device has."""
+    vocab = scores.shape[-1]
+    parts = sharding.ways_of("vocab", vocab)
+    return parts > 1 and vocab > k * max(_CHUNK, parts)
 
 
 def _of_parts(
@@ -218,7 +224,7 @@ def likeliest(
 
     Never positive, never NaN.
     """
-    if _fits(scores, k):
+    if kernels.top.fits(scores, k):
         best, index, whole = _largest(scores, k)
     else:
         best, index = top_k(scores, k)
@@ -240,15 +246,14 @@ def _largest(
     if not sharding.over_several():
         best, index, whole = search(scores)
         return best, index, whole[..., 0]
-    axes = ("batch", *[None] * (len(lead) - 1), "vocab")
+    cut = _cut(scores, k)
+    axes = ("batch", *[None] * (len(lead) - 1), "vocab" if cut else None)
     found = sharding.apart(search, (scores,), (axes,), (axes,) * 3)
+    if not cut:
+        best, index, whole = found
+        return best, index, whole[..., 0]
     best, index, whole = sharding.constrain(found, "batch")
     return *_of_parts(best, index, vocab, k), jax.nn.logsumexp(whole, axis=-1)
-
-
-def _fits(scores: Float[Array, "*lead v"], k: int) -> bool:
-    vocab = scores.shape[-1]
-    return kernels.top.fits(scores, k) and k <= vocab // sharding.ways_of("vocab", vocab)
 
 
 def _top_k(

@@ -87,7 +87,7 @@ KINDS = {
     "qwen": {"attention_bias": True, "qk_norm": True},
     "gemma": {"post_norms": True, "unit_offset_norm": True, "final_logit_softcapping": 30.0},
     "int8": {},
-    "apart": {"fused_qkv": False},
+    "three products": {"fused_qkv": False},
 }
 
 
@@ -151,7 +151,7 @@ def test_passes(monkeypatch, kind: str, tensor: int, devices: int, rows: int) ->
     assert all(shape == (own, shape[1]) for shape in seen["product"])
     assert {shape[:2] for shape in seen["attend"]} == {(own // 4, 2 // tensor)}
     assert "gated" in seen
-    assert ("split" in seen) == (not few and kind not in ("qwen", "apart"))
+    assert ("split" in seen) == (not few and kind not in ("qwen", "three products"))
     monkeypatch.setattr(device, "INTERPRET", False)
     function, args = one_pass(kind, rows, mesh(tensor, devices))
     by_xla = function(*args)
@@ -169,7 +169,7 @@ def test_two_sums_a_layer(kind: str) -> None:
     assert text is not None
     sent = aot.collectives(text)
     assert set(sent) == {"all-reduce"} and sent["all-reduce"][0] == 2 * LAYERS + 1
-    # In float32, whatever is handed on: rounded once. The embedding's parts are summed as they are.
+    # Of the model's dtype; CPUs add such numbers in float32.
     assert sent["all-reduce"][1] * 2**20 <= (2 * LAYERS + 1) * 4 * WIDTH * 4
 
 
@@ -236,6 +236,7 @@ def test_texts(monkeypatch, name: str, k_heads: int, rows: int) -> None:
 def test_best_of_parts(monkeypatch, vocab: int, k: int) -> None:
     """Catches an index that misses its device's offset, ties that the wrong device wins, and shares
     of a part instead of the whole."""
+    monkeypatch.setattr(drawing, "_CHUNK", 4)  # so that this vocabulary is worth a search by parts
     scores = np.random.default_rng(0).integers(0, 9, (4, 3, vocab)).astype(np.float32)
     scores[0, 0], scores[1, 1, : VOCAB // 2] = -np.inf, -np.inf
     values, index = map(np.asarray, jax.lax.top_k(scores, k))
@@ -257,3 +258,20 @@ def test_best_of_parts(monkeypatch, vocab: int, k: int) -> None:
         np.testing.assert_array_equal(places, index)
         np.testing.assert_array_equal(first, index[..., 0])
         np.testing.assert_allclose(log, share, atol=1e-5)
+
+
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_candidates_stay_where_they_are(monkeypatch, interpreted: bool) -> None:
+    """Catches k x k candidates of a tree, which every device has, cut as a vocabulary is."""
+    monkeypatch.setattr(device, "INTERPRET", interpreted)
+    devices = mesh(2, 2)
+    scores = np.random.default_rng(0).normal(size=(1, 100)).astype(np.float32)
+
+    def best(x):
+        with sharding.using(devices):
+            return drawing.top_k(x, 10)
+
+    args = sharding.put(devices, scores)
+    text = jax.jit(best).lower(args).compile().as_text()
+    assert text is not None and not aot.collectives(text)
+    np.testing.assert_array_equal(jax.jit(best)(args)[1], np.argsort(-scores)[:, :10])

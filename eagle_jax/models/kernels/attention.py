@@ -5,7 +5,7 @@ through with a running maximum and sum; slots that are not used are not read. Th
 last takes the fresh tokens. A second launch joins the parts.
 
 Of very few rows every program makes queries and fresh keys itself of the product that they are in
-(`Joined`): a launch less for what takes it no time.
+(`Joined`), which is a launch less.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def fits(query: jax.Array, prefix: KeyValue) -> bool:
 
 
 def splits(joined: Joined, prefix: KeyValue) -> bool:
-    """Whether `attend` can take a product that is not split: few rows, which cost nothing."""
+    """Whether `attend` can take a product that is not split: of few rows."""
     return joined.shape[2] <= _SPLIT and _reads(prefix)
 
 

@@ -48,8 +48,8 @@ def on_gpu() -> bool:
 
 
 def expected(dtype: jnp.dtype) -> bool:
-    """Whether kernels will run for a model of this dtype: what decides how it is laid out before
-    anything is traced."""
+    """Whether kernels run for models of this dtype, over a mesh too (but for targets with experts):
+    what decides how they are laid out before anything is traced."""
     return (INTERPRET or _gpu()) and _taken(dtype)
 
 
