@@ -236,7 +236,7 @@ def ways_of(logical: str, size: int) -> int:
     return 1 if size % parts else parts
 
 
-def apart(
+def on_each_device(
     function: Callable[..., Any],
     args: tuple[Any, ...],
     axes: tuple[Logical, ...],
@@ -291,7 +291,7 @@ def apart(
 
 
 def summed(x: T, logical: str) -> T:
-    """In `apart`: the sum over the devices among which this axis is cut."""
+    """In `on_each_device`: the sum over the devices among which this axis is cut."""
     return jax.lax.psum(x, RULES[logical])
 
 

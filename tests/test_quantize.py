@@ -24,7 +24,7 @@ from eagle_jax.decode import engine, generate
 from eagle_jax.decode.batch import answer_file
 from eagle_jax.evaluate import EvalConfig, agreement, metrics
 from eagle_jax.models import DRAFTS, Transformer, bind, cast, param_shapes, quantize
-from eagle_jax.models.layers import matmul
+from eagle_jax.models.linear import matmul
 from eagle_jax.models.transformer import packed_mask
 from eagle_jax.params import Draft, Params
 from eagle_jax.testing import (

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from eagle_jax import sharding, testing
-from eagle_jax.models.layers import Embedding
+from eagle_jax.models.linear import Embedding
 
 
 def shape(*sizes: int) -> jax.ShapeDtypeStruct:

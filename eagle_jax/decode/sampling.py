@@ -193,7 +193,7 @@ def top_k(
     if not _cut(scores, k):
         return _top_k(scores, k)
     axes = ("batch", *[None] * (scores.ndim - 2), "vocab")
-    found = sharding.apart(lambda x: _top_k(x, k), (scores,), (axes,), (axes, axes))
+    found = sharding.on_each_device(lambda x: _top_k(x, k), (scores,), (axes,), (axes, axes))
     best, index = sharding.constrain(found, "batch")
     return _of_parts(best, index, scores.shape[-1], k)
 
@@ -248,7 +248,7 @@ def _largest(
         return best, index, whole[..., 0]
     cut = _cut(scores, k)
     axes = ("batch", *[None] * (len(lead) - 1), "vocab" if cut else None)
-    found = sharding.apart(search, (scores,), (axes,), (axes,) * 3)
+    found = sharding.on_each_device(search, (scores,), (axes,), (axes,) * 3)
     if not cut:
         best, index, whole = found
         return best, index, whole[..., 0]

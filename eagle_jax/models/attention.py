@@ -58,14 +58,10 @@ def two_segment_attention(
     k = block[0].shape[1]
     # [b, k, t*g, e]: the g query heads of a key head become rows of one matrix product.
     grouped = query.reshape(b, t, k, h // k, e).transpose(0, 2, 1, 3, 4).reshape(b, k, -1, e)
-    factor = e**-0.5 if scale is None else scale
     if prefix is not None and lengths is not None and kernels.attention.fits(query, prefix):
-        of_rows = jnp.repeat(mask, h // k, axis=1)
-        edges = None if oldest is None else jnp.repeat(oldest, h // k, axis=1)
-        mixed, _ = kernels.attention.attend(
-            grouped, block, of_rows, prefix, lengths, edges, t, factor, softcap
-        )
-        return mixed
+        bounds = {"oldest": oldest, "scale": scale, "softcap": softcap}
+        return kernel_attention(grouped, block, mask, prefix, lengths, **bounds)[0]
+    factor = e**-0.5 if scale is None else scale
     grouped = grouped * jnp.asarray(factor, query.dtype)
 
     def score(keys: jax.Array, visible: jax.Array) -> jax.Array:
@@ -91,9 +87,10 @@ def two_segment_attention(
     return mixed.reshape(b, k, t, h // k, e).transpose(0, 2, 1, 3, 4).reshape(b, t, h, e)
 
 
-def joined_attention(
-    joined: kernels.attention.Joined,
-    mask: Bool[Array, "b t t"],
+def kernel_attention(
+    query: Float[Array, "b k q e"] | kernels.attention.Joined,
+    block: KeyValue | None,
+    mask: Bool[Array, "b t u"],
     prefix: KeyValue,
     lengths: Int[Array, " b"],
     *,
@@ -101,14 +98,14 @@ def joined_attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> tuple[Float[Array, "b t h e"], KeyValue]:
-    """As `two_segment_attention`, of a product that `kernels.attention.splits` takes; the mixed
-    values, and keys and values [b, k, t, e] of the tokens at hand."""
-    (_, _, q, e), t = joined.shape, mask.shape[1]
+    """`two_segment_attention` by the kernel: of queries by key head (t g rows each) and a block, or
+    of the product that both are in, without one; the mixed values, and the block."""
+    (_, _, q, e), t = query.shape, mask.shape[1]
     of_rows = jnp.repeat(mask, q // t, axis=1)
     edges = None if oldest is None else jnp.repeat(oldest, q // t, axis=1)
     factor = e**-0.5 if scale is None else scale
     return kernels.attention.attend(
-        joined, None, of_rows, prefix, lengths, edges, t, factor, softcap
+        query, block, of_rows, prefix, lengths, edges, t, factor, softcap
     )
 
 

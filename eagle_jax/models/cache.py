@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
 from eagle_jax.models import kernels
-from eagle_jax.sharding import apart, constrain, over_several
+from eagle_jax.sharding import constrain, on_each_device, over_several
 from eagle_jax.types import KeyValue
 
 # Per layer (keys, values), each [b, k, s, e].
@@ -73,7 +73,7 @@ def _launched(
         return None
     if over_several():
         axes = (AXES, AXES, ("batch",), ("batch",))
-        written = apart(kernels.commit.commit, args, axes, (AXES,))
+        written = on_each_device(kernels.commit.commit, args, axes, (AXES,))
     else:
         written = kernels.commit.commit(*args)
     return jax.tree.unflatten(structure, written)

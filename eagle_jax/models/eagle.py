@@ -21,7 +21,8 @@ from eagle_jax.config import EagleConfig
 from eagle_jax.models.apart import apart
 from eagle_jax.models.attention import AttentionKernel
 from eagle_jax.models.cache import AXES
-from eagle_jax.models.layers import DecoderLayer, Linear
+from eagle_jax.models.layers import DecoderLayer
+from eagle_jax.models.linear import Linear
 from eagle_jax.models.transformer import Output, Transformer, vocabulary_head
 from eagle_jax.types import Hidden, KeyValue, Logits
 
@@ -72,11 +73,10 @@ class EagleDraft(nnx.Module):
         own = {"fc": self.fc, "layers": self.layers}
         x = jnp.concatenate([embeddings, features], axis=-1)
         args = (x, positions, mask, prefix, lengths, before)
-        if kernel != "xla":
-            return run(own, *args)
         rows, heads = ("batch",), self.layers[0].self_attn.k_heads
         axes = (rows, rows, rows, AXES, rows, AXES)
-        return apart(run, own, args, axes, (rows, AXES), heads=heads)
+        plain = kernel == "xla"
+        return apart(run, own, args, axes, (rows, AXES), possible=plain, heads=heads)
 
     def features(self, output: Output) -> Hidden:
         """What is kept of a target pass: its features."""

@@ -13,19 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from eagle_jax.config import Eagle3Config
 from eagle_jax.models.apart import apart
+from eagle_jax.models.attention import AttentionKernel
 from eagle_jax.models.cache import AXES
 from eagle_jax.models.eagle import target_tokens
-from eagle_jax.models.layers import (
-    MLP,
-    Attention,
-    AttentionKernel,
-    Embedding,
-    Linear,
-    Parts,
-    RMSNorm,
-    join,
-    total,
-)
+from eagle_jax.models.layers import MLP, Attention
+from eagle_jax.models.linear import Embedding, Linear, Parts, RMSNorm, join, total
 from eagle_jax.models.transformer import Output, Transformer, vocabulary_head
 from eagle_jax.types import Hidden, KeyValue
 
@@ -115,12 +107,9 @@ class Eagle3Draft(nnx.Module):
 
         own = {"midlayer": self.midlayer}
         args = (embeddings, state, positions, mask, prefix, lengths, before)
-        if kernel == "xla":
-            rows, heads = ("batch",), self.midlayer.self_attn.k_heads
-            axes = (rows, rows, rows, rows, AXES, rows, AXES)
-            state, block = apart(run, own, args, axes, (rows, AXES), heads=heads)
-        else:
-            state, block = run(own, *args)
+        rows, heads, plain = ("batch",), self.midlayer.self_attn.k_heads, kernel == "xla"
+        axes = (rows, rows, rows, rows, AXES, rows, AXES)
+        state, block = apart(run, own, args, axes, (rows, AXES), possible=plain, heads=heads)
         return self.feed_back(state), block
 
     def feed_back(self, state: Hidden) -> Hidden:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from eagle_jax.config import MedusaConfig
 from eagle_jax.models.apart import apart
-from eagle_jax.models.layers import Linear
+from eagle_jax.models.linear import Linear
 from eagle_jax.models.transformer import Output, Transformer, vocabulary_head
 from eagle_jax.types import Hidden
 

@@ -7,7 +7,6 @@ weights out of the stack (measured: 3x slower).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,8 @@ from eagle_jax.config import TransformerConfig
 from eagle_jax.models.apart import apart
 from eagle_jax.models.attention import AttentionKernel, bend
 from eagle_jax.models.cache import AXES, Cache
-from eagle_jax.models.layers import DecoderLayer, Embedding, Linear, RMSNorm, join, matmul
+from eagle_jax.models.layers import DecoderLayer
+from eagle_jax.models.linear import Embedding, Linear, RMSNorm, join
 from eagle_jax.sharding import constrain
 from eagle_jax.types import Hidden, Logits
 
@@ -110,25 +110,16 @@ class Transformer(nnx.Module):
         x = constrain(self.embed_tokens(tokens), "batch")
         own = {"layers": self.layers, "norm": self.norm}
         args = (x, positions, mask, cache, lengths)
-        if kernel == "xla" and not any(layer.has_experts for layer in self.layers):
-            rows, heads = ("batch",), self.layers[0].self_attn.k_heads
-            axes = (rows, rows, rows, AXES, rows)
-            found: Any = apart(run, own, args, axes, (rows, rows, AXES), heads=heads)
-        else:
-            found = run(own, *args)
+        plain = kernel == "xla" and not any(layer.has_experts for layer in self.layers)
+        rows, heads = ("batch",), self.layers[0].self_attn.k_heads
+        axes = (rows, rows, rows, AXES, rows)
+        found = apart(run, own, args, axes, (rows, rows, AXES), possible=plain, heads=heads)
         return Output(*found)
 
     def logits(self, features: Hidden) -> Logits:
         """The vocabulary head, float32 out."""
-        if self.lm_head is not None:
-            return self.finish(vocabulary_head(self.lm_head, features))
-
-        def run(own, features):
-            embedding = own["embed_tokens"].embedding[...]
-            return matmul(features, embedding, jnp.float32, turned=True)
-
-        own = {"embed_tokens": self.embed_tokens}
-        return self.finish(apart(run, own, (features,), (("batch",),), (SCORES,)))
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return self.finish(vocabulary_head(head, features))
 
     def finish(self, logits: Logits) -> Logits:
         """What follows the head's product, of all its columns or of some."""
@@ -136,13 +127,14 @@ class Transformer(nnx.Module):
         return logits if self.softcap is None else bend(logits, self.softcap)
 
 
-def vocabulary_head(head: Linear, x: Hidden) -> Logits:
-    """The product by a head, float32 out; also by one of some columns."""
+def vocabulary_head(head: Linear | Embedding, x: Hidden) -> Logits:
+    """Scores [b, t, v] in float32 by a head, of all tokens or of some, or by the embedding."""
+    name = "embed_tokens" if isinstance(head, Embedding) else "lm_head"
 
     def run(own, x):
-        return own["lm_head"].product(x, jnp.float32)
+        return own[name].product(x, jnp.float32)
 
-    return apart(run, {"lm_head": head}, (x,), (("batch",),), (SCORES,))
+    return apart(run, {name: head}, (x,), (("batch",),), (SCORES,))
 
 
 def packed_mask(segment_ids: Int[Array, "b t"]) -> Bool[Array, "b t t"]:

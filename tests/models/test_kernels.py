@@ -13,9 +13,9 @@ from flax import nnx
 from eagle_jax.decode import chain
 from eagle_jax.models import Transformer, bind, cast, init_params, kernels, quantize
 from eagle_jax.models import cache as caches
-from eagle_jax.models.attention import joined_attention, two_segment_attention
+from eagle_jax.models.attention import kernel_attention, two_segment_attention
 from eagle_jax.models.kernels import device
-from eagle_jax.models.layers import Parts, RMSNorm, join, matmul
+from eagle_jax.models.linear import Parts, RMSNorm, join, matmul
 from eagle_jax.models.rotary import angles, rotary
 from eagle_jax.testing import tiny_target
 
@@ -259,7 +259,7 @@ def test_attention_that_splits_a_product(interpreted, b, t, k, g, window) -> Non
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (b, t, t))
     oldest = None if window is None else places - window
     assert kernels.attention.splits(joined, prefix)
-    got = joined_attention(joined, mask, prefix, length, oldest=oldest)
+    got = kernel_attention(joined, None, mask, prefix, length, oldest=oldest)
     query, *block = kernels.rotary.split(parts, *turn, heads, jnp.dtype(BFLOAT16))
     query = query.reshape(b, k, t, g, e).transpose(0, 2, 1, 3, 4).reshape(b, t, k * g, e)
     mixed = two_segment_attention(query, tuple(block), mask, prefix, length, oldest=oldest)

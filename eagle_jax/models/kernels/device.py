@@ -60,7 +60,7 @@ def usable(*arrays: jax.Array) -> bool:
 
 def usable_apart(*arrays: jax.Array) -> bool:
     """Whether they may not for the mesh in use alone, and so may on each of its devices
-    (`sharding.apart`)."""
+    (`sharding.on_each_device`)."""
     return _here(*arrays) and sharding.over_several()
 
 

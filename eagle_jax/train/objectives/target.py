@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from eagle_jax import config as configs
 from eagle_jax.models import Transformer, bind
 from eagle_jax.models.attention import AttentionKernel
-from eagle_jax.models.layers import Embedding
+from eagle_jax.models.linear import Embedding
 from eagle_jax.models.transformer import embedding as _embedding
 from eagle_jax.models.transformer import packed_mask
 from eagle_jax.train.objectives.base import Batch, transformer_flops
