@@ -1,18 +1,21 @@
-"""How should products of few rows be cut on this GPU? Microseconds of `kernels.product` and of XLA.
+"""How should products of few rows be cut on this GPU? Microseconds of our kernels and of XLA.
 
     python benchmarks/cuts.py --shape 7b
     python benchmarks/cuts.py --shape 8b --rows 1 60 --quantize int8
 
 Every matrix of a layer and the head, by every cut at hand; several of each, so that none is in the
-device's cache. `now` is the cut that `kernels.product.tile` chooses, `best` the fastest. A product
-adds to the next one's operand: that is in the figures, for all alike. It says what could be
-changed in `tile`, and runs where the kernels do: on NVIDIA GPUs (`--shape tiny` anywhere, slowly).
+device's cache. Gate and up are one launch, `kernels.product.gated`, all others `product`. `now` is
+the cut that `tile` (`gated_tile`) chooses, `best` the fastest. A product adds to the next one's
+operand: that is in the figures, for all alike. It says what could be changed in `tile`, and runs
+where the kernels do: on NVIDIA GPUs (`--shape tiny` anywhere, slowly).
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +28,12 @@ import shapes
 
 from eagle_jax.models import kernels, quantize
 from eagle_jax.models.kernels import device
-from eagle_jax.models.kernels.product import Tile, product, tile
+from eagle_jax.models.kernels.product import Tile, gated, gated_tile, product, tile
 
 _BYTES = 2**28  # of matrices that are read in turn: more than any cache holds
 _CUTS = ((128, 64), (64, 64), (64, 128), (128, 32), (128, 128), (256, 64), (32, 128), (64, 256))
 _PARTS = (1, 2, 4, 8)
+_GATES = "gate_up"
 
 
 def matrices(shape: str) -> dict[str, tuple[int, int]]:
@@ -40,17 +44,17 @@ def matrices(shape: str) -> dict[str, tuple[int, int]]:
     return {
         "qkv": (d, (heads + 2 * own) * e),
         "o": (heads * e, d),
-        "gate_up": (d, 2 * f),
+        _GATES: (d, 2 * f),
         "down": (f, d),
         "head": (d, config.vocab_size),
     }
 
 
-def cuts(rows: int, width: int, columns: int) -> Iterator[Tile]:
-    """Those that fit."""
-    for (wide, step), parts, warps in itertools.product(_CUTS, _PARTS, (4, 8)):
+def cuts(rows: int, width: int, columns: int, both: bool) -> Iterator[Tile]:
+    """Those that fit; if they are of two matrices at once, of each of these."""
+    for (wide, step), parts, warps in itertools.product(_CUTS, (1,) if both else _PARTS, (4, 8)):
         if columns % wide == 0 and width % (step * parts) == 0:
-            yield Tile(wide, step, parts, warps, 4 if rows <= 16 else 3)
+            yield Tile(wide // (1 + both), step, parts, warps, 4 if rows <= 16 else 3)
 
 
 def timed(
@@ -82,11 +86,12 @@ def timed(
     return measure
 
 
-def sweep(shape: tuple[int, int], rows: int, small: bool, args: Any) -> dict[str, Any]:
+def sweep(name: str, rows: int, small: bool, args: Any) -> dict[str, Any]:
     """One matrix, all cuts."""
-    width, columns = shape
+    (width, columns), both = matrices(args.shape)[name], name == _GATES
     size = width * columns * (1 if small else 2)
     count = 2 if device.INTERPRET else max(2, _BYTES // size)
+    shape = (width, 2, columns // 2) if both else (width, columns)
     kernels_ = [shapes.draw(jax.random.key(i), shape, 0.0, 1.0, jnp.bfloat16) for i in range(count)]
     scale = None
     if small:
@@ -99,11 +104,17 @@ def sweep(shape: tuple[int, int], rows: int, small: bool, args: Any) -> dict[str
         return jnp.tensordot(x, kernel.astype(x.dtype), axes, preferred_element_type=jnp.float32)
 
     def own(x: jax.Array, kernel: jax.Array, cut: Tile) -> jax.Array:
+        if both:
+            return gated(x, kernel, scale, cut)
         return jnp.sum(product(x, kernel, scale, cut), axis=0)
 
-    now = tile(rows, width, columns, 1 if small else 2)
+    itemsize = 1 if small else 2
+    if both:
+        now = gated_tile(rows, width, columns // 2, itemsize)
+    else:
+        now = tile(rows, width, columns, itemsize)
     tried: list[Tile] = [] if now is None else [now]
-    tried += [cut for cut in cuts(rows, width, columns) if cut != now]
+    tried += [cut for cut in cuts(rows, width, columns, both) if cut != now]
     jobs: dict[Any, Any] = {"xla": xla, **{cut: functools.partial(own, cut=cut) for cut in tried}}
     with ThreadPoolExecutor(args.threads) as pool:
         ready = dict(
@@ -111,7 +122,8 @@ def sweep(shape: tuple[int, int], rows: int, small: bool, args: Any) -> dict[str
         )
     us = common.interleave(ready, args.repeats)
     best = min(tried, key=lambda cut: us[cut])
-    return {
+    row = {
+        "matrix": name,
         "rows": rows,
         "floor": size / args.copy * 1e6,
         "xla": us["xla"],
@@ -120,6 +132,8 @@ def sweep(shape: tuple[int, int], rows: int, small: bool, args: Any) -> dict[str
         "best": us[best],
         "best cut": _said(best),
     }
+    print(json.dumps(row), file=sys.stderr, flush=True)  # not lost if what follows is stopped
+    return row
 
 
 def _said(cut: Tile) -> str:
@@ -135,8 +149,8 @@ def swept(args: Any) -> list[dict[str, Any]]:
             raise ValueError(f"--quantize {args.quantize}: use int8")
         args.copy = common.copy_bandwidth()
         return [
-            {"matrix": name, **sweep(shape, rows, args.quantize is not None, args)}
-            for name, shape in matrices(args.shape).items()
+            sweep(name, rows, args.quantize is not None, args)
+            for name in matrices(args.shape)
             if args.matrices is None or name in args.matrices
             for rows in args.rows
         ]

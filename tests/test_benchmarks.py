@@ -28,7 +28,7 @@ from eagle_jax.decode.method import Accepted, Context
 from eagle_jax.decode.sampling import sampling
 from eagle_jax.decode.tree import Proposal
 from eagle_jax.evaluate import EvalConfig
-from eagle_jax.models import Transformer, param_shapes
+from eagle_jax.models import Transformer, kernels, param_shapes
 from eagle_jax.models.kernels import device
 
 ROOT = tiny_pair.ROOT
@@ -88,11 +88,35 @@ def test_fewer_layers() -> None:
 @pytest.mark.parametrize("more", [(), ("--quantize", "int8")], ids=["bfloat16", "int8"])
 def test_cuts(more: tuple[str, ...]) -> None:
     """Every matrix by every cut that fits; the chosen one is among them."""
-    options = ("--rows", "1", "--matrices", "o", "down", "--repeats", "1")
+    options = ("--rows", "1", "--matrices", "o", "gate_up", "--repeats", "1")
     result = run("cuts", "--shape", "tiny", *options, *more)
-    assert [row["matrix"] for row in result["rows"]] == ["o", "down"]
+    assert [row["matrix"] for row in result["rows"]] == ["o", "gate_up"]
     for row in result["rows"]:
         assert row["now"] >= row["best"] > 0 and row["xla"] > 0 and row["floor"] > 0
+
+
+def test_agree(module, monkeypatch, capsys) -> None:
+    """The kernels are as near to float32 as XLA is; one that is wrong is told."""
+    agree, norm = module("agree"), kernels.norm.add
+    monkeypatch.setattr(agree.common, "default_dtype", agree.common.default_dtype)  # undone after
+    monkeypatch.setattr(device, "INTERPRET", False)
+    monkeypatch.setattr(agree, "_PASSES", agree._PASSES[1::3])
+    monkeypatch.setattr(sys, "argv", ["agree.py", "--shape", "tiny", *SLOTS[:4]])
+    assert agree.main() == 0
+    right = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["rows"], row["tokens"], row["right"]) for row in right] == [
+        (1, 8, True),
+        (1, 60, True),
+    ]
+    assert all(0 < row["kernels"] != row["xla"] for row in right)  # it is not the same program
+
+    def wrong(x: jax.Array, parts: jax.Array, *rest: Any) -> Any:
+        return norm(x, parts * 1.02, *rest)
+
+    monkeypatch.setattr(kernels.norm, "add", wrong)
+    assert agree.main() == 1
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert not any(row["right"] for row in rows)
 
 
 def test_what_does_not_fit_is_one_line() -> None:

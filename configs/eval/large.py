@@ -17,6 +17,9 @@ from eagle_jax.decode import (
 from eagle_jax.decode.tree import MC_SIM_7B_63
 from eagle_jax.evaluate import EvalConfig
 
+# A pass of up to 16 nodes costs less than one of 17 (a tensor core multiplies 16 rows).
+SHORT = PromptLookup(max_ngram=16, min_ngram=8, length=15, latest=True, truncate=True)
+
 config = EvalConfig(
     output_dir="runs/large/evaluation",
     model="runs/large/model",
@@ -26,10 +29,12 @@ config = EvalConfig(
         ("eagle3", Eagle(DynamicTree(depth=6, k=10, drafted=59), head="eagle3")),
         ("eagle3 31 deep", Eagle(DynamicTree(depth=7, k=8, drafted=31), head="eagle3")),
         ("eagle3 31", Eagle(DynamicTree(depth=5, k=8, drafted=31), head="eagle3")),
-        ("eagle3 static", Eagle(MC_SIM_7B_63, head="eagle3")),
+        ("eagle3 15", Eagle(DynamicTree(depth=5, k=6, drafted=15), head="eagle3")),
+        ("eagle3 lookup", EagleLookup(Eagle(DynamicTree(5, 8, 31), head="eagle3"))),
+        ("eagle3 15 lookup", EagleLookup(Eagle(DynamicTree(5, 6, 15), head="eagle3"), SHORT)),
         ("eagle2", Eagle(DynamicTree(depth=6, k=10, drafted=59))),
-        ("eagle2 31 deep", Eagle(DynamicTree(depth=7, k=8, drafted=31))),
         ("eagle2 31", Eagle(DynamicTree(depth=5, k=8, drafted=31))),
+        ("eagle2 15", Eagle(DynamicTree(depth=5, k=6, drafted=15))),
         ("eagle", Eagle(MC_SIM_7B_63)),
         ("eagle chain-5", Eagle(chain(5))),
         ("eagle lookup", EagleLookup(Eagle(DynamicTree(depth=5, k=8, drafted=31)))),
@@ -41,5 +46,5 @@ config = EvalConfig(
     temperatures=(0.0, 1.0),
     new_tokens=128,
     repeats=2,
-    step_times=(1, 64),
+    step_times=(1, 16, 32, 64),
 )

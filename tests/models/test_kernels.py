@@ -91,7 +91,7 @@ def test_gates_of_any_model_are_one_launch(monkeypatch, rows, itemsize, width, f
 
     def look(x, kernel):
         assert kernels.product.gates(x, kernel)
-        found.append(kernels.product._gated_tile(x, kernel))
+        found.append(kernels.product._of_gates(x, kernel))
 
     shapes = jax.ShapeDtypeStruct((rows, width), BFLOAT16), (width, 2, f)
     jax.eval_shape(

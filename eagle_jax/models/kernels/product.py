@@ -122,33 +122,43 @@ def product(
 
 def gates(x: jax.Array, kernel: jax.Array) -> bool:
     """Whether `gated` can do x [n, i] by kernel [i, 2, f], or [2, f, i] of int8."""
-    return fits(x, kernel) and _gated_tile(x, kernel) is not None
+    return fits(x, kernel) and _of_gates(x, kernel) is not None
 
 
-def _gated_tile(x: jax.Array, kernel: jax.Array) -> Tile | None:
-    """Of each half; in one part, since what is done with the two needs whole sums."""
-    cut = _tile(x, kernel)
+def gated_tile(rows: int, width: int, columns: int, itemsize: int) -> Tile | None:
+    """The cut of each of two matrices [width, columns] whose products are one's gate: in one part,
+    since what is done with the two needs whole sums."""
+    cut = tile(rows, width, 2 * columns, itemsize)
     if cut is None:
         return None
-    columns, wide = kernel.size // x.shape[1], cut.columns
-    while wide > 64 and columns // wide < _ENOUGH:
+    wide = cut.columns
+    while wide > 64 and 2 * columns // wide < _ENOUGH:
         wide //= 2
     half = wide // 2
-    if half < _LEAST or columns // 2 % half:
+    if half < _LEAST or columns % half:
         return None
     return dataclasses.replace(cut, columns=half, parts=1)
 
 
-@jax.jit
+def _of_gates(x: jax.Array, kernel: jax.Array) -> Tile | None:
+    rows, width = x.shape
+    return gated_tile(rows, width, kernel.size // width // 2, kernel.dtype.itemsize)
+
+
+@functools.partial(jax.jit, static_argnames="cut")
 def gated(
     x: Float[Array, "n i"],
     kernel: Num[Array, "a b c"],
     scale: Float32[Array, "2 f"] | None = None,
+    cut: Tile | None = None,
 ) -> Float[Array, "n f"]:
-    """`silu(x @ gate) * (x @ up)`: the two are kernel [i, 2, f], or [2, f, i] of int8."""
+    """`silu(x @ gate) * (x @ up)`: the two are kernel [i, 2, f], or [2, f, i] of int8.
+
+    `cut` is of each of the two, in one part; by default that of `gated_tile`.
+    """
     (n, width), turned = x.shape, scale is not None
     columns = kernel.size // width // 2
-    cut = _gated_tile(x, kernel)
+    cut = cut or _of_gates(x, kernel)
     assert cut is not None
     rows, steps, blocks = _rows(n), width // cut.step, columns // cut.columns
 
