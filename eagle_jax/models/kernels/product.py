@@ -22,6 +22,8 @@ from eagle_jax.models.kernels import device
 _ROWS = (16, 32, 64)  # a tensor core multiplies at least 16
 _LEAST = 16  # columns of a tensor core
 _ENOUGH = 80  # programs that read a matrix as fast as memory gives it, of 132 multiprocessors
+_MANY = 120  # more gain nothing
+_LINE = 64  # columns of two bytes that are read as one line of memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ def tile(rows: int, width: int, columns: int, itemsize: int) -> Tile | None:
     `benchmarks/cuts.py` sweeps.
     """
     wide, step, stages = 128, 64, 4
-    programs = 256 if itemsize == 1 else 120
+    programs = 256 if itemsize == 1 else _MANY
     if rows > _ROWS[0]:
         stages = 3
         if itemsize == 2 and columns // wide < programs:
@@ -131,6 +133,10 @@ def gated_tile(rows: int, width: int, columns: int, itemsize: int) -> Tile | Non
     cut = tile(rows, width, 2 * columns, itemsize)
     if cut is None:
         return None
+    few = itemsize == 2 and _ENOUGH <= columns // _LINE < _MANY
+    if few and rows <= _ROWS[1] and columns % _LINE == 0 and width % 128 == 0:
+        # No program is narrowed to have more of them: a sweep at 2048 x 5632.
+        return Tile(_LINE, 128, 1, stages=4 if rows <= _ROWS[0] else 3)
     wide = cut.columns
     while wide > 64 and 2 * columns // wide < _ENOUGH:
         wide //= 2
