@@ -96,27 +96,39 @@ def test_cuts(more: tuple[str, ...]) -> None:
 
 
 def test_agree(module, monkeypatch, capsys) -> None:
-    """The kernels are as near to float32 as XLA is; one that is wrong is told."""
-    agree, norm = module("agree"), kernels.norm.add
+    """The kernels are as near to float32 as XLA is; one that is wrong is told, and so is where none
+    runs."""
+    agree, norm, attend = module("agree"), kernels.norm.add, kernels.attention.attend
     monkeypatch.setattr(agree.common, "default_dtype", agree.common.default_dtype)  # undone after
     monkeypatch.setattr(device, "INTERPRET", False)
-    monkeypatch.setattr(agree, "_PASSES", agree._PASSES[1::3])
+    monkeypatch.setattr(agree, "_PASSES", agree._PASSES[1::2])
     monkeypatch.setattr(sys, "argv", ["agree.py", "--shape", "tiny", *SLOTS[:4]])
-    assert agree.main() == 0
-    right = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert [(row["rows"], row["tokens"], row["right"]) for row in right] == [
-        (1, 8, True),
-        (1, 60, True),
-    ]
-    assert all(0 < row["kernels"] != row["xla"] for row in right)  # it is not the same program
 
-    def wrong(x: jax.Array, parts: jax.Array, *rest: Any) -> Any:
-        return norm(x, parts * 1.02, *rest)
+    def rows(status: int) -> list[dict[str, Any]]:
+        assert agree.main() == status
+        return json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
 
-    monkeypatch.setattr(kernels.norm, "add", wrong)
-    assert agree.main() == 1
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert not any(row["right"] for row in rows)
+    right = rows(0)
+    assert [(row["rows"], row["tokens"], row["used"]) for row in right] == [(1, 8, 5), (2, 26, 20)]
+    assert all(row["right"] and 0 < row["kernels"] != row["xla"] for row in right)
+
+    def late(query, block, mask, prefix, lengths, *rest):
+        return attend(query, block, mask, prefix, lengths - 1, *rest)
+
+    monkeypatch.setattr(kernels.attention, "attend", late)
+    assert not any(row["right"] for row in rows(1))
+    monkeypatch.setattr(kernels.attention, "attend", attend)
+    monkeypatch.setattr(kernels.norm, "add", lambda x, parts, *rest: norm(x, parts * 1.05, *rest))
+    assert not any(row["right"] for row in rows(1))
+    monkeypatch.setattr(kernels.norm, "add", norm)
+    monkeypatch.setattr(device, "usable", lambda *arrays: False)
+    with pytest.raises(ValueError, match="--shape: no kernel takes this pass"):
+        agree.main()
+    for used in ("17", "113"):
+        monkeypatch.setattr(sys, "argv", ["agree.py", "--shape", "tiny", *SLOTS[:3], used])
+        with pytest.raises(ValueError, match=f"--used {used}: --cache 128 has room for 18 to 112"):
+            agree.main()
+    assert not agree.distance([jnp.ones(2), jnp.array([jnp.nan])], [jnp.ones(2)] * 2)[1] <= 1
 
 
 def test_what_does_not_fit_is_one_line() -> None:
@@ -645,7 +657,7 @@ def test_suite(tmp_path) -> None:
 def test_every_benchmark_teaches() -> None:
     """--help is the docstring, which begins with what is measured and how to call it."""
     programs = set(FOLDER.glob("*.py")) - {FOLDER / f"{name}.py" for name in HELPERS}
-    assert len(programs) == 9
+    assert len(programs) == 10
     for path in programs:
         assert any(f"python benchmarks/{path.name}" in x for x in path.read_text().splitlines()[:8])
     done = subprocess.run(
