@@ -122,7 +122,7 @@ def test_agree(module, monkeypatch, capsys) -> None:
     assert not any(row["right"] for row in rows(1))
     monkeypatch.setattr(kernels.norm, "add", norm)
     monkeypatch.setattr(device, "usable", lambda *arrays: False)
-    with pytest.raises(ValueError, match="--shape: no kernel takes this pass"):
+    with pytest.raises(ValueError, match="--tensor 1: no kernel takes a pass of 8 tokens"):
         agree.main()
     for used in ("17", "113"):
         monkeypatch.setattr(sys, "argv", ["agree.py", "--shape", "tiny", *SLOTS[:3], used])

@@ -3,6 +3,8 @@
 python benchmarks/pair.py --config configs/eval/large.py --model runs/large/model --data DIR
 """
 
+import dataclasses
+
 from eagle_jax.decode import (
     DynamicTree,
     Eagle,
@@ -18,7 +20,7 @@ from eagle_jax.decode.tree import MC_SIM_7B_63
 from eagle_jax.evaluate import EvalConfig
 
 # A pass of up to 16 nodes costs less than one of 17 (a tensor core multiplies 16 rows).
-SHORT = PromptLookup(max_ngram=16, min_ngram=8, length=15, latest=True, truncate=True)
+SHORT = dataclasses.replace(EagleLookup().lookup, length=15)
 
 config = EvalConfig(
     output_dir="runs/large/evaluation",

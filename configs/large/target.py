@@ -4,7 +4,8 @@
 
 trains it on one 80 GB GPU by the clock (ten minutes by default), with its drafts: `optim.steps`
 here is replaced by what fits. A pair to measure speed with; 14 M tokens of text make no good chat
-model of this size. Not trained yet: learning rates are guesses from the shipped pair's.
+model of this size. Learning rates are guesses from the shipped pair's, of which this one held
+(docs/performance.md, "A larger pair").
 """
 
 from eagle_jax.config import DataConfig, NextToken, OptimConfig, TrainConfig, TransformerConfig

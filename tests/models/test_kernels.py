@@ -102,6 +102,25 @@ def test_gates_of_any_model_are_one_launch(monkeypatch, rows, itemsize, width, f
     assert f // cut.columns >= 80 or cut.columns <= 32
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "step"), [(1, 64, 128), (16, 64, 128), (32, 64, 128), (60, 32, 64)]
+)
+def test_cuts_of_narrow_gates(rows: int, columns: int, step: int) -> None:
+    """Those of a sweep at 2048 x 5632, also for what each of two devices has of 8B; wider ones and
+    int8 are cut as every product is."""
+    tile = kernels.product.gated_tile
+    for width, f in ((2048, 5632), (4096, 7168)):
+        cut = tile(rows, width, f, 2)
+        assert cut is not None and (cut.columns, cut.step, cut.parts) == (columns, step, 1)
+    for width, f, itemsize in ((4096, 11008, 2), (2048, 5632, 1)):
+        cut, whole = (
+            tile(rows, width, f, itemsize),
+            kernels.product.tile(rows, width, 2 * f, itemsize),
+        )
+        assert cut is not None and whole is not None
+        assert (2 * cut.columns, cut.step) == (whole.columns, whole.step)
+
+
 def test_cuts_of_a_7b_model() -> None:
     """Every matrix makes enough programs for 132 multiprocessors, and no sliver of a step."""
     for rows in (1, 10, 60):

@@ -22,7 +22,7 @@ from eagle_jax.models.kernels import device
 _ROWS = (16, 32, 64)  # a tensor core multiplies at least 16
 _LEAST = 16  # columns of a tensor core
 _ENOUGH = 80  # programs that read a matrix as fast as memory gives it, of 132 multiprocessors
-_MANY = 120  # more gain nothing
+_MANY = 120  # programs for which wide columns are not made narrower
 _LINE = 64  # columns of two bytes that are read as one line of memory
 
 
@@ -128,8 +128,8 @@ def gates(x: jax.Array, kernel: jax.Array) -> bool:
 
 
 def gated_tile(rows: int, width: int, columns: int, itemsize: int) -> Tile | None:
-    """The cut of each of two matrices [width, columns] whose products are one's gate: in one part,
-    since what is done with the two needs whole sums."""
+    """The cut of gate and up, each [width, columns], for so many rows: in one part, since what is
+    done with the two products needs whole sums; None where none fits."""
     cut = tile(rows, width, 2 * columns, itemsize)
     if cut is None:
         return None
