@@ -1,4 +1,4 @@
-"""A target of 1.1 billion parameters, whose pass one GPU's memory bounds more than its launches do.
+"""A target of 1.1 billion parameters, of the shape of models that run on one small device.
 
     python benchmarks/large_pair.py --data data/open.jsonl.gz --validation data/open_val.jsonl
 
