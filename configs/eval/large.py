@@ -25,7 +25,7 @@ SHORT = dataclasses.replace(EagleLookup().lookup, length=15)
 config = EvalConfig(
     output_dir="runs/large/evaluation",
     model="runs/large/model",
-    quantize_drafts="int8",  # what the levels of a tree read counts here
+    quantize_drafts="int8",  # for speed: no text depends on it
     methods=(
         ("vanilla", Vanilla()),
         ("eagle3", Eagle(DynamicTree(depth=6, k=10, drafted=59), head="eagle3")),
