@@ -42,7 +42,7 @@ from jax.sharding import Mesh
 from loops import Rounds, Slots
 from simulated import RATES, Lucky, Simulated, chances, expected, tree_of
 
-from eagle_jax.decode import Vanilla, engine
+from eagle_jax.decode import Vanilla, executables
 from eagle_jax.decode.method import Method
 from eagle_jax.params import Params
 
@@ -140,7 +140,7 @@ def main() -> None:
     for batch in dict.fromkeys(args.batch):
         rows += (found := measure(params, batch, args, mesh))
         common.table(found)  # all of them take minutes: whoever stops has these
-        engine.forget()  # the next size compiles its own, and needs the memory
+        executables.forget()  # the next size compiles its own, and needs the memory
     common.report(
         rows,
         benchmark="batch",

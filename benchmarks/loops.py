@@ -21,9 +21,11 @@ from tqdm import tqdm
 
 from eagle_jax import sharding
 from eagle_jax.config import TransformerConfig
-from eagle_jax.decode import engine
+from eagle_jax.decode import engine, executables
 from eagle_jax.decode.method import Method
-from eagle_jax.decode.sampling import argmax, sampling
+from eagle_jax.decode.program import Program, State
+from eagle_jax.decode.sampling import sampling
+from eagle_jax.decode.top_k import argmax
 from eagle_jax.decode.tree import StaticTree
 from eagle_jax.models import Cache, Transformer, bind, kernels
 from eagle_jax.models import cache as caches
@@ -114,7 +116,7 @@ class Rounds:
     ) -> None:
         config = None if method.draft is None else params.drafts[method.draft].config
         self.place, self.rounds, self.tau, self.calls = place, rounds, 0.0, 0
-        self.program = engine.Program(method, params.target_config, config, place.slots, ())
+        self.program = Program(method, params.target_config, config, place.slots, ())
         self.params, self.settings = params.only(method.draft), sampling(temperature)
         span = round(pace * rounds)
         self.start = used - span // 2
@@ -142,13 +144,17 @@ class Rounds:
 
     def warm(self) -> None:
         """Compiles."""
-        engine.prepare(self.program, self.params, self._begun(self.place.look()), self.settings)
+        executables.prepare(
+            self.program, self.params, self._begun(self.place.look()), self.settings
+        )
 
     def __call__(self) -> float:
         """Milliseconds of a round."""
-        clock, state = engine.Clock(), self._begun(self.place.take())
+        clock, state = executables.Clock(), self._begun(self.place.take())
         self.calls += 1
-        state = engine.advance(self.program, self.params, state, self.settings, clock, self.rounds)
+        state = executables.advance(
+            self.program, self.params, state, self.settings, clock, self.rounds
+        )
         self.place.give(state.cache)
         self.state = dataclasses.replace(state, cache=())
         rounds = np.asarray(state.rounds)
@@ -156,7 +162,7 @@ class Rounds:
         # A row at the end of the cache is done sooner.
         return 1e3 * clock.decode / int(rounds.max())
 
-    def _begun(self, cache: Cache) -> engine.State:
+    def _begun(self, cache: Cache) -> State:
         b = self.place.batch
         fresh = {
             "length": np.full(b, self.start, np.int32),

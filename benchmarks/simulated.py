@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from eagle_jax.decode import Eagle, Exact, best_tree
-from eagle_jax.decode.accept import walk
+from eagle_jax.decode.acceptance import walk
 from eagle_jax.decode.method import Accepted, Context, Rule
 from eagle_jax.decode.sampling import position_uniform
 from eagle_jax.decode.tree import Proposal, StaticTree, named_tree

@@ -13,7 +13,7 @@ import jax
 
 import eagle_jax
 from eagle_jax import cli
-from eagle_jax.decode import generate, stream, tuned
+from eagle_jax.decode import generate, stream, tuning_store
 
 PROMPT = (
     "Anna reads 20 pages a day for 5 days, then 30 a day for 3 days. How many pages is that in all?"
@@ -45,7 +45,7 @@ def main():
     }
     params = eagle_jax.load(args.model)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\nprompt: {args.prompt}")
-    fast = "auto" if tuned.find(params, 1, args.temperature) else "eagle"
+    fast = "auto" if tuning_store.find(params, 1, args.temperature) else "eagle"
     methods = ("vanilla", fast)
     for method in methods:
         show(params, args.prompt, method, **options)

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from eagle_jax.checkpoint import drafts as layouts
-from eagle_jax.checkpoint import families, files, hf, inspection, native, safetensors, serving
+from eagle_jax.checkpoint import export, families, files, hf, inspection, manifest, safetensors
+from eagle_jax.checkpoint.lazy_tensor import LazyTensor, cast, lazily
 from eagle_jax.checkpoint.names import on_disk
-from eagle_jax.checkpoint.stored import Stored, cast, lazily
 from eagle_jax.cli import run
 from eagle_jax.config import DraftConfig, Eagle3Config, EagleConfig
 
-FORMATS = ("hf", *serving.LAYOUTS, "native")
+FORMATS = ("hf", *export.LAYOUTS, "native")
 
 # Files of a model directory besides configuration and weights.
 _OTHERS = (
@@ -130,7 +130,7 @@ def convert(
     to = Path(to).expanduser()
     found = _source(source, target, draft)
     if found.root is not None:
-        native.check(found.root, whole=True)  # the new manifest would bless what is broken
+        manifest.check(found.root, whole=True)  # the new manifest would bless what is broken
     job = _Job(layout, dtype, progress, target_name)
     if draft_vocabulary is not None:
         files.check_new(to)
@@ -139,7 +139,7 @@ def convert(
     if layout == "native":
         return _to_native(job, found, to) | said
     if layout == "hf" and job.vocabulary is not None:
-        return _to_serving(job, found, to, serving.INNER, "eagle") | {"format": layout} | said
+        return _to_serving(job, found, to, export.INNER, "eagle") | {"format": layout} | said
     if layout == "hf":
         return _to_hf(job, found, to, kind)
     return _to_serving(job, found, to, layout, kind)
@@ -166,7 +166,7 @@ class _Job:
 
     def bar(self, total: int, text: str) -> Any:
         if self.progress is None:
-            return serving.NoBar()
+            return export.NoBar()
         return self.progress(total=total, desc=text)
 
 
@@ -321,10 +321,10 @@ def _to_native(job: _Job, source: Source, to: Path) -> dict[str, Any]:
             if name in ("target", "model"):
                 written += _write_target(job, directory, root / name)
             else:
-                _, count = _write_draft(job, directory, root / name, serving.INNER, source.target)
+                _, count = _write_draft(job, directory, root / name, export.INNER, source.target)
                 written += count
-        native.write_manifest(root, parts)
-        native.check(root, whole=True)
+        manifest.write_manifest(root, parts)
+        manifest.check(root, whole=True)
     return {"to": str(to), "format": "native", "kinds": list(parts), "bytes": written}
 
 
@@ -337,7 +337,7 @@ def _write_target(job: _Job, source: Path, directory: Path) -> int:
     if job.dtype is not None:
         tensors = {name: cast(name, tensor, job.dtype) for name, tensor in tensors.items()}
         settings |= {"dtype": job.dtype, "torch_dtype": job.dtype}
-    total = serving.size(tensors)
+    total = export.size(tensors)
     with job.bar(2 * total, f"{source.name} -> hf") as bar:
         safetensors.write(directory / "model.safetensors", tensors, {"format": "pt"}, bar.update)
         files.write_json(directory / "config.json", settings)
@@ -345,7 +345,7 @@ def _write_target(job: _Job, source: Path, directory: Path) -> int:
         if again != config:
             raise ValueError(f"{directory}: reads as {again}, not as {config}; please report this")
         found = safetensors.stored(directory / "model.safetensors")
-        serving.compare(directory, found, tensors, bar)
+        export.compare(directory, found, tensors, bar)
     _copy_others(source, directory)
     return total
 
@@ -370,8 +370,8 @@ def _write_draft(
     kept = (*_KEPT, layouts.COVERAGE)
     matrix = _embedding(source, about, layout, config)
     if layout == "official":
-        _warn(source, serving.unsaid(config, about.config if about else None))
-    serving.write(
+        _warn(source, export.unsaid(config, about.config if about else None))
+    export.write(
         directory,
         config,
         params,
@@ -382,30 +382,30 @@ def _write_draft(
         embedding=matrix,
         bar=lambda total: job.bar(total, f"{source.name} -> {job.layout}"),
     )
-    if layout != serving.INNER and isinstance(config, EagleConfig) and config.draft_vocab_size:
+    if layout != export.INNER and isinstance(config, EagleConfig) and config.draft_vocab_size:
         warnings.warn(
             f"{source}: format {layout!r} has no place for the draft vocabulary of "
             f"{config.draft_vocab_size} tokens: the head is written without it and drafts from "
             "all there; 'native' keeps it",
             stacklevel=2,
         )
-    written = serving.size(files.read_tensors(directory))
+    written = export.size(files.read_tensors(directory))
     _copy_others(source, directory)
     return config, written
 
 
-def _target(directory: Path, name: str | None) -> serving.Target:
+def _target(directory: Path, name: str | None) -> export.Target:
     config, params = hf.open_target(directory)
     architectures = files.read_json(directory / "config.json").get("architectures", [])
     if name is None:  # a path of this machine would tell others nothing
         place = directory.resolve()
         name = place.parent.name if place.name == "target" else place.name
-    return serving.Target(config, params["embed_tokens.embedding"], name, architectures)
+    return export.Target(config, params["embed_tokens.embedding"], name, architectures)
 
 
 def _embedding(
-    source: Path, target: serving.Target | None, layout: str, config: DraftConfig
-) -> Stored | None:
+    source: Path, target: export.Target | None, layout: str, config: DraftConfig
+) -> LazyTensor | None:
     """The matrix that goes beside the weights: the target's, or else the source's own.
 
     The official EAGLE-1 loader refuses heads without one; official EAGLE-3 and SGLang take the
@@ -419,7 +419,7 @@ def _embedding(
             f"{source}: its {layouts.EMBEDDING} is not the target's; "
             "give the target that the draft was trained for"
         )
-    if layout in ("sglang", serving.INNER):
+    if layout in ("sglang", export.INNER):
         return None
     if layout == "official" and config.kind != "eagle":
         return own if target is None else None  # nobody has seen that it is the target's
@@ -470,8 +470,8 @@ def inspect(path: str | Path, target: str | Path | None = None) -> dict[str, Any
         return {".": inspection.describe(root, outer)}
     parts = [root / "target", *own_drafts(root)]
     found = {part.name: inspection.describe(part, root / "target") for part in parts}
-    manifest = native.check(root, whole=True)
-    return {**found, "manifest": "none" if manifest is None else "all files as listed"}
+    listed = manifest.check(root, whole=True)
+    return {**found, "manifest": "none" if listed is None else "all files as listed"}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from eagle_jax.checkpoint import drafts as layouts
-from eagle_jax.checkpoint import files, hf, native
-from eagle_jax.checkpoint.stored import Stored
+from eagle_jax.checkpoint import files, hf, manifest
+from eagle_jax.checkpoint.lazy_tensor import LazyTensor
 from eagle_jax.config import (
     DraftConfig,
     Eagle3Config,
@@ -25,8 +25,8 @@ from eagle_jax.config import (
 )
 from eagle_jax.models import kernels
 from eagle_jax.models import quantize as quantisation
-from eagle_jax.models.fused import fuse, fused_parts
 from eagle_jax.models.quantize import Quantization
+from eagle_jax.models.weight_layout import fuse, fused_parts
 from eagle_jax.sharding import check_tensor, replicated, weight_shardings
 from eagle_jax.text import Tokenizer
 from eagle_jax.types import ParamDict
@@ -138,10 +138,10 @@ def load(
 
     given = _directories(draft)
     replaced = {hf.kind(directory) for directory in given}
-    parts = native.parts(root) or {}
+    parts = manifest.parts(root) or {}
     own = own_drafts(root)
     own = [path for path in own if parts.get(path.name, path.name) not in replaced]
-    native.check(root, skip=[name for name, kind in parts.items() if kind in replaced])
+    manifest.check(root, skip=[name for name, kind in parts.items() if kind in replaced])
     target_config, target = hf.open_target(target_dir)
     if isinstance(sharding, Mesh):
         check_tensor(sharding, [target_config])
@@ -150,7 +150,7 @@ def load(
     for directories in (own, given):
         found = _open_drafts(directories, target_dir, (target_config, target), tokenizer)
         if directories is own and parts:
-            native.check_kinds(root, {path.name: parts[path.name] for path in own}, found)
+            manifest.check_kinds(root, {path.name: parts[path.name] for path in own}, found)
         for kind, (config, params) in found.items():
             if of_drafts is not None:
                 config, params = _with_all_tokens(config, params)
@@ -184,14 +184,14 @@ def own_drafts(root: Path) -> list[Path]:
     names = ("config.json", "model.safetensors")
     found = {path.parent for name in names for path in root.glob(f"[!.]*/{name}")}
     found -= {root / "target"}
-    listed = native.parts(root)
+    listed = manifest.parts(root)
     if listed is None:
         return sorted(found)
     own = {root / name for name in listed if name != "target"}
     for directory in sorted(found - own):
         raise ValueError(
-            f"{directory}: is not in {native.MANIFEST}; move it away and give it as draft=, or "
-            f"delete {native.MANIFEST}"
+            f"{directory}: is not in {manifest.MANIFEST}; move it away and give it as draft=, or "
+            f"delete {manifest.MANIFEST}"
         )
     return sorted(own)
 
@@ -204,9 +204,9 @@ def _directories(draft: str | Path | Sequence[str | Path] | None) -> list[Path]:
 def _open_drafts(
     directories: Sequence[Path],
     target_dir: Path,
-    opened: tuple[TransformerConfig, Mapping[str, Stored]],
+    opened: tuple[TransformerConfig, Mapping[str, LazyTensor]],
     tokenizer: Tokenizer | None,
-) -> dict[str, tuple[DraftConfig, Mapping[str, Stored]]]:
+) -> dict[str, tuple[DraftConfig, Mapping[str, LazyTensor]]]:
     """The draft of every directory, by kind; none of a kind twice."""
     target, weights = opened
     drafts, sources = {}, {}
@@ -226,7 +226,7 @@ def _open_drafts(
     return drafts
 
 
-def _compare_embeddings(directory: Path, config: DraftConfig, embedding: Stored) -> None:
+def _compare_embeddings(directory: Path, config: DraftConfig, embedding: LazyTensor) -> None:
     """Warns of a draft whose file has another embedding than the target; a few rows tell."""
     if isinstance(config, EagleConfig) or (
         isinstance(config, Eagle3Config) and config.target_hidden_size is None
@@ -282,20 +282,20 @@ def _tokens(path: Path) -> dict[int, str]:
 
 
 def _with_all_tokens(
-    config: DraftConfig, params: Mapping[str, Stored]
-) -> tuple[DraftConfig, Mapping[str, Stored]]:
+    config: DraftConfig, params: Mapping[str, LazyTensor]
+) -> tuple[DraftConfig, Mapping[str, LazyTensor]]:
     """EAGLE-1 with a head of its own, which can be stored otherwise than the target's: the columns
     of a draft vocabulary that has all tokens."""
     if not isinstance(config, EagleConfig) or config.draft_vocab_size is not None:
         return config, params
     size = config.vocab_size
-    table = Stored((size,), np.dtype(np.int32), lambda: np.zeros(size, np.int32))
+    table = LazyTensor((size,), np.dtype(np.int32), lambda: np.zeros(size, np.int32))
     return dataclasses.replace(config, draft_vocab_size=size), {**params, "d2t": table}
 
 
 def _for_decoding(
-    config: DraftConfig, params: Mapping[str, Stored], *, untied: bool, qkv: bool
-) -> tuple[Any, Mapping[str, Stored]]:
+    config: DraftConfig, params: Mapping[str, LazyTensor], *, untied: bool, qkv: bool
+) -> tuple[Any, Mapping[str, LazyTensor]]:
     """The same model laid out for speed; matrices are joined when they are placed.
 
     Those of q, k and v only with `qkv`, for kernels of our own; for TPUs' compiler a tree's round
@@ -307,7 +307,7 @@ def _for_decoding(
         # On CPUs a head stored [d, v] multiplies a few rows twice as fast as the [v, d] embedding;
         # a quantised one is a copy anyway, since embeddings stay as they are.
         embedding = params["embed_tokens.embedding"]
-        head = Stored(
+        head = LazyTensor(
             embedding.shape[::-1],
             embedding.dtype,
             lambda: np.ascontiguousarray(np.asarray(embedding).T),
@@ -358,7 +358,7 @@ def find(name_or_path: str | Path) -> Path:
 
 
 def _place(
-    params: Mapping[str, Stored],
+    params: Mapping[str, LazyTensor],
     config: DraftConfig,
     dtype: jnp.dtype,
     sharding: Mesh | Sharding | None,

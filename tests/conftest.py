@@ -35,9 +35,9 @@ install_import_hook("eagle_jax", "strict.typecheck")
 def _forget_programs():
     """One process cannot hold the compiled programs of all tests; the cache on disk does."""
     yield
-    from eagle_jax.decode import engine
+    from eagle_jax.decode import executables
 
-    engine.forget()
+    executables.forget()
     jax.clear_caches()
 
 

@@ -31,7 +31,7 @@ from eagle_jax.decode import (
     Speculative,
     Vanilla,
 )
-from eagle_jax.decode.accept import Exact
+from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.method import Context, Method, Models, Prompt, Rule, Verified
 from eagle_jax.decode.sampling import perturb
 from eagle_jax.decode.tree import Proposal, chain, static_tree

@@ -23,7 +23,7 @@ import tiny_pair
 
 from eagle_jax import aot, settings, sharding
 from eagle_jax.config import TrainConfig
-from eagle_jax.decode import Vanilla, engine
+from eagle_jax.decode import Vanilla, executables
 from eagle_jax.decode.method import Accepted, Context
 from eagle_jax.decode.sampling import sampling
 from eagle_jax.decode.tree import Proposal
@@ -89,7 +89,7 @@ def test_fewer_layers() -> None:
 def test_cuts(more: tuple[str, ...]) -> None:
     """Every matrix by every cut that fits; the chosen one is among them."""
     options = ("--rows", "1", "--matrices", "o", "gate_up", "--repeats", "1")
-    result = run("cuts", "--shape", "tiny", *options, *more)
+    result = run("tile_sweep", "--shape", "tiny", *options, *more)
     assert [row["matrix"] for row in result["rows"]] == ["o", "gate_up"]
     for row in result["rows"]:
         assert row["now"] >= row["best"] > 0 and row["xla"] > 0 and row["floor"] > 0
@@ -98,11 +98,11 @@ def test_cuts(more: tuple[str, ...]) -> None:
 def test_agree(module, monkeypatch, capsys) -> None:
     """The kernels are as near to float32 as XLA is; one that is wrong is told, and so is where none
     runs."""
-    agree, norm, attend = module("agree"), kernels.norm.add, kernels.attention.attend
+    agree, norm, attend = module("check_kernels"), kernels.norm.add, kernels.attention.attend
     monkeypatch.setattr(agree.common, "default_dtype", agree.common.default_dtype)  # undone after
     monkeypatch.setattr(device, "INTERPRET", False)
     monkeypatch.setattr(agree, "_PASSES", agree._PASSES[1::2])
-    monkeypatch.setattr(sys, "argv", ["agree.py", "--shape", "tiny", *SLOTS[:4]])
+    monkeypatch.setattr(sys, "argv", ["check_kernels.py", "--shape", "tiny", *SLOTS[:4]])
 
     def rows(status: int) -> list[dict[str, Any]]:
         assert agree.main() == status
@@ -125,7 +125,7 @@ def test_agree(module, monkeypatch, capsys) -> None:
     with pytest.raises(ValueError, match="--tensor 1: no kernel takes a pass of 8 tokens"):
         agree.main()
     for used in ("17", "113"):
-        monkeypatch.setattr(sys, "argv", ["agree.py", "--shape", "tiny", *SLOTS[:3], used])
+        monkeypatch.setattr(sys, "argv", ["check_kernels.py", "--shape", "tiny", *SLOTS[:3], used])
         with pytest.raises(ValueError, match=f"--used {used}: --cache 128 has room for 18 to 112"):
             agree.main()
     assert not agree.distance([jnp.ones(2), jnp.array([jnp.nan])], [jnp.ones(2)] * 2)[1] <= 1
@@ -234,14 +234,14 @@ def test_arrays_lie_where_generate_has_them(module) -> None:
     for method in programs.METHODS.values():
         rounds = loops.Rounds(params, method, place, used=40, rounds=2)
         rounds()
-        state = engine.start(
-            rounds.program, rounds.params, [np.arange(5)], [9], [0], engine.Clock()
+        state = executables.start(
+            rounds.program, rounds.params, [np.arange(5)], [9], [0], executables.Clock()
         )
         ours = {**vars(rounds.state), "cache": place.look()}
         for name, theirs in vars(state).items():
             for own, x in zip(*map(jax.tree.leaves, (ours[name], theirs)), strict=True):
                 assert own.sharding.is_equivalent_to(x.sharding, x.ndim), (method, name)
-        text = engine.executables()[-2].as_text()  # the last is that of the prompt
+        text = executables.executables()[-2].as_text()  # the last is that of the prompt
         sent = re.findall(r"= \(?\w+\[([\d,]*)\]\S* (?:all-|collective-)[a-z-]+\(", text)
         assert sent and set(aot.collectives(text)) <= {"all-reduce", "all-gather"}
         assert not {tuple(int(n) for n in x.split(",") if n) for x in sent} & large, method

@@ -20,7 +20,7 @@ from model_directories import assert_same, edit, message, retensor
 
 import eagle_jax
 from eagle_jax import convert
-from eagle_jax.checkpoint import files, hf, native, safetensors, serving
+from eagle_jax.checkpoint import export, files, hf, manifest, safetensors
 from eagle_jax.config import Eagle3Config, EagleConfig, RopeScaling, TransformerConfig
 from eagle_jax.params import find
 from eagle_jax.text import Tokenizer, read_conversations
@@ -140,7 +140,7 @@ def test_the_manifest_lists_the_drafts(model, tmp_path):
 def test_corruption_is_not_converted(model, tmp_path, monkeypatch):
     """Catches a new manifest for bytes that differ from the old one's."""
     convert.convert(model, tmp_path / "new", "native")
-    monkeypatch.setattr(native, "_QUICK", 0)
+    monkeypatch.setattr(manifest, "_QUICK", 0)
     path = tmp_path / "new" / "target" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"@")
     eagle_jax.load(tmp_path / "new")  # sizes only
@@ -209,7 +209,7 @@ def test_features_of_official_heads(config, changes, features):
     target = TransformerConfig(**sizes, num_hidden_layers=7)
     if config is Eagle3Config:
         sizes |= {"draft_vocab_size": 5, "aux_layers": (2, 3, 4)}
-    found = serving.unsaid(config(**{**sizes, **changes}), target)
+    found = export.unsaid(config(**{**sizes, **changes}), target)
     assert len(found) == len(features) and all(map(str.startswith, found, features))
 
 
@@ -241,8 +241,8 @@ def test_names_that_cannot_be_made(model, tmp_path, monkeypatch):
 def test_ended_from_outside(model, tmp_path):
     """Catches a staging directory that stays when a scheduler ends the run."""
     program = (
-        "import os, runpy, signal, sys; from eagle_jax.checkpoint import native; "
-        "native.write_manifest = lambda *x: os.kill(os.getpid(), signal.SIGTERM); "
+        "import os, runpy, signal, sys; from eagle_jax.checkpoint import manifest; "
+        "manifest.write_manifest = lambda *x: os.kill(os.getpid(), signal.SIGTERM); "
         "runpy.run_module('eagle_jax.convert', run_name='__main__')"
     )
     arguments = ["--from", str(model), "--to", str(tmp_path / "new"), "--format", "native"]
@@ -500,7 +500,7 @@ def test_a_full_disk(model, tmp_path, monkeypatch, capsys, layout, room):
 
     monkeypatch.setattr(safetensors, "open", full, raising=False)
     with pytest.raises(OSError, match="No space left on device") as info:
-        kind = "eagle3" if layout in serving.LAYOUTS else None
+        kind = "eagle3" if layout in export.LAYOUTS else None
         convert.convert(model, tmp_path / "a" / "new", layout, kind=kind)
     assert str(info.value.filename).endswith(("model.safetensors", "config.json"))
     assert inside(tmp_path) == ["model"]
@@ -535,7 +535,7 @@ def test_a_crash_in_the_middle(model, tmp_path, monkeypatch):
     def crash(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(native, "write_manifest", crash)
+    monkeypatch.setattr(manifest, "write_manifest", crash)
     with pytest.raises(KeyboardInterrupt):
         convert.convert(model, tmp_path / "new", "native")
     assert inside(tmp_path) == ["model"]

@@ -16,11 +16,11 @@ import tiny_pair
 from flax import nnx
 
 import eagle_jax
-from eagle_jax.checkpoint import hf, native, safetensors
+from eagle_jax.checkpoint import hf, manifest, safetensors
 from eagle_jax.config import Eagle3Config, EagleConfig
 from eagle_jax.models import DRAFTS, bind
-from eagle_jax.models.fused import fuse
 from eagle_jax.models.kernels import device
+from eagle_jax.models.weight_layout import fuse
 from eagle_jax.sharding import make_mesh, replicated
 from eagle_jax.testing import tiny_params, tiny_target
 
@@ -142,7 +142,7 @@ def test_a_given_draft_replaces_its_kind_only(model) -> None:
 
 def test_a_broken_draft_that_is_replaced(model) -> None:
     """Catches a pair that cannot be loaded for a draft which nobody wants."""
-    native.write_manifest(model, {name: name for name in ("target", *KINDS)})
+    manifest.write_manifest(model, {name: name for name in ("target", *KINDS)})
     other = other_eagle(model)
     (model / "eagle" / "model.safetensors").unlink()
     fails(f"{model / 'eagle' / 'model.safetensors'}: no such file, though", model)

@@ -35,7 +35,15 @@ RUN = {
     "decode/recipes/gpu_node.py",  # by test_recipes.py
     *(
         f"benchmarks/{name}.py"
-        for name in ("agree", "baselines", "batch", "cuts", "large_pair", "pair", "round")
+        for name in (
+            "check_kernels",
+            "baselines",
+            "batch",
+            "tile_sweep",
+            "large_pair",
+            "pair",
+            "round",
+        )
     ),
     *(f"benchmarks/{name}.py" for name in ("common", "loops", "shapes", "simulated", "step")),
     *(f"benchmarks/{name}.py" for name in ("suite", "torch_worker", "train")),

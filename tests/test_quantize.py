@@ -20,8 +20,8 @@ from eagle_jax import config as configs
 from eagle_jax import sharding
 from eagle_jax.checkpoint import hf, safetensors
 from eagle_jax.config import TransformerConfig
-from eagle_jax.decode import engine, generate
-from eagle_jax.decode.batch import answer_file
+from eagle_jax.decode import executables, generate
+from eagle_jax.decode.batching.answer_file import answer_file
 from eagle_jax.evaluate import EvalConfig, agreement, metrics
 from eagle_jax.models import DRAFTS, Transformer, bind, cast, param_shapes, quantize
 from eagle_jax.models.linear import matmul
@@ -366,9 +366,9 @@ def test_programs_take_eight_bits() -> None:
     params = tiny_params(target).only(None)
     size = {}
     for model in (params, small(params)):
-        engine.forget()
+        executables.forget()
         generate(model, [1, 2, 3], method="vanilla", max_new_tokens=3)
-        memory = engine.executables()[-1].memory_analysis()
+        memory = executables.executables()[-1].memory_analysis()
         size[model.quantize] = memory.argument_size_in_bytes
     saved = metrics.weight_bytes(params.target) - metrics.weight_bytes(small(params).target)
     assert size[None] - size["int8"] == pytest.approx(saved, rel=0.01)

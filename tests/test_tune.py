@@ -24,15 +24,15 @@ from eagle_jax.decode import (
     Speculative,
     Vanilla,
     chain,
-    encode,
     generate,
-    named,
+    method_cli,
     static_tree,
     stream,
-    tuned,
+    tuning_store,
 )
 from eagle_jax.decode.__main__ import main as decode_main
-from eagle_jax.decode.batcher import Batcher
+from eagle_jax.decode.batching.batcher import Batcher
+from eagle_jax.decode.prompts import encode
 from eagle_jax.params import Params, load
 from eagle_jax.tune import Tuning, measure, tune
 from eagle_jax.tune.__main__ import main
@@ -64,7 +64,7 @@ def params(model: Path) -> Params:
 
 
 def entry(params: Params, rows: int = 1, temperature: float = 0.0, **changes: str) -> dict:
-    return {"key": tuned.key(params, rows, temperature), **ENTRY, **changes}
+    return {"key": tuning_store.key(params, rows, temperature), **ENTRY, **changes}
 
 
 # --- Predictions -------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_candidates_fit_the_device() -> None:
     assert all(m.nodes <= 4 for m in few if not isinstance(m, Speculative))
     many = candidates(dataclasses.replace(found, times=Times({1: 1.0, 64: 1.0})))
     assert max(m.nodes for m in many) > 32 and len(many) > len(few)
-    assert all(named.parse(named.spell(m)) == m for m in (*few, *many))
+    assert all(method_cli.parse(method_cli.spell(m)) == m for m in (*few, *many))
 
 
 def test_finalists_have_every_family() -> None:
@@ -233,26 +233,26 @@ def test_units_are_of_one_padded_size(params) -> None:
 
 
 def test_round_trip(params, model, monkeypatch) -> None:
-    """Stored beside the model, replaced by key, and used for what it was measured for only."""
+    """LazyTensor beside the model, replaced by key, and used for what it was measured for only."""
     with pytest.raises(ValueError, match="no tuning for float32, batch size 1, greedy") as error:
         generate(params, "Hi", method="auto")
     command = f"run python -m eagle_jax.tune --params {model} --temperature 0"
     assert str(error.value).endswith(command) and "\n" not in str(error.value)
-    assert tuned.store(params, [entry(params, tuned="2025")]) == model / tuned.FILE
-    tuned.store(params, [entry(params), entry(params, 4, 1.0, method="--method medusa")])
-    assert len(tuned.entries(model / tuned.FILE)) == 2
-    assert tuned.method(params, 1, 0.0) == Eagle(chain(2))
-    assert tuned.method(params, 3, 0.7) == Medusa()  # a batch size up to 4, any temperature
+    assert tuning_store.store(params, [entry(params, tuned="2025")]) == model / tuning_store.FILE
+    tuning_store.store(params, [entry(params), entry(params, 4, 1.0, method="--method medusa")])
+    assert len(tuning_store.entries(model / tuning_store.FILE)) == 2
+    assert tuning_store.method(params, 1, 0.0) == Eagle(chain(2))
+    assert tuning_store.method(params, 3, 0.7) == Medusa()  # a batch size up to 4, any temperature
     for rows, temperature in ((1, 1.0), (2, 0.0), (5, 1.0)):
-        assert tuned.find(params, rows, temperature) is None
-    monkeypatch.setattr(tuned, "_processor", lambda: "another")
+        assert tuning_store.find(params, rows, temperature) is None
+    monkeypatch.setattr(tuning_store, "_processor", lambda: "another")
     with pytest.raises(ValueError, match="no tuning for .* another, "):
-        tuned.method(params, 1, 0.0)
+        tuning_store.method(params, 1, 0.0)
 
 
 def test_other_weights_are_not_those_that_were_tuned(params, model) -> None:
     """In the same place: one matrix of the target, a retrained draft, a draft less."""
-    tuned.store(params, [entry(params)])
+    tuning_store.store(params, [entry(params)])
     name = next(name for name, array in params.target.items() if array.ndim == 2)
     target = {**params.target, name: params.target[name].at[0, 0].add(1)}
     draft = dataclasses.replace(
@@ -267,29 +267,29 @@ def test_other_weights_are_not_those_that_were_tuned(params, model) -> None:
     for change in changes:
         other = dataclasses.replace(params, **change)
         with pytest.raises(ValueError, match="the tuning is of other weights or drafts; run pyth"):
-            tuned.method(other, 1, 0.0)
+            tuning_store.method(other, 1, 0.0)
     # A copy elsewhere is the same model.
     copy = load(shutil.copytree(model, model.parent / "copy"))
-    assert tuned.method(copy, 1, 0.0) == Eagle(chain(2))
+    assert tuning_store.method(copy, 1, 0.0) == Eagle(chain(2))
 
 
 def test_where_the_model_cannot_be_written(params, model, monkeypatch) -> None:
     """An installed package: the user's cache, which is found as well; the newest entry counts."""
-    tuned.store(params, [entry(params)])
-    write = tuned.files.write_json
+    tuning_store.store(params, [entry(params)])
+    write = tuning_store.files.write_json
 
     def refuse(path: Path, content: object) -> None:
         if model in path.parents:
             raise PermissionError(13, "Permission denied", str(path))
         write(path, content)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tuned.files, "write_json", refuse)
+    monkeypatch.setattr(tuning_store.files, "write_json", refuse)
     newer = entry(params, tuned="2027-01-01", method="--method speculative --set length=2")
-    path = tuned.store(params, [newer])
+    path = tuning_store.store(params, [newer])
     assert path.parent == model.parent / "cache" / "eagle_jax" / "tuning"
-    assert tuned.method(params, 1, 0.0) == Speculative(2)
+    assert tuning_store.method(params, 1, 0.0) == Speculative(2)
     # Parameters that were not loaded from anywhere have the cache alone.
-    assert tuned.places(dataclasses.replace(params, directory=None)) == [path]
+    assert tuning_store.places(dataclasses.replace(params, directory=None)) == [path]
 
 
 @pytest.mark.parametrize(
@@ -304,11 +304,11 @@ def test_where_the_model_cannot_be_written(params, model, monkeypatch) -> None:
     ],
 )
 def test_a_damaged_file_is_told_in_one_line(params, model, content, said, capsys) -> None:
-    (model / tuned.FILE).write_bytes(content)
+    (model / tuning_store.FILE).write_bytes(content)
     with pytest.raises(ValueError) as error:
         generate(params, "Hi", method="auto")
     text = str(error.value)
-    assert text.startswith(f"{model / tuned.FILE}: ") and said in text and "\n" not in text
+    assert text.startswith(f"{model / tuning_store.FILE}: ") and said in text and "\n" not in text
     assert text.endswith("; delete it and run python -m eagle_jax.tune again")
     # The tuner says so before it measures anything.
     with pytest.raises(SystemExit, match="2"):
@@ -317,13 +317,13 @@ def test_a_damaged_file_is_told_in_one_line(params, model, content, said, capsys
 
 
 def test_an_unreadable_file_and_an_unknown_method(params, model) -> None:
-    (model / tuned.FILE).mkdir()
+    (model / tuning_store.FILE).mkdir()
     with pytest.raises(ValueError, match="tuning.json: Is a directory; make it readable, or del"):
-        tuned.method(params, 1, 0.0)
-    (model / tuned.FILE).rmdir()
-    tuned.store(params, [entry(params, method="--method warp --tree chain-2")])
+        tuning_store.method(params, 1, 0.0)
+    (model / tuning_store.FILE).rmdir()
+    tuning_store.store(params, [entry(params, method="--method warp --tree chain-2")])
     with pytest.raises(ValueError, match="tuning.json: method '--method warp .*: unknown; use"):
-        tuned.method(params, 1, 0.0)
+        tuning_store.method(params, 1, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -343,16 +343,16 @@ def test_an_unreadable_file_and_an_unknown_method(params, model) -> None:
     ],
 )
 def test_what_is_spelled_is_read_back(method) -> None:
-    assert named.parse(named.spell(method)) == method
-    assert "\n" not in named.label(method)
+    assert method_cli.parse(method_cli.spell(method)) == method
+    assert "\n" not in method_cli.label(method)
 
 
 def test_spelling_what_has_no_words() -> None:
     method = decoding.Clairvoyant((True,))
-    assert named.spell(method) == named.label(method) == repr(method)
+    assert method_cli.spell(method) == method_cli.label(method) == repr(method)
     for text in ("--method", "--tree", "eagle", "--method eagle --rule best", "--method auto -x"):
         with pytest.raises(ValueError):
-            named.parse(text)
+            method_cli.parse(text)
 
 
 # --- method="auto" -----------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def test_spelling_what_has_no_words() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_auto_writes_what_vanilla_does(params, temperature) -> None:
-    tuned.store(params, [entry(params, rows, temperature) for rows in (1, 2)])
+    tuning_store.store(params, [entry(params, rows, temperature) for rows in (1, 2)])
     options = {"max_new_tokens": 24, "temperature": temperature, "seed": 3}
     for prompt in ("Hi", ["Hi", "0+1"]):
         vanilla = generate(params, prompt, method="vanilla", **options)
@@ -383,14 +383,14 @@ def test_auto_is_a_table_for_a_batcher(params, model) -> None:
         entry(params, 4, method=f"{words}4"),
         entry(params, 8, method="--method vanilla"),
     ]
-    cache = tuned.places(params)[-1]
+    cache = tuning_store.places(params)[-1]
     cache.parent.mkdir(parents=True)
-    tuned._write(cache, [entry(params, 1, method=f"{words}3")])
-    tuned.store(params, stored)
+    tuning_store._write(cache, [entry(params, 1, method=f"{words}3")])
+    tuning_store.store(params, stored)
     sizes = {1: Speculative(1), 4: Speculative(4)}
-    assert tuned.table(params, 4, 0.0) == sizes
-    assert tuned.table(params, 3, 0.0) == {1: Speculative(1), 3: Speculative(4)}
-    assert tuned.table(params, 8, 0.0) == {**sizes, 8: Vanilla()}
+    assert tuning_store.table(params, 4, 0.0) == sizes
+    assert tuning_store.table(params, 3, 0.0) == {1: Speculative(1), 3: Speculative(4)}
+    assert tuning_store.table(params, 8, 0.0) == {**sizes, 8: Vanilla()}
     batcher = Batcher(params, method="auto", rows=4)
     assert batcher.method == Speculative(4)
     batcher.submit("Hi", max_new_tokens=2)
@@ -402,7 +402,7 @@ def test_auto_is_a_table_for_a_batcher(params, model) -> None:
 
 def test_auto_from_the_shell(params, model, capsys) -> None:
     argv = ["Hi", "--model", str(model), "--method", "auto", "--max-new-tokens", "8"]
-    tuned.store(params, [entry(params)])
+    tuning_store.store(params, [entry(params)])
     decode_main(argv)
     assert capsys.readouterr().err.endswith(", auto: --method eagle --tree chain-2]\n")
     decode_main([*argv, "--json"])
@@ -432,11 +432,11 @@ def test_tuning_of_a_random_model(model, monkeypatch, capsys) -> None:
     main(argv)
     out = capsys.readouterr().out.splitlines()
     told = json.loads(out[-1])
-    assert told["stored"] == str(model / tuned.FILE)
+    assert told["stored"] == str(model / tuning_store.FILE)
     assert told["chosen"][0]["method"] == "--method vanilla"
     assert any(line.startswith("speculative length=") for line in out)
     params = load(model)
-    found = tuned.find(params, 1, 0.0)
+    found = tuning_store.find(params, 1, 0.0)
     assert found is not None and found["jax"] == jax.__version__ and found["interval"] is None
     families = {row["method"].split()[1] for row in found["heats"]}
     assert families >= {"eagle", "eagle_lookup", "speculative", "recycling", "prompt_lookup"}
@@ -457,14 +457,14 @@ def test_several_batch_sizes(params, model, monkeypatch, capsys) -> None:
     argv = ["--params", str(model), "--temperature", "0", "--batch-size"]
     with pytest.raises(ValueError, match="batch_size=0: must be"):
         main([*argv, "2", "0"])
-    assert capsys.readouterr().out == "" and not (model / tuned.FILE).exists()
+    assert capsys.readouterr().out == "" and not (model / tuning_store.FILE).exists()
     main([*argv, "1", "4", "1"])
     out = capsys.readouterr().out
     told = json.loads(out.splitlines()[-1])
     assert [one["batch_size"] for one in told["chosen"]] == [1, 4]
     assert "\nbatch size 4, temperature 0: vanilla 2.0 tokens/s\n" in out
-    assert all(tuned.find(params, rows, 0.0) for rows in (1, 3, 4))
-    assert tuned.find(params, 2, 0.0) is None
+    assert all(tuning_store.find(params, rows, 0.0) for rows in (1, 3, 4))
+    assert tuning_store.find(params, 2, 0.0) is None
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from pathlib import Path
 import eagle_jax
 from eagle_jax import cli
 from eagle_jax.checkpoint import files
-from eagle_jax.decode.batch import answer_file
-from eagle_jax.decode.tuned import fingerprint
+from eagle_jax.decode.batching.answer_file import answer_file
+from eagle_jax.decode.tuning_store import fingerprint
 from eagle_jax.text import read_prompts
 
 # Temperature, and the first prompt's seed.

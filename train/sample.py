@@ -15,7 +15,7 @@ from pathlib import Path
 
 import eagle_jax
 from eagle_jax import cli
-from eagle_jax.decode.batch import answer_file
+from eagle_jax.decode.batching.answer_file import answer_file
 
 HERE = Path(__file__).parent / "sample"
 HELD_OUT, OFFSET = 13, 5

@@ -18,7 +18,7 @@ from eagle_jax.decode import (
     Vanilla,
     chain,
 )
-from eagle_jax.decode.accept import Rejection
+from eagle_jax.decode.acceptance import Rejection
 from eagle_jax.decode.tree import MC_SIM_7B_63
 from eagle_jax.evaluate import EvalConfig
 

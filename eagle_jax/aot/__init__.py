@@ -18,6 +18,7 @@ from typing import Any
 
 from eagle_jax import settings
 from eagle_jax.config import DraftConfig, MedusaConfig, NextToken, TrainConfig, TransformerConfig
+from eagle_jax.decode.program import Program, capacity
 
 GIB = 2**30
 
@@ -222,9 +223,9 @@ def _decoding(config: AotConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
 
     drawn = jax.tree.map(lambda x: array(x.shape, x.dtype), sampling(temperature=1.0))
     for name, method in (("vanilla", Vanilla()), (type(config.method).__name__, config.method)):
-        slots = engine.capacity(config.prompt, config.new_tokens, method.depth)
+        slots = capacity(config.prompt, config.new_tokens, method.depth)
         used = None if method.draft is None else draft
-        program = engine.Program(method, target, used, slots, eos=(0,))
+        program = Program(method, target, used, slots, eos=(0,))
         own = params.only(method.draft)
 
         def on_mesh(function: Callable[..., Any], program: Any = program) -> Callable[..., Any]:

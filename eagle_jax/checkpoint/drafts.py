@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from eagle_jax.checkpoint import families
-from eagle_jax.checkpoint.files import Arrays, StoredArrays, arrays, check_counts
-from eagle_jax.checkpoint.stored import Stored, lazily
+from eagle_jax.checkpoint.files import Arrays, LazyTensors, arrays, check_counts
+from eagle_jax.checkpoint.lazy_tensor import LazyTensor, lazily
 from eagle_jax.config import (
     DraftConfig,
     Eagle3Config,
@@ -87,8 +87,8 @@ def eagle_json(config: EagleConfig, dtype: str, coverage: float | None) -> dict[
 
 
 def read_eagle(
-    directory: Path, settings: Mapping[str, Any], tensors: StoredArrays
-) -> tuple[EagleConfig, StoredArrays]:
+    directory: Path, settings: Mapping[str, Any], tensors: LazyTensors
+) -> tuple[EagleConfig, LazyTensors]:
     """An EAGLE-1 draft; an embedding among its tensors is ignored.
 
     With a draft vocabulary `params["d2t"]` is int32; `with_head` adds what else the module needs.
@@ -108,10 +108,10 @@ def read_eagle(
 
 def with_head(
     config: DraftConfig,
-    params: Mapping[str, Stored],
+    params: Mapping[str, LazyTensor],
     target_config: TransformerConfig,
-    target: Mapping[str, Stored],
-) -> Mapping[str, Stored]:
+    target: Mapping[str, LazyTensor],
+) -> Mapping[str, LazyTensor]:
     """The parameters of a draft as its module has them: EAGLE-1's draft vocabulary is columns of
     the target's head, which are gathered when they are read."""
     if not isinstance(config, EagleConfig) or config.draft_vocab_size is None:
@@ -157,9 +157,9 @@ def tables(config: DraftConfig, params: Mapping[str, Any]) -> Arrays:
 def read_eagle3(
     directory: Path,
     settings: Mapping[str, Any],
-    tensors: StoredArrays,
+    tensors: LazyTensors,
     target: TransformerConfig | None,
-) -> tuple[Eagle3Config, StoredArrays]:
+) -> tuple[Eagle3Config, LazyTensors]:
     """An EAGLE-3 draft; `params["d2t"]` is int32.
 
     An embedding as wide as the target's is a copy of that and ignored.
@@ -200,9 +200,9 @@ def medusa_json(config: MedusaConfig, dtype: str) -> dict[str, Any]:
 def read_medusa(
     directory: Path,
     settings: Mapping[str, Any],
-    tensors: StoredArrays,
+    tensors: LazyTensors,
     target: TransformerConfig | None,
-) -> tuple[MedusaConfig, StoredArrays]:
+) -> tuple[MedusaConfig, LazyTensors]:
     """Medusa heads; published ones name no sizes; these follow from the tensors."""
     tensors = {name.removeprefix(_MEDUSA_PREFIX): array for name, array in tensors.items()}
     check_counts(directory, settings, ("medusa_num_heads", "medusa_num_layers"), tensors)
@@ -230,12 +230,12 @@ def official_layers(target: TransformerConfig) -> tuple[int, ...]:
     return (2, layers // 2, layers - 3)
 
 
-def own_embedding(tensors: StoredArrays) -> Stored | None:
+def own_embedding(tensors: LazyTensors) -> LazyTensor | None:
     """The copy of the target's embedding that a draft's file may have."""
     return tensors.get(EMBEDDING, tensors.get(f"model.{EMBEDDING}"))
 
 
-def close(own: Stored, embedding: Stored, *, sample: bool = False) -> bool:
+def close(own: LazyTensor, embedding: LazyTensor, *, sample: bool = False) -> bool:
     """Whether a copy is the same matrix, up to the rounding of 16-bit formats.
 
     Args:
@@ -260,7 +260,7 @@ def _official(name: str) -> str:
     return re.sub(r"^layers\.0\.", "midlayer.", _ALIASES.get(name, name))
 
 
-def _biases(prefix: str, settings: Mapping[str, Any], tensors: StoredArrays) -> dict[str, Any]:
+def _biases(prefix: str, settings: Mapping[str, Any], tensors: LazyTensors) -> dict[str, Any]:
     """With `qkv_bias` as the tensors tell where no key does: Qwen's heads have them unannounced.
 
     Serving stacks say `attention_bias` and put a bias on o_proj too; ours has none, and a bias of
@@ -302,7 +302,7 @@ def _aux_layers(
     return official_layers(target)
 
 
-def _tables(tensors: StoredArrays) -> list[np.ndarray | None]:
+def _tables(tensors: LazyTensors) -> list[np.ndarray | None]:
     """`d2t` and `t2d`, if they are there, taken out of `tensors`."""
     found = [tensors.pop(name, None) for name in ("d2t", "t2d")]
     return [None if table is None else np.asarray(table) for table in found]
@@ -313,7 +313,7 @@ def _offsets(
     config: EagleConfig | Eagle3Config,
     offsets: np.ndarray | None,
     members: np.ndarray | None,
-) -> Stored:
+) -> LazyTensor:
     """Checked `d2t`, int32; zeros where the draft has the whole vocabulary and no table."""
     draft_vocab, vocab = config.draft_vocab_size or 0, config.vocab_size
     if offsets is None and draft_vocab < vocab:

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from eagle_jax.checkpoint import safetensors, torch_bin
+from eagle_jax.checkpoint.lazy_tensor import LazyTensor, cast, lazily
 from eagle_jax.checkpoint.names import Shape, disk_shapes, on_disk, shapes
-from eagle_jax.checkpoint.stored import Stored, cast, lazily
 from eagle_jax.config import DraftConfig
 
 Arrays = dict[str, np.ndarray]
-StoredArrays = dict[str, Stored]
+LazyTensors = dict[str, LazyTensor]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -51,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return {key: value for key, value in result.items() if value is not None}
 
 
-def read_tensors(directory: Path) -> StoredArrays:
+def read_tensors(directory: Path) -> LazyTensors:
     """The tensors of a directory, by their names on disk, in one file or in several; none is read.
 
     Safetensors files go before torch's, where both are there.
@@ -75,7 +75,7 @@ def read_tensors(directory: Path) -> StoredArrays:
     )
 
 
-def _indexed(index: Path, read: Callable[[Path], StoredArrays]) -> StoredArrays:
+def _indexed(index: Path, read: Callable[[Path], LazyTensors]) -> LazyTensors:
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise ValueError(f"{index}: has no weight_map; download the file again")
@@ -111,9 +111,9 @@ def _shards(directory: Path, name: str) -> list[str]:
 
 
 def _merged(
-    directory: Path, names: Sequence[str], read: Callable[[Path], StoredArrays]
-) -> StoredArrays:
-    tensors: StoredArrays = {}
+    directory: Path, names: Sequence[str], read: Callable[[Path], LazyTensors]
+) -> LazyTensors:
+    tensors: LazyTensors = {}
     for name in names:
         found = read(directory / name)
         twice = sorted(tensors.keys() & found.keys())
@@ -233,7 +233,7 @@ def disk_tensors(config: DraftConfig, params: Mapping[str, Any], dtype: str) -> 
 
 
 def check_counts(
-    directory: Path, settings: Mapping[str, Any], keys: Sequence[str], tensors: StoredArrays
+    directory: Path, settings: Mapping[str, Any], keys: Sequence[str], tensors: LazyTensors
 ) -> None:
     """Raises ValueError where `config.json` counts more of something than there are tensors.
 
@@ -257,8 +257,8 @@ def check_params(config: DraftConfig, params: Mapping[str, Any], dtype: str) -> 
 
 
 def arrays(
-    directory: Path, config: DraftConfig, tensors: Mapping[str, Stored], *ignored: str
-) -> StoredArrays:
+    directory: Path, config: DraftConfig, tensors: Mapping[str, LazyTensor], *ignored: str
+) -> LazyTensors:
     """The weights of `config` by their Flax names, from tensors by their names on disk.
 
     Raises:
@@ -305,7 +305,7 @@ def fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def in_memory(params: Mapping[str, Stored | np.ndarray]) -> Arrays:
+def in_memory(params: Mapping[str, LazyTensor | np.ndarray]) -> Arrays:
     """All of them read."""
     return {name: np.asarray(array) for name, array in params.items()}
 

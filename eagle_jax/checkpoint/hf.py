@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from eagle_jax.checkpoint import drafts, families, files
+from eagle_jax.checkpoint.lazy_tensor import equal
 from eagle_jax.checkpoint.names import shapes
-from eagle_jax.checkpoint.stored import equal
 from eagle_jax.config import DraftConfig, Eagle3Config, EagleConfig, MedusaConfig, TransformerConfig
 
 __all__ = [
@@ -73,7 +73,7 @@ def load_target(directory: str | Path) -> tuple[TransformerConfig, files.Arrays]
     return config, files.in_memory(params)
 
 
-def open_target(directory: str | Path) -> tuple[TransformerConfig, files.StoredArrays]:
+def open_target(directory: str | Path) -> tuple[TransformerConfig, files.LazyTensors]:
     """A target's configuration and weights, each of which is read when it is asked for.
 
     Raises:
@@ -159,7 +159,7 @@ def load_draft(
 
 def open_draft(
     directory: str | Path, target: TransformerConfig | None = None
-) -> tuple[DraftConfig, files.StoredArrays]:
+) -> tuple[DraftConfig, files.LazyTensors]:
     """A draft of any kind: its configuration, and weights that are read when they are asked for.
 
     They are those of the files; `drafts.with_head` adds what a module takes of the target's.
@@ -237,8 +237,8 @@ def _settings(directory: Path) -> dict[str, Any]:
 
 
 def _transformer(
-    directory: Path, settings: Mapping[str, Any], tensors: files.StoredArrays
-) -> tuple[TransformerConfig, files.StoredArrays]:
+    directory: Path, settings: Mapping[str, Any], tensors: files.LazyTensors
+) -> tuple[TransformerConfig, files.LazyTensors]:
     counts = ("num_hidden_layers", "num_experts", "num_local_experts")
     files.check_counts(directory, settings, counts, tensors)
     config = families.from_json(directory, TransformerConfig, settings)

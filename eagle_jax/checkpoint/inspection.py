@@ -10,7 +10,7 @@ from typing import Any
 
 from eagle_jax.checkpoint import drafts as layouts
 from eagle_jax.checkpoint import families, files, hf
-from eagle_jax.checkpoint.stored import Stored
+from eagle_jax.checkpoint.lazy_tensor import LazyTensor
 from eagle_jax.config import DraftConfig, Eagle3Config, EagleConfig, TransformerConfig
 
 
@@ -70,7 +70,7 @@ _SIZES = (
 
 
 def _opened(
-    config: DraftConfig, params: Mapping[str, Stored], settings: Mapping[str, Any]
+    config: DraftConfig, params: Mapping[str, LazyTensor], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     about: dict[str, Any] = {}
     if not isinstance(config, TransformerConfig):

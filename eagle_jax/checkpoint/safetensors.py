@@ -20,7 +20,7 @@ import ml_dtypes  # registers bfloat16 with numpy
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from eagle_jax.checkpoint.stored import Stored
+from eagle_jax.checkpoint.lazy_tensor import LazyTensor
 
 DTYPES = {
     "bool": "BOOL",
@@ -47,7 +47,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     return {name: np.asarray(tensor) for name, tensor in stored(path).items()}
 
 
-def stored(path: str | Path) -> dict[str, Stored]:
+def stored(path: str | Path) -> dict[str, LazyTensor]:
     """The tensors of a safetensors file, of which only the header is read.
 
     Raises:
@@ -69,7 +69,7 @@ def stored(path: str | Path) -> dict[str, Stored]:
                 )
             load = functools.partial(_load, path, name)
             part = functools.partial(_part, path, name)
-            tensors[name] = Stored(tuple(entry.get_shape()), _BY_CODE[code], load, part)
+            tensors[name] = LazyTensor(tuple(entry.get_shape()), _BY_CODE[code], load, part)
     return tensors
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from eagle_jax.checkpoint.stored import Stored
+from eagle_jax.checkpoint.lazy_tensor import LazyTensor
 
 _AGAIN = "save it with safetensors, or with torch.save of its state_dict()"
 
@@ -46,7 +46,7 @@ class _Storage:
     length: int  # in items
 
 
-def stored(path: str | Path) -> dict[str, Stored]:
+def stored(path: str | Path) -> dict[str, LazyTensor]:
     """The tensors of a file that `torch.save(model.state_dict(), path)` wrote; reads none of them.
 
     Raises:
@@ -73,7 +73,7 @@ def stored(path: str | Path) -> dict[str, Stored]:
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds a {type(found).__name__}, no state_dict; {_AGAIN}")
     for name, value in found.items():
-        if not isinstance(name, str) or not isinstance(value, Stored):
+        if not isinstance(name, str) or not isinstance(value, LazyTensor):
             kind = type(value).__name__
             raise ValueError(f"{path}: {name} is a {kind}, no tensor; {_AGAIN}")
     return dict(found)
@@ -132,7 +132,7 @@ def _tensor(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     *unused: Any,
-) -> Stored:
+) -> LazyTensor:
     """Torch's `_rebuild_tensor_v2`; offset and strides count items."""
     del unused  # requires_grad, hooks
     last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
@@ -140,7 +140,7 @@ def _tensor(
     if not inside and math.prod(shape):
         raise ValueError(f"{path}: truncated or corrupt (a tensor leaves its storage)")
     load = functools.partial(_load, path, storage, offset, last + 1, shape, strides)
-    return Stored(tuple(shape), storage.dtype, load)
+    return LazyTensor(tuple(shape), storage.dtype, load)
 
 
 def _load(

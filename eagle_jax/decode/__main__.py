@@ -14,7 +14,7 @@ from typing import Any
 
 from eagle_jax import distributed
 from eagle_jax.cli import run
-from eagle_jax.decode import named
+from eagle_jax.decode import method_cli, registry
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--draft", action="append", help="directory of another draft for the same target"
     )
-    named.add_arguments(out)
+    method_cli.add_arguments(out)
     out.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     out.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     out.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off")
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         quantize_drafts=args.quantize_drafts,
     )
     options: dict[str, Any] = {
-        "method": named.method_of(args),
+        "method": method_cli.method_of(args),
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
         "top_k": args.top_k,
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         "raw": args.raw,
     }
     if args.input is not None:
-        from eagle_jax.decode.batch import answer_file
+        from eagle_jax.decode.batching.answer_file import answer_file
 
         summary = answer_file(
             params,
@@ -132,7 +132,7 @@ def _answer(params: Any, prompt: str, show: bool, **options: Any) -> None:
         return
     if not distributed.first():
         return
-    chosen = f", auto: {last.method}" if options["method"] == named.AUTO else ""
+    chosen = f", auto: {last.method}" if options["method"] == registry.AUTO else ""
     print()
     print(
         f"[{sum(last.new_tokens)} tokens, {last.tokens_per_second:.1f} tokens/s, "

@@ -121,7 +121,7 @@ class Accepted:
 
 @runtime_checkable
 class Rule(Protocol):
-    """How a scored proposal is judged; see `eagle_jax.decode.accept`.
+    """How a scored proposal is judged; see `eagle_jax.decode.acceptance`.
 
     `lossless`: answers have the target's distribution. `seeded`: they are vanilla's answer to the
     same seed.

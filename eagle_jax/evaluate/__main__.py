@@ -152,14 +152,16 @@ def evaluate(config: EvalConfig, restart: bool = False, strict: bool = True) -> 
 
 def with_drafts(config: EvalConfig, params: Any) -> EvalConfig:
     """Without the methods whose draft there is none of, or that need a tuning that there isn't."""
-    from eagle_jax.decode import tuned
-    from eagle_jax.decode.named import AUTO
+    from eagle_jax.decode import tuning_store
+    from eagle_jax.decode.registry import AUTO
 
     kept = []
     for name, method in config.methods:
         lacking = ""
         if method == AUTO:
-            if not all(tuned.find(params, config.batch_size, t) for t in config.temperatures):
+            if not all(
+                tuning_store.find(params, config.batch_size, t) for t in config.temperatures
+            ):
                 lacking = "was not tuned here (python -m eagle_jax.tune)"
         elif method.draft is not None and method.draft not in params.drafts:
             lacking = f"has no {method.draft} draft"
@@ -213,12 +215,12 @@ def _fixed(config: EvalConfig, params: Any, around: dict[str, Any]) -> dict[str,
 
 def _settings(method: Any, params: Any, rows: int) -> str:
     """Of a method; of "auto" what it is at present."""
-    from eagle_jax.decode import tuned
-    from eagle_jax.decode.named import AUTO
+    from eagle_jax.decode import tuning_store
+    from eagle_jax.decode.registry import AUTO
 
     if method != AUTO:
         return repr(method)
-    found = [tuned.find(params, rows, temperature) for temperature in (0.0, 1.0)]
+    found = [tuning_store.find(params, rows, temperature) for temperature in (0.0, 1.0)]
     return f"auto: {[entry and entry['method'] for entry in found]}"
 
 

@@ -21,7 +21,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from eagle_jax import cli
-from eagle_jax.decode import Options, engine, generate
+from eagle_jax.decode import executables, generate
+from eagle_jax.decode.program import bucket_prompt
+from eagle_jax.decode.session import Options
 from eagle_jax.evaluate import tasks
 from eagle_jax.models import Transformer, bind
 from eagle_jax.models.quantize import QUANTIZATIONS
@@ -59,7 +61,7 @@ def compare(reference: Params, model: Params, texts: Sequence[tuple[list[int], i
     """
     rows: list[np.ndarray] = []
     for ids, prompt in texts:
-        width = engine.bucket_prompt(len(ids))
+        width = bucket_prompt(len(ids))
         tokens = jnp.zeros((1, width), jnp.int32).at[0, : len(ids)].set(jnp.array(ids, jnp.int32))
         ours, theirs = (_logits(params, tokens) for params in (model, reference))
         measured = _measures(ours[0], theirs[0], jnp.roll(tokens[0], -1))
@@ -150,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         "quantize": model.quantize,
         "dtype": str(model.dtype),
         "reference": str(reference.dtype),
-        "device": engine.device_name(),
+        "device": executables.device_name(),
     }
     print(json.dumps(said | dataclasses.asdict(found)))
 

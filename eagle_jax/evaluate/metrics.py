@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from eagle_jax.decode import named
+from eagle_jax.decode import method_cli
 from eagle_jax.decode.method import Method
 from eagle_jax.evaluate.config import BASELINE
 from eagle_jax.evaluate.runner import Job, Unit
@@ -307,7 +307,7 @@ class Table:
             "accepted_per_drafted": (
                 float(accepted.sum() / rounds / (method.nodes - 1)) if method.nodes > 1 else None
             ),
-            "settings": named.spell(method),
+            "settings": method_cli.spell(method),
             "nodes": method.nodes,
             "round_ms": 1e3 * _median(run.decode / run.passes for run in runs),
             "round_cost": _median(

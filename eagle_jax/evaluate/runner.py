@@ -19,9 +19,11 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from eagle_jax import sharding
-from eagle_jax.decode import Options, Vanilla, engine, generate, tuned
+from eagle_jax.decode import Vanilla, generate, tuning_store
 from eagle_jax.decode.method import Context, Method, Models
-from eagle_jax.decode.named import AUTO
+from eagle_jax.decode.program import bucket_prompt
+from eagle_jax.decode.registry import AUTO
+from eagle_jax.decode.session import Options
 from eagle_jax.decode.tree import Proposal, StaticTree
 from eagle_jax.evaluate.config import BASELINE, EvalConfig
 from eagle_jax.evaluate.samples import Samples
@@ -78,7 +80,7 @@ class Unit:
     @property
     def bucket(self) -> int:
         """Tokens that its prompts are padded to."""
-        return engine.bucket_prompt(max(map(len, self.prompts)))
+        return bucket_prompt(max(map(len, self.prompts)))
 
     def key(self, kind: str, *more: Any) -> str:
         """What a sample of it is stored under; other prompts have another key."""
@@ -150,7 +152,7 @@ class Runner:
         """A method, or what was tuned for this temperature where it is "auto"."""
         if method != AUTO:
             return method
-        return tuned.method(self.params, self.config.batch_size, temperature)
+        return tuning_store.method(self.params, self.config.batch_size, temperature)
 
     def measure(self, groups: Sequence[Sequence[Job]]) -> None:
         """Takes every sample that is not there yet."""

@@ -34,7 +34,7 @@ def write(cache: Cache, block: Cache, start: Int[Array, " b"]) -> Cache:
     """Put `block` ([b, k, t, e] per array) into slots `start .. start + t - 1` of each row.
 
     A row whose slice would pass the end is shifted back by XLA and would corrupt older slots, so
-    callers allocate slack (`engine.capacity`).
+    callers allocate slack (`capacity`).
     """
     t = jax.tree.leaves(block)[0].shape[2]
     every = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (start.shape[0], t))

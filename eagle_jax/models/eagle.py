@@ -18,11 +18,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from eagle_jax.config import EagleConfig
-from eagle_jax.models.apart import apart
 from eagle_jax.models.attention import AttentionKernel
 from eagle_jax.models.cache import AXES
 from eagle_jax.models.layers import DecoderLayer
 from eagle_jax.models.linear import Linear
+from eagle_jax.models.per_device import per_device
 from eagle_jax.models.transformer import Output, Transformer, vocabulary_head
 from eagle_jax.types import Hidden, KeyValue, Logits
 
@@ -76,7 +76,7 @@ class EagleDraft(nnx.Module):
         rows, heads = ("batch",), self.layers[0].self_attn.k_heads
         axes = (rows, rows, rows, AXES, rows, AXES)
         plain = kernel == "xla"
-        return apart(run, own, args, axes, (rows, AXES), possible=plain, heads=heads)
+        return per_device(run, own, args, axes, (rows, AXES), possible=plain, heads=heads)
 
     def features(self, output: Output) -> Hidden:
         """What is kept of a target pass: its features."""

@@ -12,12 +12,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from eagle_jax.config import Eagle3Config
-from eagle_jax.models.apart import apart
 from eagle_jax.models.attention import AttentionKernel
 from eagle_jax.models.cache import AXES
 from eagle_jax.models.eagle import target_tokens
 from eagle_jax.models.layers import MLP, Attention
 from eagle_jax.models.linear import Embedding, Linear, Parts, RMSNorm, join, total
+from eagle_jax.models.per_device import per_device
 from eagle_jax.models.transformer import Output, Transformer, vocabulary_head
 from eagle_jax.types import Hidden, KeyValue
 
@@ -82,7 +82,7 @@ class Eagle3Draft(nnx.Module):
         def run(own, features):
             return own["fc"](features)
 
-        return apart(run, {"fc": self.fc}, (features,), (("batch",),), (("batch",),))
+        return per_device(run, {"fc": self.fc}, (features,), (("batch",),), (("batch",),))
 
     def __call__(
         self,
@@ -109,7 +109,7 @@ class Eagle3Draft(nnx.Module):
         args = (embeddings, state, positions, mask, prefix, lengths, before)
         rows, heads, plain = ("batch",), self.midlayer.self_attn.k_heads, kernel == "xla"
         axes = (rows, rows, rows, rows, AXES, rows, AXES)
-        state, block = apart(run, own, args, axes, (rows, AXES), possible=plain, heads=heads)
+        state, block = per_device(run, own, args, axes, (rows, AXES), possible=plain, heads=heads)
         return self.feed_back(state), block
 
     def feed_back(self, state: Hidden) -> Hidden:

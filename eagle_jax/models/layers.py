@@ -216,8 +216,8 @@ class MLP(nnx.Module):
         if self.fused:
             kernel, scale = weight_of(self.gate_up_proj)
             rows = x.reshape(-1, x.shape[-1])
-            if self.silu and kernels.product.gates(rows, kernel):
-                hidden = kernels.product.gated(rows, kernel, scale).reshape(*x.shape[:-1], -1)
+            if self.silu and kernels.skinny_matmul.gates(rows, kernel):
+                hidden = kernels.skinny_matmul.gated(rows, kernel, scale).reshape(*x.shape[:-1], -1)
                 return self._down(hidden)
             both = matmul(x, kernel, scale=scale)
             gate, up = both[:, :, 0], both[:, :, 1]

@@ -59,7 +59,7 @@ def _xla(x: jax.Array, kernel: jax.Array, dtype: DTypeLike | None, turned: bool)
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """A product [*shape] of `kernels.product` whose parts are still to be added up.
+    """A product [*shape] of `kernels.skinny_matmul` whose parts are still to be added up.
 
     Whoever reads it next does that in passing.
     """
@@ -82,10 +82,10 @@ def _parts(
     turned = turned or scale is not None
     flat = kernel.reshape(-1, width) if turned else kernel.reshape(width, -1)
     outputs = kernel.shape[:-1] if turned else kernel.shape[1:]
-    if not kernels.product.fits(rows, flat):
+    if not kernels.skinny_matmul.fits(rows, flat):
         return None
     flat_scale = None if scale is None else scale.reshape(-1)
-    array = kernels.product.product(rows, flat, flat_scale, turned=turned)
+    array = kernels.skinny_matmul.product(rows, flat, flat_scale, turned=turned)
     return Parts(array, (*x.shape[:-1], *outputs), x.dtype)
 
 

@@ -14,8 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from eagle_jax.config import MedusaConfig
-from eagle_jax.models.apart import apart
 from eagle_jax.models.linear import Linear
+from eagle_jax.models.per_device import per_device
 from eagle_jax.models.transformer import Output, Transformer, vocabulary_head
 from eagle_jax.types import Hidden
 
@@ -61,7 +61,7 @@ class MedusaHeads(nnx.Module):
         def run(own, features):
             return [head(features) for head in own["heads"]]
 
-        return apart(run, {"heads": self.heads}, (features,), (("batch",),), (("batch",),))
+        return per_device(run, {"heads": self.heads}, (features,), (("batch",),), (("batch",),))
 
     def features(self, output: Output) -> Hidden:
         """What is read of a target pass: its features."""

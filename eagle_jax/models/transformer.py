@@ -14,11 +14,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from eagle_jax.config import TransformerConfig
-from eagle_jax.models.apart import apart
 from eagle_jax.models.attention import AttentionKernel, bend
 from eagle_jax.models.cache import AXES, Cache
 from eagle_jax.models.layers import DecoderLayer
 from eagle_jax.models.linear import Embedding, Linear, RMSNorm, join
+from eagle_jax.models.per_device import per_device
 from eagle_jax.sharding import constrain
 from eagle_jax.types import Hidden, Logits
 
@@ -113,7 +113,7 @@ class Transformer(nnx.Module):
         plain = kernel == "xla" and not any(layer.has_experts for layer in self.layers)
         rows, heads = ("batch",), self.layers[0].self_attn.k_heads
         axes = (rows, rows, rows, AXES, rows)
-        found = apart(run, own, args, axes, (rows, rows, AXES), possible=plain, heads=heads)
+        found = per_device(run, own, args, axes, (rows, rows, AXES), possible=plain, heads=heads)
         return Output(*found)
 
     def logits(self, features: Hidden) -> Logits:
@@ -134,7 +134,7 @@ def vocabulary_head(head: Linear | Embedding, x: Hidden) -> Logits:
     def run(own, x):
         return own[name].product(x, jnp.float32)
 
-    return apart(run, {name: head}, (x,), (("batch",),), (SCORES,))
+    return per_device(run, {name: head}, (x,), (("batch",),), (SCORES,))
 
 
 def packed_mask(segment_ids: Int[Array, "b t"]) -> Bool[Array, "b t t"]:

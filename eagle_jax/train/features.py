@@ -38,7 +38,7 @@ import numpy as np
 
 from eagle_jax import cli, settings, sharding
 from eagle_jax.checkpoint import files, hf
-from eagle_jax.checkpoint.stored import Stored
+from eagle_jax.checkpoint.lazy_tensor import LazyTensor
 from eagle_jax.config import NextToken, TrainConfig, TransformerConfig
 from eagle_jax.train import data, loop, objectives, offline
 from eagle_jax.train.objectives import target
@@ -131,7 +131,7 @@ def _claim(folder: Path, made: offline.Manifest) -> None:
 def _compiled(
     config: TrainConfig,
     target_config: TransformerConfig,
-    weights: Mapping[str, Stored],
+    weights: Mapping[str, LazyTensor],
     dtype: str,
     rows_per_file: int,
 ) -> tuple[Compute, int]:

@@ -32,7 +32,7 @@ from jax.sharding import Mesh
 from eagle_jax import distributed, sharding
 from eagle_jax.config import OptimConfig, TrainConfig
 from eagle_jax.models import cast
-from eagle_jax.train import data, guard, metrics, objectives, offline
+from eagle_jax.train import data, divergence, metrics, objectives, offline
 from eagle_jax.train.objectives import Batch, Objective
 from eagle_jax.train.preemption import Preemption
 from eagle_jax.types import ParamDict
@@ -286,7 +286,7 @@ def read_ahead(
 class _Late:
     """Metrics of launched steps, fetched `_LAG` steps behind so that the device never idles."""
 
-    def __init__(self, report: metrics.Report, watch: guard.Guard) -> None:
+    def __init__(self, report: metrics.Report, watch: divergence.Guard) -> None:
         self._report, self._guard = report, watch
         self._waiting: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
 
@@ -406,7 +406,7 @@ def _train(
     """
     config, last, step = trainer.config, trainer.config.optim.steps, start
     validates = bool(config.eval_every and config.data.validation)
-    late = _Late(report, guard.Guard(config, report.directory, report.losses))
+    late = _Late(report, divergence.Guard(config, report.directory, report.losses))
     with read_ahead(iterator, trainer.put, max(0, last - start)) as batches:
         for step, (batch, data_state) in enumerate(batches, start=start + 1):
             state, values = trainer.step(state, trainer.frozen, batch)
@@ -464,7 +464,7 @@ def _clear(output: Path) -> None:
     """Delete what a run writes, and nothing else that may lie there."""
     for name in (_CHECKPOINTS, metrics.EVENTS, _EXPORT):
         shutil.rmtree(output / name, ignore_errors=True)
-    for name in (metrics.TRACE, metrics.CURVE, guard.BATCH):
+    for name in (metrics.TRACE, metrics.CURVE, divergence.BATCH):
         (output / name).unlink(missing_ok=True)
 
 

@@ -96,7 +96,7 @@ def differences(found: Manifest, wanted: Manifest) -> list[tuple[str, Any, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Stored features of one text.
+    """LazyTensor features of one text.
 
     Attributes:
         folder: where they lie.

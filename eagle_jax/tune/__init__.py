@@ -1,7 +1,7 @@
 """Which method is the fastest for this model on this machine? `python -m eagle_jax.tune`.
 
-The answer is stored beside the model (`eagle_jax.decode.tuned`), where `method="auto"` finds it. It
-takes four steps: `measure` times the target's pass and records what wide trees get accepted,
+The answer is stored beside the model (`eagle_jax.decode.tuning_store`), where `method="auto"` finds
+it. It takes four steps: `measure` times the target's pass and records what wide trees get accepted,
 `acceptance` and `predict` derive from that what every method of a grid should do, and `measure`
 lets the most promising of each family compete with vanilla decoding.
 """
@@ -15,8 +15,8 @@ from importlib.metadata import version
 from typing import Any
 
 import eagle_jax
-from eagle_jax.decode import tuned
-from eagle_jax.decode.named import label, spell
+from eagle_jax.decode import tuning_store
+from eagle_jax.decode.method_cli import label, spell
 from eagle_jax.params import Params
 from eagle_jax.tune import measure, predict
 
@@ -45,7 +45,7 @@ class Tuning:
     final: list[measure.Measured]
     vanilla: float
     best: measure.Measured | None
-    entry: tuned.Entry
+    entry: tuning_store.Entry
 
 
 def tune(
@@ -120,10 +120,10 @@ def _entry(
     heats: Sequence[measure.Measured],
     final: Sequence[measure.Measured],
     best: measure.Measured | None,
-) -> tuned.Entry:
+) -> tuning_store.Entry:
     rows = len(bench.units[0].prompts)
     return {
-        "key": tuned.key(bench.params, rows, temperature),
+        "key": tuning_store.key(bench.params, rows, temperature),
         "method": "--method vanilla" if best is None else spell(best.prediction.method),
         "speedup": 1.0 if best is None else best.speedup,
         "interval": None if best is None else best.interval,

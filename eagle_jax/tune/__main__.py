@@ -88,7 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.limit < 0:
         raise ValueError(f"limit={args.limit}: must be at least 0")
-    from eagle_jax.decode import encode, tuned
+    from eagle_jax.decode import tuning_store
+    from eagle_jax.decode.prompts import encode
     from eagle_jax.evaluate.tasks import read_tasks
     from eagle_jax.params import load
     from eagle_jax.sharding import decoding_mesh
@@ -104,10 +105,12 @@ def main(argv: list[str] | None = None) -> None:
         quantize=args.quantize,
         quantize_drafts=args.quantize_drafts,
     )
-    for path in tuned.places(params):
-        tuned.entries(path)  # a damaged file is told before the work, not after
+    for path in tuning_store.places(params):
+        tuning_store.entries(path)  # a damaged file is told before the work, not after
     prompts = [encode(params, question.turns[0], raw=False) for question in questions]
-    print(f"{args.params} on {tuned.device(params)}, {len(prompts)} prompts", file=sys.stderr)
+    print(
+        f"{args.params} on {tuning_store.device(params)}, {len(prompts)} prompts", file=sys.stderr
+    )
     found, stored = [], ""
     runs = [
         tune(
@@ -121,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     for tunings in runs:
         for i, tuning in enumerate(tunings):
-            stored = str(tuned.store(params, [tuning.entry]))  # kept if the run is stopped
+            stored = str(tuning_store.store(params, [tuning.entry]))  # kept if the run is stopped
             print("\n".join([*_passes(tuning), *_table(tuning)] if i == 0 else _table(tuning)))
             print(f"stored in {stored}", flush=True)
             found.append(tuning)

@@ -22,16 +22,17 @@ from eagle_jax.decode import (
     DynamicTree,
     Eagle,
     Medusa,
-    Options,
     Recycling,
     Speculative,
     Vanilla,
     best_tree,
     chain,
-    engine,
+    executables,
 )
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.methods import medusa, recycling
+from eagle_jax.decode.program import bucket_prompt
+from eagle_jax.decode.session import Options
 from eagle_jax.evaluate import metrics
 from eagle_jax.evaluate.runner import Star
 from eagle_jax.params import Params
@@ -70,9 +71,9 @@ def units(
             f"new_tokens={new_tokens}: none of {len(prompts)} prompts leaves room for so many in "
             "the context; use less or shorter prompts"
         )
-    sizes = collections.Counter(engine.bucket_prompt(len(prompt)) for prompt in fitting)
+    sizes = collections.Counter(bucket_prompt(len(prompt)) for prompt in fitting)
     commonest = sizes.most_common(1)[0][0]
-    fitting = [p for p in fitting if engine.bucket_prompt(len(p)) == commonest]
+    fitting = [p for p in fitting if bucket_prompt(len(p)) == commonest]
     if len(fitting) < 2 * rows:
         raise ValueError(
             f"prompts: {len(fitting)} of one padded size ({commonest} tokens), an interval needs "
@@ -120,9 +121,9 @@ class Bench:
         context = self.params.target_config.max_position_embeddings
         prompts = [np.array(prompt, np.int32) for prompt in unit.prompts]
         limits = [min(len(prompt) + new, context) for prompt in prompts]
-        only, clock = self.params.only(method.draft), engine.Clock()
-        state = engine.start(first, only, prompts, limits, list(unit.seeds), clock)
-        state = engine.advance(program, only, state, settings, clock)
+        only, clock = self.params.only(method.draft), executables.Clock()
+        state = executables.start(first, only, prompts, limits, list(unit.seeds), clock)
+        state = executables.advance(program, only, state, settings, clock)
         tokens, length, rounds = jax.device_get((state.tokens, state.length, state.rounds))
         rows = zip(tokens, prompts, length, strict=True)
         return Run(

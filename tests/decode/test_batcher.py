@@ -13,10 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eagle_jax.decode import Eagle, Options, Vanilla, chain, engine, generate, stages
-from eagle_jax.decode.batcher import Batcher, Piece
+from eagle_jax.decode import Eagle, Vanilla, chain, executables, generate
+from eagle_jax.decode.batching import schedule as stages
+from eagle_jax.decode.batching.batcher import Batcher, Piece
 from eagle_jax.decode.method import Method
+from eagle_jax.decode.program import Program, State, capacity
 from eagle_jax.decode.sampling import sampling
+from eagle_jax.decode.session import Options
 from eagle_jax.params import Params
 
 ROWS = 3
@@ -70,24 +73,24 @@ def joined(pieces: list[Piece]) -> dict[int, tuple[list[int], int]]:
     return out
 
 
-def make_program(method: Method) -> tuple[engine.Program, Params]:
+def make_program(method: Method) -> tuple[Program, Params]:
     """What `make` decodes with."""
     params = decoding.trained_pair().only(method.draft)
     draft = None if method.draft is None else params.drafts[method.draft].config
-    slots = engine.capacity(128, decoding.NEW, method.depth)
-    return engine.Program(method, params.target_config, draft, slots, ()), params
+    slots = capacity(128, decoding.NEW, method.depth)
+    return Program(method, params.target_config, draft, slots, ()), params
 
 
 def alone(method: Method, temperature: float) -> list[tuple[list[int], int]]:
     """Tokens and rounds of every request, in batches of which no row is ever replaced."""
     program, params = make_program(method)
-    out, clock = [], engine.Clock()
+    out, clock = [], executables.Clock()
     for first in range(0, len(PROMPTS), ROWS):
         rows = slice(first, first + ROWS)
         prompts = PROMPTS[rows]
         limits = [len(p) + n for p, n in zip(prompts, NEW[rows], strict=True)]
-        state = engine.start(program, params, prompts, limits, SEEDS[rows], clock)
-        state = engine.advance(program, params, state, sampling(temperature), clock)
+        state = executables.start(program, params, prompts, limits, SEEDS[rows], clock)
+        state = executables.advance(program, params, state, sampling(temperature), clock)
         for row, prompt in enumerate(prompts):
             text = np.asarray(state.tokens)[row, len(prompt) : int(state.length[row])]
             out.append((text.tolist(), int(state.rounds[row])))
@@ -117,17 +120,17 @@ def test_every_request_is_decoded_as_if_alone(name: str, temperature: float) -> 
 @pytest.mark.parametrize("name", sorted({name for name, _ in CASES}))
 def test_a_replaced_row_is_as_if_new(name: str) -> None:
     """Catches what the rounds of short answers would not tell: every array of the state counts."""
-    (program, params), clock = make_program(decoding.METHODS[name]), engine.Clock()
+    (program, params), clock = make_program(decoding.METHODS[name]), executables.Clock()
     temperature = dict(CASES)[name]  # the program is compiled already
     limits = [len(p) + n for p, n in zip(PROMPTS, NEW, strict=True)]
     old, new = (
-        engine.start(program, params, PROMPTS[rows], limits[rows], SEEDS[rows], clock)
+        executables.start(program, params, PROMPTS[rows], limits[rows], SEEDS[rows], clock)
         for rows in (slice(0, 3), slice(3, 6))
     )
-    old = engine.advance(program, params, old, sampling(temperature), clock, 2)
+    old = executables.advance(program, params, old, sampling(temperature), clock, 2)
     before = jax.device_get(old)
     args = ([PROMPTS[4]], [limits[4]], [SEEDS[4]], clock)
-    after = engine.replace_rows(program, params, old, [1], *args)
+    after = executables.replace_rows(program, params, old, [1], *args)
     leaves = zip(*map(jax.tree.leaves, (before, new, after)), strict=True)
     for was, wanted, got in jax.device_get(list(leaves)):
         np.testing.assert_array_equal(got[[0, 2]], was[[0, 2]])
@@ -226,7 +229,7 @@ def test_a_new_row_is_written_in_place() -> None:
     batcher.warm_up()
     leaves = jax.tree.leaves(batcher._state)
     size = sum(x.nbytes for x in leaves)
-    inserting, decoding_ = engine.executables()[-2:]
+    inserting, decoding_ = executables.executables()[-2:]
     for executable in (inserting, decoding_):
         assert executable.memory_analysis().alias_size_in_bytes >= size
     before = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(batcher._state.cache)]
@@ -495,7 +498,7 @@ def test_moves_compile_nothing(eager) -> None:
     ids = [batcher.submit(asked(i)[0], **asked(i)[1]) for i in range(3)]
     pieces = batcher.step()
     batcher.warm_up()
-    made = len(engine.executables())
+    made = len(executables.executables())
     with decoding.compilations() as seen:
         pieces += batcher.run()
         assert {len(piece.tokens) > 0 for piece in pieces} == {True}
@@ -504,7 +507,7 @@ def test_moves_compile_nothing(eager) -> None:
             other.submit(np.ones(prompt, np.int32), max_new_tokens=new)
         assert len(joined(list(other.run()))) == 4  # texts of more than 128 tokens move
         assert other.statistics().moves == 2
-        assert seen == [] and len(engine.executables()) == made
+        assert seen == [] and len(executables.executables()) == made
     assert [joined(pieces)[i][0] for i in ids] == [by_vanilla(i, 0.0) for i in range(3)]
 
 
@@ -513,15 +516,15 @@ def test_an_idle_size_has_no_state(monkeypatch, eager) -> None:
     alive: list[weakref.ref] = []
 
     def watched(name: str) -> None:
-        real = getattr(engine, name)
+        real = getattr(executables, name)
 
-        def call(*args: Any) -> engine.State:
+        def call(*args: Any) -> State:
             assert name != "vacant" or not any(ref() is not None for ref in alive)
             state = real(*args)
             alive[:] = [weakref.ref(x) for x in jax.tree.leaves(state.cache)]
             return state
 
-        monkeypatch.setattr(engine, name, call)
+        monkeypatch.setattr(executables, name, call)
 
     for name in ("vacant", "replace_rows", "advance"):
         watched(name)
@@ -540,16 +543,16 @@ def test_cancelled_around_a_move(when: str, monkeypatch, eager) -> None:
     pieces = batcher.step()
     assert batcher.statistics().rows == 2
     ids += [batcher.submit(asked(i)[0], **asked(i)[1]) for i in (3, 4, 6)]
-    real = engine.vacant
+    real = executables.vacant
 
-    def vacant(*args: Any) -> engine.State:
+    def vacant(*args: Any) -> State:
         if when == "during":
             thread = threading.Thread(target=lambda: batcher.cancel(ids[0]))
             thread.start()
             thread.join()
         return real(*args)
 
-    monkeypatch.setattr(engine, "vacant", vacant)
+    monkeypatch.setattr(executables, "vacant", vacant)
     if when == "before":
         assert batcher.cancel(ids[0])
     pieces += (later := batcher.step())

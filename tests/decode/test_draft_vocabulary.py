@@ -6,7 +6,7 @@ import re
 import decoding
 import pytest
 
-from eagle_jax.decode import DynamicTree, Eagle, generate, static_tree, tuned
+from eagle_jax.decode import DynamicTree, Eagle, generate, static_tree, tuning_store
 from eagle_jax.decode.method import Method
 from eagle_jax.params import Params
 
@@ -77,4 +77,4 @@ def test_trees_that_are_too_wide(method: Method, said: str) -> None:
 def test_a_tuning_is_of_one_vocabulary() -> None:
     """Catches a tuning that is used for other tokens: their acceptance is another."""
     others = [None, SOME, (*SOME[:5], 6), ALL]
-    assert len({tuned.fingerprint(pair(tokens)) for tokens in others}) == len(others)
+    assert len({tuning_store.fingerprint(pair(tokens)) for tokens in others}) == len(others)

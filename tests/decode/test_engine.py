@@ -21,12 +21,13 @@ from eagle_jax.decode import (
     Speculative,
     Vanilla,
     chain,
-    engine,
+    executables,
     generate,
     named_tree,
     static_tree,
 )
 from eagle_jax.decode.method import Method
+from eagle_jax.decode.program import Program, State, bucket_prompt, capacity
 from eagle_jax.decode.sampling import sampling
 from eagle_jax.params import Draft, Params
 from eagle_jax.testing import random_draft, tiny_eagle3
@@ -36,36 +37,36 @@ COUNT = 12
 
 def make_program(
     method: Method, more: int = 0, eos: tuple[int, ...] = (), pair: Params | None = None
-) -> engine.Program:
+) -> Program:
     """The program that `generate` would use; `more` slots make it one of its own."""
     pair = pair or decoding.trained_pair()
-    longest = engine.bucket_prompt(max(map(len, decoding.PROMPTS)))
-    slots = engine.capacity(longest, decoding.NEW, method.depth) + more
+    longest = bucket_prompt(max(map(len, decoding.PROMPTS)))
+    slots = capacity(longest, decoding.NEW, method.depth) + more
     draft = None if method.draft is None else pair.drafts[method.draft].config
-    return engine.Program(method, pair.target_config, draft, slots, eos)
+    return Program(method, pair.target_config, draft, slots, eos)
 
 
-def start(program: engine.Program, counts: list[int], pair: Params | None = None) -> engine.State:
+def start(program: Program, counts: list[int], pair: Params | None = None) -> State:
     prompts = [np.array(prompt) for prompt in decoding.PROMPTS]
     limits = [len(prompt) + count for prompt, count in zip(prompts, counts, strict=True)]
     pair = (pair or decoding.trained_pair()).only(program.method.draft)
-    return engine.start(program, pair, prompts, limits, decoding.SEEDS, engine.Clock())
+    return executables.start(program, pair, prompts, limits, decoding.SEEDS, executables.Clock())
 
 
 def advance(
     program, state, temperature: float = 0.0, rounds: int = 1000, pair: Params | None = None, **more
-) -> engine.State:
+) -> State:
     pair = (pair or decoding.trained_pair()).only(program.method.draft)
     settings = sampling(temperature, **more)
-    return engine.advance(program, pair, state, settings, engine.Clock(), rounds)
+    return executables.advance(program, pair, state, settings, executables.Clock(), rounds)
 
 
-def texts(state: engine.State) -> list[list[int]]:
+def texts(state: State) -> list[list[int]]:
     rows = zip(np.asarray(state.tokens), np.asarray(state.length), strict=True)
     return [row[:length].tolist() for row, length in rows]
 
 
-def answers(state: engine.State) -> list[list[int]]:
+def answers(state: State) -> list[list[int]]:
     pairs = zip(texts(state), decoding.PROMPTS, strict=True)
     return [text[len(prompt) :] for text, prompt in pairs]
 
@@ -343,7 +344,7 @@ def test_nothing_in_the_loop_talks_to_the_host() -> None:
     """Catches a debugging print or callback: on a GPU, each costs a synchronisation a round."""
     program = make_program(Eagle(chain(3)))
     advance(program, start(program, [2] * 4), 1.0)
-    assert not any(HOST.search(executable.as_text()) for executable in engine.executables())
+    assert not any(HOST.search(executable.as_text()) for executable in executables.executables())
 
     def chatty(x):
         jax.debug.callback(lambda y: None, x)
@@ -360,20 +361,20 @@ def test_state_is_donated() -> None:
     size = sum(x.nbytes for x in jax.tree.leaves((state.cache, state.method)))
     cache = state.cache
     advance(program, state, 1.0)
-    decode = engine.executables()[-1]
+    decode = executables.executables()[-1]
     assert decode.memory_analysis().alias_size_in_bytes >= size
     assert all(x.is_deleted() for x in jax.tree.leaves(cache))
 
 
 def test_prompts_are_padded_to_a_few_lengths() -> None:
     """Catches a bucket below the prompt, which would cut it, and one program per length."""
-    buckets = [engine.bucket_prompt(length) for length in range(1, 1025)]
+    buckets = [bucket_prompt(length) for length in range(1, 1025)]
     assert all(bucket >= length for length, bucket in enumerate(buckets, start=1))
     assert buckets == sorted(buckets) and buckets[-1] == 1024 and len(set(buckets)) <= 6
 
 
 def test_capacity_leaves_room_for_the_last_rounds_writes() -> None:
     """Catches a cache without slack: XLA would shift the write back over older slots."""
-    slots = [engine.capacity(128, new, 5) for new in range(1, 1001)]
+    slots = [capacity(128, new, 5) for new in range(1, 1001)]
     assert all(s >= 128 + new + 5 + 1 for new, s in enumerate(slots, start=1))
     assert len(set(slots)) <= 6

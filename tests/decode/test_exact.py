@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from eagle_jax import load
-from eagle_jax.decode import Eagle, Options, chain, engine, generate, stream
+from eagle_jax.decode import Eagle, chain, engine, executables, generate, session, stream
+from eagle_jax.decode.program import State
+from eagle_jax.decode.session import Options
 from eagle_jax.models import attention, bind, cast, init_params
 from eagle_jax.models.cache import empty, write
 from eagle_jax.models.transformer import Transformer, packed_mask
@@ -31,7 +33,8 @@ ROWS = 24
 def fewer_rows():
     """The largest tree here has 16 nodes."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(engine, "EXACT_ROWS", ROWS)
+        for module in (engine, session):
+            patched.setattr(module, "EXACT_ROWS", ROWS)
         yield
 
 
@@ -48,18 +51,18 @@ def pair(windowed: bool = False) -> Params:
     return dataclasses.replace(trained, target=target, target_config=config, drafts=drafts)
 
 
-def decoded(method, exact: bool, windowed: bool = False) -> engine.State:
+def decoded(method, exact: bool, windowed: bool = False) -> State:
     options = Options(method, NEW, 1.0, ignore_eos=True, exact=exact)
     settings, method = options.check(pair(windowed))
-    params, clock = pair(windowed).only(method.draft), engine.Clock()
+    params, clock = pair(windowed).only(method.draft), executables.Clock()
     program = options.program(params, method, max(map(len, PROMPTS)))
     limits = [len(prompt) + NEW for prompt in PROMPTS]
     prompts = [np.array(prompt) for prompt in PROMPTS]
-    state = engine.start(program, params, prompts, limits, decoding.SEEDS, clock)
-    return engine.advance(program, params, state, settings, clock)
+    state = executables.start(program, params, prompts, limits, decoding.SEEDS, clock)
+    return executables.advance(program, params, state, settings, clock)
 
 
-def committed(state: engine.State) -> list[list[bytes]]:
+def committed(state: State) -> list[list[bytes]]:
     """The bits of what the cache holds of each text."""
     return [
         [np.asarray(x[row, :, : length - 1]).tobytes() for x in jax.tree.leaves(state.cache)]
@@ -68,7 +71,7 @@ def committed(state: engine.State) -> list[list[bytes]]:
 
 
 @functools.cache
-def vanilla(exact: bool, windowed: bool = False) -> engine.State:
+def vanilla(exact: bool, windowed: bool = False) -> State:
     return decoded("vanilla", exact, windowed)
 
 

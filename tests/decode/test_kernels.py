@@ -12,7 +12,7 @@ from eagle_jax.decode import (
     Lookahead,
     Medusa,
     Speculative,
-    engine,
+    executables,
     generate,
     static_tree,
 )
@@ -77,9 +77,9 @@ def small_drafts() -> Params:
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     monkeypatch.setattr(device, "INTERPRET", True)
-    engine.forget()
+    executables.forget()
     yield
-    engine.forget()  # other tests have their own programs
+    executables.forget()  # other tests have their own programs
 
 
 @functools.cache
@@ -110,7 +110,7 @@ def test_texts(monkeypatch, name: str, temperature: float) -> None:
     """Catches a cache that holds something else than the text that was committed."""
     used = set()
     for module, at in (
-        (kernels.product, "product"),
+        (kernels.skinny_matmul, "product"),
         (kernels.norm, "add"),
         (kernels.rotary, "split"),
         (kernels.attention, "attend"),
@@ -129,13 +129,13 @@ def test_texts(monkeypatch, name: str, temperature: float) -> None:
 def test_small_drafts(monkeypatch, name: str) -> None:
     """Catches a draft in eight bits that gets XLA's products where there are kernels."""
     seen = []
-    own = kernels.product.product
+    own = kernels.skinny_matmul.product
 
     def product(x, kernel, scale=None, **more):
         seen.append((x.dtype, kernel.dtype))
         return own(x, kernel, scale, **more)
 
-    monkeypatch.setattr(kernels.product, "product", product)
+    monkeypatch.setattr(kernels.skinny_matmul, "product", product)
     assert texts(small_drafts(), METHODS[name], 1.0) == vanilla(1.0)
     assert (jnp.bfloat16, jnp.int8) in seen and (jnp.bfloat16, jnp.bfloat16) in seen
 

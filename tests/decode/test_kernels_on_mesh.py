@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from eagle_jax import aot, sharding
-from eagle_jax.decode import DynamicTree, Eagle, Medusa, engine, generate, static_tree
+from eagle_jax.decode import DynamicTree, Eagle, Medusa, executables, generate, static_tree
 from eagle_jax.models import Transformer, bind, cast, kernels, quantize
 from eagle_jax.models import cache as caches
 from eagle_jax.models.kernels import device
@@ -30,22 +30,22 @@ VOCAB, LAYERS, WIDTH, SLOTS = 64, 2, 64, 16
 SIZES = {"hidden_size": WIDTH, "intermediate_size": 96, "head_dim": 16}
 LAYOUT = {"fused": True, "fused_qkv": True}
 KERNELS = {
-    "product": kernels.product,
-    "gated": kernels.product,
+    "product": kernels.skinny_matmul,
+    "gated": kernels.skinny_matmul,
     "add": kernels.norm,
     "split": kernels.rotary,
     "attend": kernels.attention,
     "commit": kernels.commit,
-    "largest": kernels.top,
+    "largest": kernels.top_k,
 }
 
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     monkeypatch.setattr(device, "INTERPRET", True)
-    engine.forget()
+    executables.forget()
     yield
-    engine.forget()  # other tests have their own programs
+    executables.forget()  # other tests have their own programs
 
 
 def mesh(tensor: int, devices: int) -> jax.sharding.Mesh:

@@ -25,11 +25,13 @@ from eagle_jax.decode import (
     Typical,
     Vanilla,
     engine,
+    executables,
     generate,
     static_tree,
 )
-from eagle_jax.decode.accept import Exact
+from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.method import Method, Rule
+from eagle_jax.decode.program import Program
 from eagle_jax.decode.sampling import position_noise, sampling
 from eagle_jax.params import Params
 from eagle_jax.testing import tiny_params, tiny_target
@@ -141,7 +143,7 @@ SMALL_TREE = static_tree([[0], [1], [0, 0]])
 @pytest.fixture
 def unpadded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of three tokens as they are: thousands of padded rows take time and memory."""
-    monkeypatch.setattr(engine, "bucket_prompt", lambda length: length)
+    monkeypatch.setattr(executables, "bucket_prompt", lambda length: length)
 
 
 @functools.cache
@@ -157,16 +159,16 @@ def exact_law() -> dict[tuple[int, ...], float]:
 
 def draw(method: Method, slots: int = 12) -> collections.Counter[tuple[int, ...]]:
     """Answers of `ROWS * CALLS` seeds, counted."""
-    pair, clock = small_pair(), engine.Clock()
+    pair, clock = small_pair(), executables.Clock()
     draft = None if method.draft is None else pair.drafts[method.draft].config
-    program = engine.Program(method, pair.target_config, draft, slots, ())
+    program = Program(method, pair.target_config, draft, slots, ())
     settings = sampling(RULE.temperature, RULE.top_k, RULE.top_p)
     counts: collections.Counter[tuple[int, ...]] = collections.Counter()
     for call in range(CALLS):
         seeds = list(range(call * ROWS, (call + 1) * ROWS))
         prompts = [np.array(PROMPT)] * ROWS
-        state = engine.start(program, pair, prompts, [6] * ROWS, seeds, clock)
-        state = engine.advance(program, pair, state, settings, clock)
+        state = executables.start(program, pair, prompts, [6] * ROWS, seeds, clock)
+        state = executables.advance(program, pair, state, settings, clock)
         counts.update(map(tuple, np.asarray(state.tokens)[:, 3:6].tolist()))
     return counts
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import reference
 
-from eagle_jax.decode import Recycling, Vanilla, chain, engine, generate, static_tree
+from eagle_jax.decode import Recycling, Vanilla, chain, executables, generate, static_tree
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.methods.recycling import store
+from eagle_jax.decode.program import Program
 from eagle_jax.decode.sampling import sampling
 from eagle_jax.testing import tiny_params
 
@@ -85,12 +86,12 @@ def test_matrix_equals_a_plain_one_round_by_round(name: str, coupled: bool) -> N
         Plain(wide, prompt, reference.Rule(seed=seed, **SETTINGS[name]), coupled)
         for prompt, seed in zip(decoding.PROMPTS, decoding.SEEDS, strict=True)
     ]
-    program, clock = engine.Program(method, pair.target_config, None, 256, ()), engine.Clock()
+    program, clock = Program(method, pair.target_config, None, 256, ()), executables.Clock()
     prompts, limits = [np.array(prompt) for prompt in decoding.PROMPTS], [200] * 4
     bare = pair.only(None)
-    state = engine.start(program, bare, prompts, limits, decoding.SEEDS, clock)
+    state = executables.start(program, bare, prompts, limits, decoding.SEEDS, clock)
     for _ in range(rounds):
-        state = engine.advance(program, bare, state, sampling(**SETTINGS[name]), clock, 1)
+        state = executables.advance(program, bare, state, sampling(**SETTINGS[name]), clock, 1)
         recorded = jax.device_get(state.method)
         for row, expected in enumerate(plain):
             drafted = expected.round()

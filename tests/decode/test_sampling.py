@@ -15,8 +15,8 @@ from eagle_jax.decode.sampling import (
     position_uniform,
     process,
     sampling,
-    top_k,
 )
+from eagle_jax.decode.top_k import top_k
 
 VOCAB = 7
 jitted = jax.jit(process)

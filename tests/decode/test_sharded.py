@@ -21,12 +21,13 @@ from eagle_jax.decode import (
     Speculative,
     Vanilla,
     chain,
-    engine,
+    executables,
     generate,
-    stages,
     static_tree,
 )
-from eagle_jax.decode.batcher import Batcher
+from eagle_jax.decode.batching import schedule as stages
+from eagle_jax.decode.batching.batcher import Batcher
+from eagle_jax.decode.program import capacity
 from eagle_jax.models import param_shapes
 from eagle_jax.models.transformer import Transformer
 from eagle_jax.params import Draft, Params
@@ -138,10 +139,10 @@ def test_rows_are_replaced_on_a_mesh(rows):
     for piece in batcher.run():
         found[piece.request] += np.asarray(piece.tokens).tolist()
     assert list(found.values()) == alone("eagle", 1.0)
-    made = len(engine.executables())
+    made = len(executables.executables())
     for i, prompt in enumerate(PROMPTS):
         batcher.submit(prompt, seed=i)
-    assert list(batcher.run()) and len(engine.executables()) == made
+    assert list(batcher.run()) and len(executables.executables()) == made
 
 
 def test_batch_sizes_on_a_mesh(monkeypatch):
@@ -153,7 +154,7 @@ def test_batch_sizes_on_a_mesh(monkeypatch):
     options = {"max_prompt": 20, "max_new_tokens": 20, "temperature": 1.0, "chunk": 2}
     batcher = Batcher(params, method=table, rows=4, **options)
     batcher.warm_up()
-    made = len(engine.executables())
+    made = len(executables.executables())
     found: dict[int, list[int]] = {}
     numbers = [batcher.submit(PROMPTS[0], seed=3)]
     pieces = batcher.step()
@@ -161,14 +162,14 @@ def test_batch_sizes_on_a_mesh(monkeypatch):
     for piece in [*pieces, *batcher.run()]:
         found.setdefault(piece.request, []).extend(np.asarray(piece.tokens).tolist())
     assert [found[number] for number in numbers] == alone("eagle", 1.0)
-    assert batcher.statistics().moves >= 2 and len(engine.executables()) == made
+    assert batcher.statistics().moves >= 2 and len(executables.executables()) == made
 
 
 def compiled(method: str, params: Params) -> str:
     """The program of the loop."""
-    engine.forget()
+    executables.forget()
     texts(params, method, 1.0)
-    return engine.executables()[-1].as_text()
+    return executables.executables()[-1].as_text()
 
 
 LAYERS = 2
@@ -206,7 +207,7 @@ def test_every_method_runs_on_a_mesh(method):
     for draft in params.drafts.values():
         large |= {x.shape for x in draft.params.values()}
     large = {shape for shape in large if len(shape) > 1}
-    slots = engine.capacity(128, 20, METHODS[method].depth)
+    slots = capacity(128, 20, METHODS[method].depth)
     large |= {(b, k, slots, config.head_dim) for b in (2, 4) for k in (1, 4)}
     sent = re.findall(
         r"= \(?\w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|all-reduce|collective-permute)", text
@@ -233,9 +234,9 @@ def test_a_draft_vocabulary_on_a_mesh():
     options = {"max_new_tokens": 20, "temperature": 1.0, "seed": 3}
     options |= {"method": Eagle(DynamicTree(depth=2, k=4, drafted=10))}
     expected = generate(whole, PROMPTS, **options)
-    engine.forget()
+    executables.forget()
     found = generate(params, PROMPTS, **options)
-    text = engine.executables()[-1].as_text()
+    text = executables.executables()[-1].as_text()
     for row, other in zip(found.tokens, expected.tokens, strict=True):
         np.testing.assert_array_equal(row, other)
     assert found.statistics.rounds == expected.statistics.rounds

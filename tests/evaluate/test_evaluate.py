@@ -12,7 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from eagle_jax.decode import Eagle, Vanilla, chain, generate, tuned
+from eagle_jax.decode import Eagle, Vanilla, chain, generate, tuning_store
 from eagle_jax.evaluate import EvalConfig, metrics, runner
 from eagle_jax.evaluate.__main__ import evaluate, main, with_drafts
 from eagle_jax.evaluate.samples import SAMPLES, WRITTEN
@@ -27,7 +27,7 @@ QUESTIONS = [
 CONFIG = """
 import dataclasses
 from eagle_jax.decode import Eagle, Vanilla, chain
-from eagle_jax.decode.accept import Exact
+from eagle_jax.decode.acceptance import Exact
 from eagle_jax.evaluate import EvalConfig
 
 class Wrong(Exact):
@@ -344,14 +344,17 @@ def test_what_was_tuned_is_a_row(tiny_model, data, tmp_path, monkeypatch, capsys
         evaluate(config)
     entry = {"tuned": "2026-01-01", "speedup": 1.5}
     found = {0.0: "--method eagle --tree chain-2", 1.0: "--method vanilla"}
-    tuned.store(
-        params, [{"key": tuned.key(params, 1, t), "method": m, **entry} for t, m in found.items()]
+    tuning_store.store(
+        params,
+        [{"key": tuning_store.key(params, 1, t), "method": m, **entry} for t, m in found.items()],
     )
     rows = evaluate(config)["rows"]
     chosen = {row["temperature"]: row["settings"] for row in rows if row["method"] == "auto"}
     assert chosen == found
     assert all(row["equal"] == row["answers"] > 0 for row in rows)
-    tuned.store(params, [{"key": tuned.key(params, 1, 0.0), "method": "--method vanilla", **entry}])
+    tuning_store.store(
+        params, [{"key": tuning_store.key(params, 1, 0.0), "method": "--method vanilla", **entry}]
+    )
     with pytest.raises(ValueError, match=r"samples taken with other methods \(auto\); give"):
         evaluate(config)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from eagle_jax.decode import Vanilla
-from eagle_jax.decode.accept import Rejection, Typical
+from eagle_jax.decode.acceptance import Rejection, Typical
 from eagle_jax.evaluate import metrics, runner
 
 

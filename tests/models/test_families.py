@@ -17,8 +17,8 @@ from eagle_jax.checkpoint import hf, safetensors
 from eagle_jax.config import RopeScaling, TransformerConfig
 from eagle_jax.decode.methods.prompt_lookup import PromptLookup
 from eagle_jax.models import Transformer, bind, init_params
-from eagle_jax.models.fused import fuse
 from eagle_jax.models.transformer import packed_mask
+from eagle_jax.models.weight_layout import fuse
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

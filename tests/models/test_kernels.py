@@ -50,8 +50,8 @@ def test_products(interpreted, rows: int, width: int, columns: int, quantized: b
     if quantized:
         kernel, scale = quantize.quantize(kernel.astype(jnp.float32))
         whole = exact(quantize.dequantize(kernel, scale))
-    assert kernels.product.fits(x, kernel)
-    got = kernels.product.product(x, kernel, scale)
+    assert kernels.skinny_matmul.fits(x, kernel)
+    got = kernels.skinny_matmul.product(x, kernel, scale)
     assert got.dtype == jnp.float32 and got.shape[1:] == (rows, columns)
     np.testing.assert_allclose(got.sum(axis=0), exact(x) @ whole, atol=1e-3, rtol=1e-4)
 
@@ -59,8 +59,8 @@ def test_products(interpreted, rows: int, width: int, columns: int, quantized: b
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 def test_parts_of_a_sum(interpreted, parts: int) -> None:
     x, kernel = normal(5, 512), normal(512, 64, seed=1)
-    cut = kernels.product.Tile(32, 64, parts)
-    got = kernels.product.product(x, kernel, None, cut)
+    cut = kernels.skinny_matmul.Tile(32, 64, parts)
+    got = kernels.skinny_matmul.product(x, kernel, None, cut)
     assert len(got) == parts
     np.testing.assert_allclose(got.sum(axis=0), exact(x) @ exact(kernel), atol=1e-3, rtol=1e-4)
 
@@ -73,12 +73,14 @@ def test_gated(interpreted, rows: int, quantized: bool) -> None:
     if quantized:
         kernel, scale = quantize.quantize(kernel.astype(jnp.float32))
         whole = exact(quantize.dequantize(kernel, scale))
-    assert kernels.product.gates(x, kernel)
+    assert kernels.skinny_matmul.gates(x, kernel)
     gate, up = np.einsum("ni,igo->gno", exact(x), whole)
-    got = exact(kernels.product.gated(x, kernel, scale))
+    got = exact(kernels.skinny_matmul.gated(x, kernel, scale))
     np.testing.assert_allclose(got, gate / (1 + np.exp(-gate)) * up, rtol=0.02, atol=0.02)
-    assert not kernels.product.gates(x, normal(128, 2, 24))  # fewer than a tensor core multiplies
-    assert not kernels.product.gates(x.astype(jnp.float32), kernel)
+    assert not kernels.skinny_matmul.gates(
+        x, normal(128, 2, 24)
+    )  # fewer than a tensor core multiplies
+    assert not kernels.skinny_matmul.gates(x.astype(jnp.float32), kernel)
 
 
 @pytest.mark.parametrize("rows", [1, 10, 60])
@@ -90,8 +92,8 @@ def test_gates_of_any_model_are_one_launch(monkeypatch, rows, itemsize, width, f
     found = []
 
     def look(x, kernel):
-        assert kernels.product.gates(x, kernel)
-        found.append(kernels.product._of_gates(x, kernel))
+        assert kernels.skinny_matmul.gates(x, kernel)
+        found.append(kernels.skinny_matmul._of_gates(x, kernel))
 
     shapes = jax.ShapeDtypeStruct((rows, width), BFLOAT16), (width, 2, f)
     jax.eval_shape(
@@ -108,14 +110,14 @@ def test_gates_of_any_model_are_one_launch(monkeypatch, rows, itemsize, width, f
 def test_cuts_of_narrow_gates(rows: int, columns: int, step: int) -> None:
     """Those of a sweep at 2048 x 5632, also for what each of two devices has of 8B; wider ones and
     int8 are cut as every product is."""
-    tile = kernels.product.gated_tile
+    tile = kernels.skinny_matmul.gated_tile
     for width, f in ((2048, 5632), (4096, 7168)):
         cut = tile(rows, width, f, 2)
         assert cut is not None and (cut.columns, cut.step, cut.parts) == (columns, step, 1)
     for width, f, itemsize in ((4096, 11008, 2), (2048, 5632, 1)):
         cut, whole = (
             tile(rows, width, f, itemsize),
-            kernels.product.tile(rows, width, 2 * f, itemsize),
+            kernels.skinny_matmul.tile(rows, width, 2 * f, itemsize),
         )
         assert cut is not None and whole is not None
         assert (2 * cut.columns, cut.step) == (whole.columns, whole.step)
@@ -126,7 +128,7 @@ def test_cuts_of_a_7b_model() -> None:
     for rows in (1, 10, 60):
         for itemsize in (1, 2):
             for width, columns in ((4096, 4096), (4096, 22016), (11008, 4096), (4096, 32000)):
-                cut = kernels.product.tile(rows, width, columns, itemsize)
+                cut = kernels.skinny_matmul.tile(rows, width, columns, itemsize)
                 assert cut is not None and width % (cut.step * cut.parts) == 0
                 assert cut.step == (128 if (rows <= 16 and itemsize == 1) else 64)
                 assert columns // cut.columns * cut.parts >= 120
@@ -135,9 +137,9 @@ def test_cuts_of_a_7b_model() -> None:
 def test_matmul_chooses_the_kernel(interpreted, monkeypatch) -> None:
     """Catches a kernel that is never chosen, and one chosen where it may not be."""
     calls = []
-    product = kernels.product.product
+    product = kernels.skinny_matmul.product
     monkeypatch.setattr(
-        kernels.product, "product", lambda *a, **k: calls.append(a) or product(*a, **k)
+        kernels.skinny_matmul, "product", lambda *a, **k: calls.append(a) or product(*a, **k)
     )
     x, kernel = normal(2, 3, 64), normal(64, 2, 48, seed=1)
     got = matmul(x, kernel, jnp.float32)
@@ -339,7 +341,7 @@ def test_largest(interpreted, vocab: int, k: int) -> None:
     rng = np.random.default_rng(vocab)
     scores = jnp.asarray(rng.integers(-20, 20, (4, vocab)), jnp.float32)
     scores = scores.at[1].set(-jnp.inf).at[2, ::2].set(-jnp.inf).at[3].multiply(1e3)
-    best, index, whole = kernels.top.largest(scores, k)
+    best, index, whole = kernels.top_k.largest(scores, k)
     wanted, places = jax.lax.top_k(scores, k)
     np.testing.assert_array_equal(best, wanted)
     np.testing.assert_array_equal(index, places)
@@ -348,14 +350,14 @@ def test_largest(interpreted, vocab: int, k: int) -> None:
 
 def test_no_number_is_never_among_the_largest(interpreted) -> None:
     scores = jnp.array([[jnp.nan, 1.0, jnp.nan, 3.0, jnp.inf]], jnp.float32)
-    best, index, _ = kernels.top.largest(scores, 3)
+    best, index, _ = kernels.top_k.largest(scores, 3)
     np.testing.assert_array_equal(best[0], [jnp.inf, 3.0, 1.0])
     np.testing.assert_array_equal(index[0], [4, 3, 1])
 
 
 def test_who_asks_for_the_largest(interpreted, monkeypatch) -> None:
-    calls, largest = [], kernels.top.largest
-    monkeypatch.setattr(kernels.top, "largest", lambda *a: calls.append(1) or largest(*a))
+    calls, largest = [], kernels.top_k.largest
+    monkeypatch.setattr(kernels.top_k, "largest", lambda *a: calls.append(1) or largest(*a))
     scores = normal(2, 3, 3000, dtype=jnp.float32)
     found, shares = sampling.top_k(scores, 10), sampling.likeliest(scores, 10)
     equal = jnp.zeros((2, 3, 3000)).at[..., 7::500].set(1.0)
@@ -400,7 +402,13 @@ def test_a_pass_with_all_of_them(interpreted, monkeypatch, t: int, joined: bool,
     tokens = jnp.asarray(rng.integers(0, 64, (b, t)))
     shape = chain(t - 1).shape(b)
     used = []
-    of = kernels.product, kernels.product, kernels.norm, kernels.rotary, kernels.attention
+    of = (
+        kernels.skinny_matmul,
+        kernels.skinny_matmul,
+        kernels.norm,
+        kernels.rotary,
+        kernels.attention,
+    )
     for kernel, at in zip(of, ("product", "gated", "add", "split", "attend"), strict=True):
         own = getattr(kernel, at)
         monkeypatch.setattr(

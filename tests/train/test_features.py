@@ -1,4 +1,4 @@
-"""Stored features: written through kills and by shards, refused when foreign, trained on."""
+"""LazyTensor features: written through kills and by shards, refused when foreign, trained on."""
 
 import dataclasses
 import json

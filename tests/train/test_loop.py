@@ -19,7 +19,7 @@ import tiny_run
 from eagle_jax.checkpoint import hf
 from eagle_jax.checkpoint.train_state import check_same, flatten
 from eagle_jax.config import OptimConfig
-from eagle_jax.train import guard, loop, metrics, objectives
+from eagle_jax.train import divergence, loop, metrics, objectives
 
 TESTS = str(Path(tiny_run.__file__).parent)
 
@@ -303,7 +303,7 @@ def test_read_ahead_passes_errors_on():
 @pytest.mark.parametrize("name", ["loss", "gradient_norm"])
 def test_divergence_names_the_step(name, target, tmp_path):
     report = metrics.Report(tmp_path, 0, 5, 1, None)
-    late = loop._Late(report, guard.Guard(target[0], tmp_path, []))
+    late = loop._Late(report, divergence.Guard(target[0], tmp_path, []))
     values = {"loss": jnp.asarray(1.0), "gradient_norm": jnp.asarray(1.0)}
     late.push(1, values)
     late.push(2, values | {name: jnp.asarray(jnp.nan)})

@@ -23,7 +23,7 @@ import tiny_run
 from orbax.checkpoint._src.path import atomicity
 
 from eagle_jax.checkpoint.train_state import Checkpoints, telling_full_disk
-from eagle_jax.train import data, guard, loop, metrics, objectives
+from eagle_jax.train import data, divergence, loop, metrics, objectives
 from eagle_jax.train.preemption import Preemption
 
 TESTS = Path(tiny_run.__file__).parent
@@ -343,8 +343,8 @@ def test_divergence_names_its_batch(finished, folder):
     assert len(rows) == 8
     line = str(told.value)
     assert f"at step {step}: training diverged on rows {', '.join(map(str, rows))} of" in line
-    assert str(output / guard.BATCH) in line and "\n" not in line
-    texts = [json.loads(x) for x in (output / guard.BATCH).read_text().splitlines()]
+    assert str(output / divergence.BATCH) in line and "\n" not in line
+    texts = [json.loads(x) for x in (output / divergence.BATCH).read_text().splitlines()]
     assert list(dict.fromkeys(x["row"] for x in texts)) == rows
     iterator = data.train_iterator(config.data)
     batch = [next(iterator) for _ in range(step)][-1]
@@ -368,13 +368,13 @@ def test_step_rows_are_those_of_the_batch(shards, finished):
         data.step_rows(config, 0)
 
 
-def check(watch: guard.Guard, step: int, loss: float) -> None:
+def check(watch: divergence.Guard, step: int, loss: float) -> None:
     watch.check(step, {"loss": loss, "gradient_norm": 1.0})
 
 
 def test_spike_stops_a_run(finished, tmp_path):
     config = dataclasses.replace(finished, stop_on_spike=2.0)
-    watch = guard.Guard(config, tmp_path, [])
+    watch = divergence.Guard(config, tmp_path, [])
     check(watch, 1, 9.0)
     check(watch, 2, 99.0)  # too early to know what is usual
     for step in range(3, 40):
@@ -382,16 +382,16 @@ def test_spike_stops_a_run(finished, tmp_path):
     check(watch, 40, 2.9)
     with pytest.raises(ValueError, match=r"loss=4.1 at step 41: above stop_on_spike=2 times the"):
         check(watch, 41, 4.1)
-    resumed = guard.Guard(config, tmp_path, [1.0 + step % 2 for step in range(30)])
+    resumed = divergence.Guard(config, tmp_path, [1.0 + step % 2 for step in range(30)])
     with pytest.raises(ValueError, match="on rows .* of data.train"):
         check(resumed, 31, 4.1)
-    off: Any = guard.Guard(finished, tmp_path, [1.0] * 50)
+    off: Any = divergence.Guard(finished, tmp_path, [1.0] * 50)
     check(off, 51, 1e9)
 
 
 def test_resumed_run_knows_the_losses_before(copy, finished, monkeypatch):
     seen = []
-    monkeypatch.setattr(guard, "Guard", lambda *arguments: seen.append(arguments[-1]))
+    monkeypatch.setattr(divergence, "Guard", lambda *arguments: seen.append(arguments[-1]))
     loop.run(copy)  # at its end already
     trace = metrics.read_trace(Path(finished.output_dir) / metrics.TRACE)
     assert seen == [[x["loss"] for x in trace if "loss" in x]]

@@ -15,7 +15,7 @@ from slow_models import packed as pack
 from eagle_jax.config import Eagle3Config, TrainingTimeTest
 from eagle_jax.models import Transformer, init_params
 from eagle_jax.testing import tiny_target
-from eagle_jax.train.objectives import TrainingTimeTestObjective, chain, means, ttt
+from eagle_jax.train.objectives import TrainingTimeTestObjective, eagle3, means, ttt_attention
 
 TARGET_CONFIG = tiny_target(VOCAB)
 TARGET = lively(init_params(Transformer, TARGET_CONFIG, 0), 0)
@@ -36,7 +36,7 @@ TOKENS = np.array([0, 2, 3, 5, 6, 8])
 D2T = (TOKENS - np.arange(6)).astype(np.int32)
 
 
-def objective(chunk=chain.CHUNK, draft=None, **settings):
+def objective(chunk=ttt_attention.CHUNK, draft=None, **settings):
     changed = dataclasses.replace(SETTINGS, **settings)
     if draft:
         changed = dataclasses.replace(changed, draft=dataclasses.replace(DRAFT, **draft))
@@ -241,13 +241,13 @@ def test_loss_gradient_and_metrics_match_the_slow_version(case):
 
 
 def shifted_labels(patch):
-    ahead = ttt.Labels.ahead
-    patch.setattr(ttt.Labels, "ahead", lambda self, by: ahead(self, by - 1))
+    ahead = eagle3.Labels.ahead
+    patch.setattr(eagle3.Labels, "ahead", lambda self, by: ahead(self, by - 1))
 
 
 def shifted_weights(patch):
-    original = ttt.next_weights
-    patch.setattr(ttt, "next_weights", lambda batch, by: original(batch, by - 1))
+    original = eagle3.next_weights
+    patch.setattr(eagle3, "next_weights", lambda batch, by: original(batch, by - 1))
 
 
 def standing_positions(patch):
@@ -261,14 +261,16 @@ def standing_positions(patch):
 
 
 def no_diagonal(patch):
-    attend = chain.attend
-    patch.setattr(chain, "attend", lambda q, real, own, *rest: attend(q, real, own[-1:], *rest))
+    attend = ttt_attention.attend
+    patch.setattr(
+        ttt_attention, "attend", lambda q, real, own, *rest: attend(q, real, own[-1:], *rest)
+    )
 
 
 def leaking_segments(patch):
-    attend = chain.attend
+    attend = ttt_attention.attend
     patch.setattr(
-        chain,
+        ttt_attention,
         "attend",
         lambda q, real, own, segments, chunk: attend(q, real, own, 0 * segments, chunk),
     )
@@ -286,14 +288,14 @@ def no_gate(patch):
 
 def deaf_sum(patch):
     """The gradient through the log-sum-exp is dropped, as jax's cuDNN attention does."""
-    causal = chain.causal
+    causal = ttt_attention.causal
 
     def changed(*arguments):
         both: Any = causal(*arguments)
         mixed, total = both
         return mixed, jax.lax.stop_gradient(total)
 
-    patch.setattr(chain, "causal", changed)
+    patch.setattr(ttt_attention, "causal", changed)
 
 
 BUGS = [

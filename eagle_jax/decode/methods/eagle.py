@@ -22,10 +22,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from eagle_jax.config import Eagle3Config, EagleConfig
-from eagle_jax.decode.accept import Exact
+from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
 from eagle_jax.decode.prefill import fill
-from eagle_jax.decode.sampling import likeliest, process, top_k
+from eagle_jax.decode.sampling import process
+from eagle_jax.decode.top_k import likeliest, top_k
 from eagle_jax.decode.tree import MC_SIM_7B_63, DynamicTree, Proposal, StaticTree, rerank
 from eagle_jax.models import cache as caches
 from eagle_jax.models.transformer import packed_mask

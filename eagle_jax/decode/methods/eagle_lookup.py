@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from eagle_jax.decode.accept import Exact
+from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
 from eagle_jax.decode.methods.eagle import Eagle, EagleState
 from eagle_jax.decode.methods.prompt_lookup import PromptLookup, lookup

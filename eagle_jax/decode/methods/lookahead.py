@@ -29,9 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from eagle_jax.decode.accept import Exact
+from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
-from eagle_jax.decode.sampling import argmax
+from eagle_jax.decode.top_k import argmax
 from eagle_jax.decode.tree import Proposal, Shape
 from eagle_jax.params import Params
 

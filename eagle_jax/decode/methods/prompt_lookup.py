@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from eagle_jax.decode.accept import Exact
+from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
 from eagle_jax.decode.tree import Proposal, chain
 from eagle_jax.params import Params

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from eagle_jax.decode.accept import Exact
+from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
-from eagle_jax.decode.sampling import top_k
+from eagle_jax.decode.top_k import top_k
 from eagle_jax.decode.tree import Proposal, StaticTree, best_tree
 from eagle_jax.params import Params
 

@@ -6,10 +6,11 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from eagle_jax.decode.accept import Exact, Rejection
+from eagle_jax.decode.acceptance import Exact, Rejection
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
 from eagle_jax.decode.prefill import fill
-from eagle_jax.decode.sampling import argmax, draft_noise, perturb
+from eagle_jax.decode.sampling import draft_noise, perturb
+from eagle_jax.decode.top_k import argmax
 from eagle_jax.decode.tree import Proposal, chain
 from eagle_jax.models import Cache
 from eagle_jax.models import cache as caches

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from eagle_jax.decode.accept import Exact
+from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
 from eagle_jax.decode.tree import Proposal, StaticTree
 from eagle_jax.params import Params

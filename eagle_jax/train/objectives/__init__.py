@@ -18,10 +18,10 @@ distribution | mask[i+2+j] |
 from eagle_jax.train.objectives.base import Batch, Objective, Sums, means
 from eagle_jax.train.objectives.build import assemble, build, target_directory
 from eagle_jax.train.objectives.distillation import DistillationObjective
-from eagle_jax.train.objectives.features import FeatureRegressionObjective
+from eagle_jax.train.objectives.eagle1 import FeatureRegressionObjective
+from eagle_jax.train.objectives.eagle3 import TrainingTimeTestObjective
 from eagle_jax.train.objectives.medusa import MedusaObjective
 from eagle_jax.train.objectives.next_token import NextTokenObjective
-from eagle_jax.train.objectives.ttt import TrainingTimeTestObjective
 
 __all__ = [
     "Batch",

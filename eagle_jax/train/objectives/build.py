@@ -16,11 +16,11 @@ from eagle_jax.text import Tokenizer
 from eagle_jax.train import data
 from eagle_jax.train.objectives.base import Objective
 from eagle_jax.train.objectives.distillation import DistillationObjective
-from eagle_jax.train.objectives.features import FeatureRegressionObjective
+from eagle_jax.train.objectives.eagle1 import FeatureRegressionObjective
+from eagle_jax.train.objectives.eagle3 import TrainingTimeTestObjective
 from eagle_jax.train.objectives.medusa import MedusaObjective
 from eagle_jax.train.objectives.next_token import NextTokenObjective
 from eagle_jax.train.objectives.target import ENDS
-from eagle_jax.train.objectives.ttt import TrainingTimeTestObjective
 from eagle_jax.vocabulary import draft_vocabulary
 
 _PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained"

@@ -1,7 +1,7 @@
 """Are the GPU kernels right on this device? Passes of the target with them and without.
 
-    python benchmarks/agree.py --shape 7b
-    python benchmarks/agree.py --shape 8b --quantize int8 --tensor 2
+    python benchmarks/check_kernels.py --shape 7b
+    python benchmarks/check_kernels.py --shape 8b --quantize int8 --tensor 2
 
 Two layers, random weights, caches of noise, one of them short; one token, a few, and trees of many.
 Logits, the ten best of them, keys and values of the block and of the cache after a commit: by the
@@ -25,7 +25,7 @@ from loops import Slots
 
 from eagle_jax import sharding
 from eagle_jax.config import TransformerConfig
-from eagle_jax.decode.sampling import likeliest
+from eagle_jax.decode.top_k import likeliest
 from eagle_jax.decode.tree import MC_SIM_7B_63, StaticTree, chain, static_tree
 from eagle_jax.models import Transformer, bind, kernels
 from eagle_jax.models import cache as caches
@@ -130,7 +130,7 @@ def main() -> int:
             rows.append(compared(params, slots, tree, used or args.used, interpreted))
     common.report(
         rows,
-        benchmark="agree",
+        benchmark="check_kernels",
         shape=args.shape,
         quantize=args.quantize,
         tensor=args.tensor,

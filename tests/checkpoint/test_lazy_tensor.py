@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from eagle_jax.checkpoint import safetensors, stored
-from eagle_jax.checkpoint.stored import Stored
+from eagle_jax.checkpoint import lazy_tensor, safetensors
+from eagle_jax.checkpoint.lazy_tensor import LazyTensor
 
 
 def test_some_rows(monkeypatch):
     """Catches rows in another order, of another block, and blocks that nobody asked for."""
-    monkeypatch.setattr(stored, "_BLOCK", 4)
+    monkeypatch.setattr(lazy_tensor, "_BLOCK", 4)
     whole, seen = np.arange(22).reshape(11, 2), []
 
     def part(start, stop):
@@ -19,7 +19,7 @@ def test_some_rows(monkeypatch):
     def load():
         raise AssertionError("read as a whole")
 
-    tensor = Stored(whole.shape, whole.dtype, load, part)
+    tensor = LazyTensor(whole.shape, whole.dtype, load, part)
     chosen = np.array([10, 1, 9, 0, 1])
     found = tensor.rows(chosen)
     assert (found.shape, found.dtype) == ((5, 2), whole.dtype) and not seen
@@ -36,6 +36,6 @@ def test_some_rows_of_a_file(tmp_path, dtype):
     safetensors.write(tmp_path / "x.safetensors", {"x": whole})
     chosen = np.array([2099, 0, 1024, 1023])
     tensor = safetensors.stored(tmp_path / "x.safetensors")["x"]
-    for rows in (tensor.rows(chosen), stored.lazily(whole).rows(chosen)):
+    for rows in (tensor.rows(chosen), lazy_tensor.lazily(whole).rows(chosen)):
         found = np.asarray(rows)
         assert found.dtype == whole.dtype and found.tobytes() == whole[chosen].tobytes()

@@ -17,7 +17,7 @@ _BLOCK = 1024  # rows that are read at a time where some are chosen
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stored:
+class LazyTensor:
     """A tensor in a file; `np.asarray(stored)` reads it, anew each time.
 
     Attributes:
@@ -32,7 +32,7 @@ class Stored:
     dtype: np.dtype
     load: Callable[[], np.ndarray]
     part: Callable[[int, int], np.ndarray] | None = None
-    base: Stored | None = None
+    base: LazyTensor | None = None
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         del copy  # what is read is always new
@@ -51,7 +51,7 @@ class Stored:
         else:
             yield from (part(start, min(start + rows, len(self))) for start in starts)
 
-    def rows(self, chosen: np.ndarray) -> Stored:
+    def rows(self, chosen: np.ndarray) -> LazyTensor:
         """These rows, in this order; of the others a block at a time is in memory."""
 
         def load() -> np.ndarray:
@@ -63,7 +63,7 @@ class Stored:
                 result[inside] = block[chosen[inside] - start]
             return result
 
-        return Stored((len(chosen), *self.shape[1:]), self.dtype, load)
+        return LazyTensor((len(chosen), *self.shape[1:]), self.dtype, load)
 
     @property
     def nbytes(self) -> int:
@@ -71,21 +71,21 @@ class Stored:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
-    def T(self) -> Stored:
+    def T(self) -> LazyTensor:
         """Transposed."""
         if self.base is not None:
             return self.base
-        return Stored(self.shape[::-1], self.dtype, lambda: self.load().T, base=self)
+        return LazyTensor(self.shape[::-1], self.dtype, lambda: self.load().T, base=self)
 
-    def astype(self, dtype: Any) -> Stored:
+    def astype(self, dtype: Any) -> LazyTensor:
         """In another dtype, cast when it is read."""
         dtype = np.dtype(dtype)
         if dtype == self.dtype:
             return self
-        return Stored(self.shape, dtype, lambda: self.load().astype(dtype))
+        return LazyTensor(self.shape, dtype, lambda: self.load().astype(dtype))
 
 
-def cast(name: str, tensor: Stored, dtype: Any) -> Stored:
+def cast(name: str, tensor: LazyTensor, dtype: Any) -> LazyTensor:
     """A weight in another dtype, cast when it is read.
 
     Raises:
@@ -106,10 +106,10 @@ def cast(name: str, tensor: Stored, dtype: Any) -> Stored:
             )
         return result
 
-    return Stored(tensor.shape, dtype, load)
+    return LazyTensor(tensor.shape, dtype, load)
 
 
-def equal(one: Stored, two: Stored) -> bool:
+def equal(one: LazyTensor, two: LazyTensor) -> bool:
     """Whether two tensors are the same, block by block."""
     if (one.shape, one.dtype) != (two.shape, two.dtype):
         return False
@@ -120,8 +120,8 @@ def equal(one: Stored, two: Stored) -> bool:
     return all(np.array_equal(a, b) for a, b in pairs)
 
 
-def lazily(array: Any) -> Stored:
+def lazily(array: Any) -> LazyTensor:
     """Any array, numpy's or JAX's, as a `Stored`; one that is a `Stored` stays as it is."""
-    if isinstance(array, Stored):
+    if isinstance(array, LazyTensor):
         return array
-    return Stored(tuple(array.shape), np.dtype(array.dtype), lambda: np.asarray(array))
+    return LazyTensor(tuple(array.shape), np.dtype(array.dtype), lambda: np.asarray(array))

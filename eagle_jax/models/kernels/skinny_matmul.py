@@ -41,7 +41,7 @@ def tile(rows: int, width: int, columns: int, itemsize: int) -> Tile | None:
     """The cut for so many rows and a matrix [width, columns]; None where none fits.
 
     The numbers are those of the fastest cuts of a sweep over the matrices of a 7B model on an H100;
-    `benchmarks/cuts.py` sweeps.
+    `benchmarks/tile_sweep.py` sweeps.
     """
     wide, step, stages = 128, 64, 4
     programs = 256 if itemsize == 1 else _MANY

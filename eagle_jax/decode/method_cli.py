@@ -1,4 +1,4 @@
-"""Methods by name, and any method as options of a command line: `--method eagle --tree chain-3`.
+"""Any method as options of a command line: `--method eagle --tree chain-3`.
 
 `spell` and `parse` are each other's inverse, so that a method can be stored, read and pasted.
 """
@@ -9,55 +9,18 @@ import argparse
 import dataclasses
 import functools
 import shlex
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NoReturn
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
-import jax
-
-from eagle_jax.decode.accept import Exact, Rejection, Typical
+from eagle_jax.decode.acceptance import Exact, Rejection, Typical
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.methods.eagle import Eagle
 from eagle_jax.decode.methods.eagle_lookup import EagleLookup
-from eagle_jax.decode.methods.lookahead import Lookahead
-from eagle_jax.decode.methods.medusa import Medusa
 from eagle_jax.decode.methods.prompt_lookup import PromptLookup
-from eagle_jax.decode.methods.recycling import Recycling
-from eagle_jax.decode.methods.speculative import Speculative
-from eagle_jax.decode.methods.vanilla import Vanilla
-from eagle_jax.decode.tree import (
-    MC_SIM_7B_63,
-    DynamicTree,
-    StaticTree,
-    named_tree,
-    static_tree,
-    tree_name,
-)
+from eagle_jax.decode.registry import AUTO, METHODS, unknown
+from eagle_jax.decode.tree import DynamicTree, StaticTree, named_tree, tree_name
 from eagle_jax.settings import override
 
-AUTO: Literal["auto"] = "auto"
-
-# One level wide on CPUs, where every draft step costs a third of a target pass and every verified
-# token costs arithmetic (python -m eagle_jax.evaluate compares); the paper's tree elsewhere.
-_CPU_TREE = static_tree([[0], [1], [2]])
-
-
-def default_tree() -> StaticTree:
-    """The tree that `method="eagle"` uses on this backend."""
-    return _CPU_TREE if jax.default_backend() == "cpu" else MC_SIM_7B_63
-
-
-METHODS: Mapping[str, Callable[[], Method]] = {
-    "vanilla": Vanilla,
-    "eagle": lambda: Eagle(default_tree()),
-    "eagle2": lambda: Eagle(DynamicTree()),
-    "eagle3": lambda: Eagle(DynamicTree(depth=8), head="eagle3"),
-    "eagle_lookup": lambda: EagleLookup(Eagle(default_tree())),
-    "medusa": Medusa,
-    "speculative": Speculative,
-    "lookahead": Lookahead,
-    "prompt_lookup": PromptLookup,
-    "recycling": Recycling,
-}
 _RULES = {"exact": Exact, "rejection": Rejection, "typical": Typical}
 _SHORT = 24  # letters of a tree that a label still shows
 
@@ -118,11 +81,6 @@ def method_of(args: argparse.Namespace) -> Any:
     inner = dataclasses.replace(inner, **changes)
     method = dataclasses.replace(method, eagle=inner) if _has_drafter(method) else inner
     return override(method, args.set)
-
-
-def unknown(name: str) -> str:
-    """What to say of a name that is no method's."""
-    return f"method={name!r}: unknown; use one of {', '.join((*METHODS, AUTO))}"
 
 
 def parse(text: str) -> Any:

@@ -16,7 +16,7 @@ from eagle_jax.models import kernels
 from eagle_jax.sharding import Logical
 
 
-def apart(
+def per_device(
     function: Callable[..., Any],
     modules: Mapping[str, nnx.Module],
     args: tuple[Any, ...],

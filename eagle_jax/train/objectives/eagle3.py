@@ -3,7 +3,7 @@
 Each row drafts a chain of its own, on the text's tokens. Row t at step j reads token t + 1 + j and
 the state that step j - 1 left at row t (at step 0 the fused features of the target), at rotary
 position t + j, and predicts token t + 2 + j: its label is the target's distribution at row
-t + 1 + j. `chain.py` has the attention.
+t + 1 + j. `ttt_attention.py` has the attention.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from eagle_jax import config as configs
 from eagle_jax.checkpoint import hf
 from eagle_jax.models import Eagle3Draft, bind, init_params
 from eagle_jax.models.attention import AttentionKernel
-from eagle_jax.train.objectives import chain, target
+from eagle_jax.train.objectives import target, ttt_attention
 from eagle_jax.train.objectives.base import (
     Batch,
     Sums,
@@ -77,7 +77,7 @@ class TrainingTimeTestObjective:
         target_config, target: the frozen target.
         d2t: int32 [draft vocabulary]; see `eagle_jax.vocabulary`.
         coverage: share of the training text inside the draft vocabulary.
-        kernel: of the target's pass; `chain.causal` says why not of the draft's.
+        kernel: of the target's pass; `ttt_attention.causal` says why not of the draft's.
         remat: as in `TrainConfig`: also of the draft's products and of the logits of all steps
             (float32, steps x tokens x draft vocabulary), which are kept otherwise.
         chunk: queries whose attention scores are held at once.
@@ -90,7 +90,7 @@ class TrainingTimeTestObjective:
     coverage: float | None = None
     kernel: AttentionKernel = "xla"
     remat: bool = False
-    chunk: int = chain.CHUNK
+    chunk: int = ttt_attention.CHUNK
 
     @property
     def vocab_size(self) -> int:
@@ -134,7 +134,7 @@ class TrainingTimeTestObjective:
         # Scores of attention of all steps at once would not fit: they are computed again. Of a
         # step's layer the backward pass keeps what it read and its attention's result, and results
         # of products where there is room.
-        keep = jax.checkpoint_policies.save_only_these_names(chain.SAVED)
+        keep = jax.checkpoint_policies.save_only_these_names(ttt_attention.SAVED)
         if not self.remat:
             products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             keep = jax.checkpoint_policies.save_from_both_policies(keep, products)
@@ -197,7 +197,7 @@ class TrainingTimeTestObjective:
         )
         pair = (keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3))
         real, *own = *pairs, pair
-        mixed = chain.attend(query, real, own, batch["segment_ids"], self.chunk)
+        mixed = ttt_attention.attend(query, real, own, batch["segment_ids"], self.chunk)
         mixed = layer.self_attn.o_proj(mixed.reshape(*state.shape[:2], -1))
         return layer.leave(state, mixed), pair
 

@@ -8,9 +8,9 @@
 
 The batch has one shape at a time: rows, of which those without a request are done. A new prompt
 runs through a prefill of its own and its state takes the place of a finished row's. With a table
-of methods the batch shrinks and grows with the load (`eagle_jax.decode.stages`): a request moves
-as a prompt that has its answer so far behind it, since noise is keyed by position. So every answer
-is that of `generate` alone with the same seed, whatever else is decoded, whenever and by what.
+of methods the batch shrinks and grows with the load (`eagle_jax.decode.batching.schedule`): a
+request moves as a prompt that has its answer so far behind it, since noise is keyed by position.
+So every answer is that of `generate` alone with the same seed, whatever else is decoded.
 """
 
 from __future__ import annotations
@@ -26,10 +26,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from eagle_jax.decode import Options, check_seeds, encode, engine
+from eagle_jax.decode import executables
+from eagle_jax.decode.batching.schedule import (
+    Stage,
+    Table,
+    check_count,
+    methods,
+    pause,
+    stages,
+    wanted,
+)
 from eagle_jax.decode.method import Method
+from eagle_jax.decode.program import bucket_prompt
+from eagle_jax.decode.prompts import encode
 from eagle_jax.decode.sampling import sampling
-from eagle_jax.decode.stages import Stage, Table, check_count, methods, pause, stages, wanted
+from eagle_jax.decode.session import Options, check_seeds
 from eagle_jax.params import Params
 from eagle_jax.text import StreamDecoder
 
@@ -193,7 +204,7 @@ class Batcher:
         self._stages = stages(params, table, options, self._max_prompt, prefill_rows)
         self._params = self._stages[-1].params  # no draft of `params` that nobody uses is kept
         self._chunk, self._longest_queue = chunk, waiting
-        self._clock = engine.Clock()
+        self._clock = executables.Clock()
 
         self._lock = threading.Lock()
         self._ids = itertools.count()
@@ -288,7 +299,7 @@ class Batcher:
         if not live:
             return []
         rounds, enough = pause(self._stages, stage, live, len(self._queue), here)
-        self._state = engine.advance(
+        self._state = executables.advance(
             stage.program,
             stage.params,
             self._state,
@@ -310,14 +321,14 @@ class Batcher:
         longest = self._max_prompt
         if len(self._stages) > 1:  # a prefill may be of an answer too
             longest = min(longest + self._max_new_tokens, self._context) - 1
-        sizes = {min(engine.bucket_prompt(length + 1), longest) for length in range(longest)}
+        sizes = {min(bucket_prompt(length + 1), longest) for length in range(longest)}
         before, live = self._stage, self._leave()
         for stage in (*(stage for stage in self._stages if stage is not before), before):
             self._enter(stage)
             for size in sorted(sizes):
                 nobody = _Request(-1, np.zeros(size, np.int32), size, 0, None, 0)
                 self._prefill([nobody], [stage.rows])
-            self._state = engine.advance(
+            self._state = executables.advance(
                 stage.program, stage.params, self._state, self._settings, self._clock, 0
             )
             if stage is not before:
@@ -378,7 +389,7 @@ class Batcher:
         """A batch of this size, without requests."""
         self._stage, self._entered = stage, self._passes
         self._rows: list[_Request | None] = [None] * stage.rows
-        self._state = engine.vacant(stage.program, stage.params, stage.rows, self._clock)
+        self._state = executables.vacant(stage.program, stage.params, stage.rows, self._clock)
 
     def _next_group(self) -> list[_Request]:
         """Up to `prefill_rows` waiting requests, as many as rows are free."""
@@ -403,7 +414,7 @@ class Batcher:
         stage = self._stage
         missing = stage.prefill_rows - len(group)
         group, rows = group + group[:1] * missing, rows + [stage.rows] * missing
-        self._state = engine.replace_rows(
+        self._state = executables.replace_rows(
             stage.program,
             stage.params,
             self._state,

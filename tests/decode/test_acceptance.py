@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from eagle_jax.decode.accept import Exact, Rejection, Typical, walk
+from eagle_jax.decode.acceptance import Exact, Rejection, Typical, walk
 from eagle_jax.decode.method import Accepted, Context, Rule
 from eagle_jax.decode.sampling import Sampling, draft_noise, perturb, position_noise, sampling
 from eagle_jax.decode.tree import Proposal, Shape, chain

@@ -1,13 +1,13 @@
 """How should products of few rows be cut on this GPU? Microseconds of our kernels and of XLA.
 
-    python benchmarks/cuts.py --shape 7b
-    python benchmarks/cuts.py --shape 8b --rows 1 60 --quantize int8
+    python benchmarks/tile_sweep.py --shape 7b
+    python benchmarks/tile_sweep.py --shape 8b --rows 1 60 --quantize int8
 
 Every matrix of a layer and the head, by every cut at hand; several of each, so that none is in the
-device's cache. Gate and up are one launch, `kernels.product.gated`, all others `product`. `now` is
-the cut that `tile` (`gated_tile`) chooses, `best` the fastest. A product adds to the next one's
-operand: that is in the figures, for all alike. It says what could be changed in `tile`, and runs
-where the kernels do: on NVIDIA GPUs (`--shape tiny` anywhere, slowly).
+device's cache. Gate and up are one launch, `kernels.skinny_matmul.gated`, all others `product`.
+`now` is the cut that `tile` (`gated_tile`) chooses, `best` the fastest. A product adds to the
+next one's operand: that is in the figures, for all alike. It says what could be changed in
+`tile`, and runs where the kernels do: on NVIDIA GPUs (`--shape tiny` anywhere, slowly).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import shapes
 
 from eagle_jax.models import kernels, quantize
 from eagle_jax.models.kernels import device
-from eagle_jax.models.kernels.product import Tile, gated, gated_tile, product, tile
+from eagle_jax.models.kernels.skinny_matmul import Tile, gated, gated_tile, product, tile
 
 _BYTES = 2**28  # of matrices that are read in turn: more than any cache holds
 _CUTS = ((128, 64), (64, 64), (64, 128), (128, 32), (128, 128), (256, 64), (32, 128), (64, 256))
@@ -169,7 +169,7 @@ def main() -> None:
         device.INTERPRET = False  # whatever runs in this process afterwards
     common.report(
         found,
-        benchmark="cuts",
+        benchmark="tile_sweep",
         shape=args.shape,
         quantize=args.quantize,
         copy_GBps=args.copy / 1e9,

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from eagle_jax.decode.method import Accepted, Context
-from eagle_jax.decode.sampling import argmax, position_uniform, process
+from eagle_jax.decode.sampling import position_uniform, process
+from eagle_jax.decode.top_k import argmax
 from eagle_jax.decode.tree import Proposal
 from eagle_jax.types import Logits
 

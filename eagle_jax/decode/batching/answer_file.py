@@ -20,8 +20,9 @@ from typing import Any
 from tqdm import tqdm
 
 from eagle_jax import distributed
-from eagle_jax.decode import Options, engine
-from eagle_jax.decode.batcher import Batcher, Piece
+from eagle_jax.decode.batching.batcher import Batcher, Piece
+from eagle_jax.decode.program import bucket_prompt
+from eagle_jax.decode.session import Options
 from eagle_jax.params import Params
 from eagle_jax.text import read_prompts
 
@@ -136,7 +137,7 @@ def answer_file(
 
 
 def _bucket(ids: Sequence[int]) -> int:
-    return engine.bucket_prompt(len(ids))
+    return bucket_prompt(len(ids))
 
 
 def _decode(

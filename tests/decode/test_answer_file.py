@@ -10,7 +10,7 @@ import pytest
 import eagle_jax
 from eagle_jax.decode import generate
 from eagle_jax.decode.__main__ import main
-from eagle_jax.decode.batch import answer_file
+from eagle_jax.decode.batching.answer_file import answer_file
 from eagle_jax.params import Params
 
 NEW = 60

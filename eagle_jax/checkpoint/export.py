@@ -27,7 +27,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from eagle_jax.checkpoint import drafts, files, hf, safetensors
-from eagle_jax.checkpoint.stored import Stored, cast, lazily
+from eagle_jax.checkpoint.lazy_tensor import LazyTensor, cast, lazily
 from eagle_jax.config import DraftConfig, Eagle3Config, EagleConfig, MedusaConfig, TransformerConfig
 
 LAYOUTS = ("official", "sglang", "speculators")
@@ -71,7 +71,7 @@ class Target:
     """
 
     config: TransformerConfig
-    embedding: Stored
+    embedding: LazyTensor
     name: str = ""
     architectures: Sequence[str] = ()
 
@@ -85,7 +85,7 @@ def write(
     *,
     target: Target | None = None,
     extra: Mapping[str, Any] | None = None,
-    embedding: Stored | None = None,
+    embedding: LazyTensor | None = None,
     bar: Callable[[int], AbstractContextManager[Bar]] = lambda total: NoBar(),
 ) -> None:
     """Writes a draft, reads it again and compares.
@@ -115,7 +115,7 @@ def write(
     if getattr(config, "draft_vocab_size", None) is None:
         settings.pop(drafts.COVERAGE, None)  # of a draft vocabulary that the layout has not
     tensors = _tensors(config, params, layout, dtype)
-    beside: dict[str, Stored] = {}
+    beside: dict[str, LazyTensor] = {}
     has_own = isinstance(config, Eagle3Config) and config.target_hidden_size is not None
     takes_one = layout != "sglang" and not isinstance(config, MedusaConfig) and not has_own
     if embedding is not None and takes_one:
@@ -143,8 +143,8 @@ def write(
 
 def compare(
     directory: Path,
-    found: Mapping[str, Stored],
-    expected: Mapping[str, Stored],
+    found: Mapping[str, LazyTensor],
+    expected: Mapping[str, LazyTensor],
     progress: Bar,
 ) -> None:
     """Raises ValueError unless both have the same names, dtypes and bits; one tensor at a time."""
@@ -207,7 +207,7 @@ def _file(config: DraftConfig, layout: str) -> str:
     return "medusa_lm_head.safetensors" if medusa else "model.safetensors"
 
 
-def _cast(array: Any, dtype: str) -> Stored:
+def _cast(array: Any, dtype: str) -> LazyTensor:
     array = lazily(array)
     return array if array.dtype.kind in "iub" else array.astype(dtype)
 

@@ -20,8 +20,9 @@ import safetensors.numpy
 import torch
 from model_directories import assert_same, edit, message, random_params
 
-from eagle_jax.checkpoint import drafts, files, hf, serving
-from eagle_jax.checkpoint.stored import lazily
+from eagle_jax.checkpoint import drafts, files, hf
+from eagle_jax.checkpoint import export as exporting
+from eagle_jax.checkpoint.lazy_tensor import lazily
 from eagle_jax.config import Eagle3Config, EagleConfig, MedusaConfig, TransformerConfig
 from eagle_jax.models import DRAFTS, Transformer, bind
 from eagle_jax.models.transformer import packed_mask
@@ -298,9 +299,9 @@ def check_same(got: np.ndarray, expected: np.ndarray, error: float = 1e-4) -> No
 def export(source, to, layout, **options):
     config, params = hf.open_draft(source, TARGET)
     embedding = lazily(target_params()["embed_tokens.embedding"])
-    target = serving.Target(TARGET, embedding, "some/target", ["LlamaForCausalLM"])
+    target = exporting.Target(TARGET, embedding, "some/target", ["LlamaForCausalLM"])
     with files.staged(to) as directory:
-        serving.write(
+        exporting.write(
             directory,
             config,
             params,
@@ -329,7 +330,7 @@ def test_exports_compute_the_same_and_come_back_bit_by_bit(tmp_path, name):
     source = publish(tmp_path / "head", kind, keys, **variant)
     config, params = hf.load_draft(source, TARGET)
     narrow = isinstance(config, Eagle3Config) and config.target_hidden_size
-    for layout in serving.LAYOUTS:
+    for layout in exporting.LAYOUTS:
         if (layout != "official" and kind == "medusa") or (narrow and layout == "sglang"):
             assert layout in message(export, source, tmp_path / layout, layout)
             continue
@@ -347,7 +348,7 @@ def test_exports_compute_the_same_and_come_back_bit_by_bit(tmp_path, name):
 
 
 def test_medusa_from_torch_and_back(tmp_path):
-    """Catches heads under another name, and a layout that a serving stack does not have."""
+    """Catches heads under another name, and a layout that a exporting stack does not have."""
     config = MedusaConfig(vocab_size=40, hidden_size=24, num_heads=2)
     params = random_params(config)
     hf.save_draft(tmp_path / "saved", config, params, "float32")
@@ -370,7 +371,7 @@ def test_medusa_from_torch_and_back(tmp_path):
 def test_words_of_the_serving_stacks(tmp_path):
     """Catches a key that a stack reads and finds missing, whose default is another model."""
     source = publish(tmp_path / "head", "eagle3", {"rope_theta": 300.0}, embedding=False)
-    stored = {x: export(source, tmp_path / x, x) for x in serving.LAYOUTS}
+    stored = {x: export(source, tmp_path / x, x) for x in exporting.LAYOUTS}
     said = {x: json.loads((path / "config.json").read_text()) for x, path in stored.items()}
     tensors = {
         x: safetensors.numpy.load_file(path / "model.safetensors") for x, path in stored.items()
@@ -472,7 +473,7 @@ MISTAKES = [
 SEEDED = [
     pytest.param(kind, mistake, layout, id=f"{kind}-{mistake.__name__}-{layout}")
     for kind, mistake in MISTAKES
-    for layout in serving.LAYOUTS
+    for layout in exporting.LAYOUTS
     if (kind, layout) != ("eagle", "speculators")
     and (mistake, layout) != (random_embedding, "sglang")
 ]
@@ -586,7 +587,7 @@ def test_seeded_misreadings_are_seen(tmp_path, name):
         check_same(ours(source, mistake), theirs(source), 1e-3)
 
 
-@pytest.mark.parametrize("layout", serving.LAYOUTS)
+@pytest.mark.parametrize("layout", exporting.LAYOUTS)
 @pytest.mark.parametrize(
     ("part", "mistake"),
     [
@@ -605,14 +606,14 @@ def test_an_export_that_reads_otherwise_does_not_count(
 ):
     """Catches an export that is not read again: a fault of the writer would reach a user."""
     source = publish(tmp_path / "head", "eagle3", {"rope_theta": 300.0})
-    right = getattr(serving, part)
+    right = getattr(exporting, part)
 
     def wrong(*arguments):
         result = right(*arguments)
         mistake(result)
         return result
 
-    monkeypatch.setattr(serving, part, wrong)
+    monkeypatch.setattr(exporting, part, wrong)
     message(export, source, tmp_path / "new", layout)
     assert [path.name for path in tmp_path.iterdir()] == ["head"]
 
@@ -620,12 +621,12 @@ def test_an_export_that_reads_otherwise_does_not_count(
 def test_an_embedding_that_is_written_wrongly_does_not_count(tmp_path, monkeypatch):
     """Catches an embedding of random numbers in an export: only its reader's acceptance tells."""
     source = publish(tmp_path / "head", "eagle3", {})
-    right = serving.safetensors.write
+    right = exporting.safetensors.write
 
     def wrong(path, tensors, *arguments):
         right(path, tensors | {"embed_tokens.weight": noise(np.zeros((V, D)))}, *arguments)
 
-    monkeypatch.setattr(serving.safetensors, "write", wrong)
+    monkeypatch.setattr(exporting.safetensors, "write", wrong)
     said = message(export, source, tmp_path / "new", "speculators")
     assert "embed_tokens.weight reads otherwise than written" in said
     assert [path.name for path in tmp_path.iterdir()] == ["head"]

@@ -21,7 +21,7 @@ import numpy as np
 
 from eagle_jax import sharding
 from eagle_jax.checkpoint import files
-from eagle_jax.decode import named
+from eagle_jax.decode import method_cli
 from eagle_jax.decode.method import Method
 from eagle_jax.params import Params, shipped_name
 from eagle_jax.types import ParamDict
@@ -207,7 +207,7 @@ def table(params: Params, rows: int, temperature: float) -> dict[int, Method]:
 
 def _parsed(entry: Entry, params: Params, rows: int, temperature: float) -> Method:
     try:
-        return named.parse(entry["method"])
+        return method_cli.parse(entry["method"])
     except ValueError as error:
         raise ValueError(
             f"{entry['path']}: method {entry['method']!r}: {error}; run "

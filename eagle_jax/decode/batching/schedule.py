@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from eagle_jax.decode import Options, engine, tuned
+from eagle_jax.decode import tuning_store
 from eagle_jax.decode.method import Method
-from eagle_jax.decode.named import AUTO
+from eagle_jax.decode.program import Program
+from eagle_jax.decode.registry import AUTO
+from eagle_jax.decode.session import Options
 from eagle_jax.params import Params
 
 Table = Mapping[int, str | Method]
@@ -41,7 +43,7 @@ class Stage:
     rows: int
     prefill_rows: int
     method: Method
-    program: engine.Program
+    program: Program
     params: Params
 
 
@@ -63,7 +65,7 @@ def methods(
             raises of a method.
     """
     if isinstance(method, str) and method == AUTO:
-        method = tuned.table(params, rows, options.temperature)
+        method = tuning_store.table(params, rows, options.temperature)
     table = method if isinstance(method, Mapping) else {rows: method}
     for size in table:
         check_count("batch size", size)

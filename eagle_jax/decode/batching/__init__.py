@@ -1,0 +1,1 @@
+"""Continuous batching: requests come and go between two chunks of the loop."""

@@ -1,0 +1,99 @@
+"""What a compiled loop is made of: its static settings, its state, and the sizes of its buffers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jaxtyping import Array, Bool, Int, UInt32
+
+from eagle_jax.config import DraftConfig, TransformerConfig
+from eagle_jax.decode.method import Method, Models
+from eagle_jax.models import DRAFTS, Cache, Transformer, attention, bind
+from eagle_jax.params import Params
+
+# Attention reads every slot of the cache, so a few sizes are compiled, not one per length.
+_PROMPT_BUCKET = 128
+_SLOT_BUCKET = 256
+_FINE = 1024  # from here on, the half steps between powers of two are sizes too
+_GROWING = 2048  # caches that need more slots begin with fewer and grow
+
+# Of an exact program, whatever the method: rows of a target pass, slots that a round may take.
+EXACT_ROWS = 128
+EXACT_DEPTH = attention.SPAN
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Everything that changes between rounds; fixed shapes, resumable.
+
+    Attributes:
+        tokens: [b, c] committed tokens, prompt included; 0 from `length` on.
+        length: [b] committed tokens.
+        limit: [b] length at which a row stops.
+        done: [b] the row has met its limit or an end token.
+        seeds: [b] of each row's noise.
+        cache: the target's keys and values of the first `length - 1` tokens.
+        method: the method's own state.
+        rounds: [b] target passes so far, one a round.
+        accepted: [b, n] rounds that committed this many drafted tokens.
+    """
+
+    tokens: Int[Array, "b c"]
+    length: Int[Array, " b"]
+    limit: Int[Array, " b"]
+    done: Bool[Array, " b"]
+    seeds: UInt32[Array, " b"]
+    cache: Cache
+    method: Any
+    rounds: Int[Array, " b"]
+    accepted: Int[Array, "b n"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Static settings of a compiled loop: the jit key.
+
+    Attributes:
+        method: the proposer.
+        target, draft: architectures.
+        slots: c, capacity for committed tokens and for caches.
+        eos: token ids that end an answer.
+        exact: every target pass has the same shape and order of summation, whatever the method.
+    """
+
+    method: Method
+    target: TransformerConfig
+    draft: DraftConfig | None
+    slots: int
+    eos: tuple[int, ...]
+    exact: bool = False
+
+    def models(self, params: Params) -> Models:
+        draft = None
+        if self.draft is not None:
+            kind = self.draft.kind
+            draft = bind(DRAFTS[kind], self.draft, params.drafts[kind].params)
+        return Models(bind(Transformer, self.target, params.target), draft)
+
+
+def bucket_prompt(length: int) -> int:
+    """Padded prompt length: a power of two, at least 128; of long ones three quarters too."""
+    size = 1 << (length - 1).bit_length()
+    if size > _FINE and length <= size // 4 * 3:
+        size = size // 4 * 3
+    return max(_PROMPT_BUCKET, size)
+
+
+def capacity(prompt_bucket: int, new_tokens: int, depth: int) -> int:
+    """Slots for prompt and answer, with slack: a round writes `depth + 1` slots past the end."""
+    needed = prompt_bucket + new_tokens + depth + 1
+    return -(-needed // _SLOT_BUCKET) * _SLOT_BUCKET
+
+
+def opening(prompt_bucket: int, slots: int, depth: int) -> int:
+    """Slots to begin with where `slots` may be needed in the end: the cost of a round follows the
+    text that there is, not the longest that there may be. See `grow`."""
+    return min(slots, max(_GROWING, bucket_prompt(prompt_bucket + depth + 2)))
