@@ -53,18 +53,21 @@ def _line(row: dict[str, Any]) -> str:
     return f"{' '.join(cells)}  {sent or '-'}; {kernels}host: {host}; {seconds}"
 
 
-def main() -> None:
-    """Parse, compile, print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eagle_jax.aot",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The command line."""
+    out = cli.Parser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    settings.add_arguments(parser, "an AotConfig file")
-    arguments = parser.parse_args()
+    settings.add_arguments(out, "an AotConfig file")
+    return out
+
+
+def main(argv: list[str] | None = None, prog: str = "python -m eagle_jax.aot") -> None:
+    """Parses, compiles, prints. Compiled programs are not kept: their compile time is a result."""
+    args = parser(prog).parse_args(argv)
     # Constants that are made while tracing live on the CPU; a TPU, if there is one, is left alone.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    config = settings.load(arguments.config, arguments.overrides, kind=AotConfig)
+    config = settings.load(args.config, args.overrides, kind=AotConfig)
     print(_title(), file=sys.stderr)
     rows = []
     for row in compile_all(config):

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         default="eagle",
         help="eagle (default), eagle2, eagle3, eagle_lookup, medusa, speculative, lookahead, "
-        "prompt_lookup, recycling, vanilla; auto: what python -m eagle_jax.tune found the fastest",
+        "prompt_lookup, recycling, vanilla; auto: what eagle-jax tune found the fastest",
     )
     parser.add_argument(
         "--tree",

@@ -12,30 +12,34 @@ from __future__ import annotations
 import argparse
 import json
 
-from eagle_jax import cli, distributed, settings
+from eagle_jax import cli, compilation_cache, distributed, settings
 from eagle_jax.config import TrainConfig
 from eagle_jax.train import run
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eagle_jax.train", description=__doc__)
-    settings.add_arguments(parser, "a TrainConfig file")
-    parser.add_argument(
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The command line."""
+    out = cli.Parser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    settings.add_arguments(out, "a TrainConfig file")
+    out.add_argument(
         "--restart", action="store_true", help="delete what output_dir holds of an earlier run"
     )
-    parser.add_argument(
+    out.add_argument(
         "--dry-run", action="store_true", help="build and compile everything, train nothing"
     )
-    distributed.add_arguments(parser)
-    return parser.parse_args()
+    distributed.add_arguments(out)
+    return out
 
 
-def main() -> None:
-    """Parse, train, print the result."""
-    arguments = _arguments()
-    distributed.join(arguments, preemptible=True)
-    config = settings.load(arguments.config, arguments.overrides, kind=TrainConfig)
-    result = run(config, restart=arguments.restart, dry_run=arguments.dry_run)
+def main(argv: list[str] | None = None, prog: str = "python -m eagle_jax.train") -> None:
+    """Parses, trains, prints the result."""
+    args = parser(prog).parse_args(argv)
+    distributed.join(args, preemptible=True)
+    compilation_cache.enable()
+    config = settings.load(args.config, args.overrides, kind=TrainConfig)
+    result = run(config, restart=args.restart, dry_run=args.dry_run)
     if distributed.first():
         print(json.dumps(result), flush=True)
 

@@ -1,0 +1,87 @@
+"""Options that several commands share, under one name and with one meaning."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eagle_jax.params import Params
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `load_model`: which model, in what precision, on which devices."""
+    parser.add_argument("--model", default="tiny", help="shipped pair or directory (default: tiny)")
+    parser.add_argument(
+        "--draft",
+        action="append",
+        metavar="DIR",
+        help="directory of another draft for the same target; repeatable",
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: by device")
+    parser.add_argument(
+        "--quantize", choices=("int8",), help="store the target's matrices in eight bits"
+    )
+    parser.add_argument(
+        "--quantize-drafts", choices=("int8",), help="the drafts': faster guesses, the same text"
+    )
+    parser.add_argument(
+        "--tensor",
+        type=int,
+        default=0,
+        metavar="N",
+        help="use all devices: groups of N share the weights, groups share the rows of a batch "
+        "(default: 0, one device)",
+    )
+    parser.add_argument(
+        "--expert", type=int, default=1, metavar="N", help="groups that share experts"
+    )
+
+
+def load_model(args: argparse.Namespace) -> Params:
+    """Loads the model that the options of `add_model` name."""
+    from eagle_jax.params import load  # heavy; after the arguments are known to be good
+    from eagle_jax.sharding import decoding_mesh
+
+    return load(
+        args.model,
+        draft=args.draft,
+        dtype=args.dtype,
+        sharding=decoding_mesh(args.tensor, args.expert),
+        quantize=args.quantize,
+        quantize_drafts=args.quantize_drafts,
+    )
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `sampling_of`."""
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="same seed, same text, whatever the method"
+    )
+
+
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of `generate` that the options of `add_sampling` give."""
+    return {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    """Adds the method's, the sampling's and the answer's options."""
+    from eagle_jax.decode import method_cli
+
+    method_cli.add_arguments(parser)
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (256)"
+    )
+    add_sampling(parser)
+
+
+def decoding_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of `generate` that the options of `add_decoding` give."""
+    from eagle_jax.decode import method_cli
+
+    method = method_cli.method_of(args)
+    return {"method": method, "max_new_tokens": args.max_new_tokens, **sampling_of(args)}
