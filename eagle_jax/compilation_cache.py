@@ -26,6 +26,7 @@ from pathlib import Path
 
 SWITCH = "EAGLE_JAX_COMPILATION_CACHE"
 MAX_BYTES = 2 * 2**30
+_LEAST = "jax_persistent_cache_min_compile_time_secs"
 _LEAST_SECONDS = 0.2  # programs that compile faster are not stored
 _CHECKED = ".checked"  # its time stamp: when the entries were last looked at
 
@@ -49,8 +50,9 @@ def enable() -> Path | None:
 
     if os.environ.get(SWITCH, "").lower() in ("off", "0", "false", "no"):
         return None
-    config = jax.config
-    if config.jax_compilation_cache_dir is not None or not config.jax_enable_compilation_cache:
+    values = jax.config.values
+    given = values["jax_compilation_cache_dir"] is not None
+    if given or not values["jax_enable_compilation_cache"]:
         return None
     directory = root() / _machine()
     try:
@@ -63,9 +65,9 @@ def enable() -> Path | None:
         prune(root())
     # Neither a full disk nor an entry that another process is writing is the user's concern.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
-    config.update("jax_compilation_cache_dir", str(directory))
-    if config.jax_persistent_cache_min_compile_time_secs == 1.0:  # JAX's default
-        config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    if values[_LEAST] == 1.0:  # JAX's default
+        jax.config.update(_LEAST, _LEAST_SECONDS)
     return directory
 
 

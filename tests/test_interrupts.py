@@ -95,7 +95,9 @@ def test_an_announced_one_does_not_count():
     body = """
     import signal, time
     interrupts.watch.allow_one()
-    signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.default_int_handler))
+    def save_first(*_):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, save_first)
     print('now', file=sys.stderr)
     time.sleep(interrupts.GRACE + 1)
     print('saved', file=sys.stderr)

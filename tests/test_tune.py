@@ -266,7 +266,9 @@ def test_other_weights_are_not_those_that_were_tuned(params, model) -> None:
     )
     for change in changes:
         other = dataclasses.replace(params, **change)
-        with pytest.raises(ValueError, match="the tuning is of other weights or drafts; run eagle-jax"):
+        with pytest.raises(
+            ValueError, match="the tuning is of other weights or drafts; run eagle-jax"
+        ):
             tuning_store.method(other, 1, 0.0)
     # A copy elsewhere is the same model.
     copy = load(shutil.copytree(model, model.parent / "copy"))

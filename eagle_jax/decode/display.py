@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from eagle_jax.text import StreamDecoder, Tokenizer
@@ -27,7 +27,7 @@ class Marks:
         self._drafted: list[bool] = []  # of each character that was decoded and not yet taken
 
     def runs(
-        self, text: str, tokens: Iterable[int], drafted: Iterable[bool]
+        self, text: str, tokens: Iterable[Any], drafted: Iterable[Any]
     ) -> list[tuple[str, bool]]:
         """The next `text` of the answer in runs.
 
@@ -46,9 +46,9 @@ class Marks:
             self._drafted += [bool(flag)] * len(self._decoder.feed([int(token)]))
         flags = self._drafted[: len(text)]
         del self._drafted[: len(text)]
-        marked = itertools.zip_longest(text, flags, fillvalue=False)  # bytes that end incomplete
-        groups = itertools.groupby(marked, key=lambda pair: pair[1])
-        return [("".join(letter for letter, _ in group), bool(flag)) for flag, group in groups]
+        flags += [False] * (len(text) - len(flags))  # an answer may end inside a character
+        groups = itertools.groupby(zip(text, flags, strict=True), key=lambda pair: pair[1])
+        return [("".join(letter for letter, _ in group), flag) for flag, group in groups]
 
 
 def ansi(runs: Iterable[tuple[str, bool]]) -> str:
@@ -62,7 +62,7 @@ def ansi(runs: Iterable[tuple[str, bool]]) -> str:
 
 
 def markup(
-    tokenizer: Tokenizer, text: str, tokens: Sequence[int], drafted: Sequence[bool], caption: str
+    tokenizer: Tokenizer, text: str, tokens: Iterable[Any], drafted: Iterable[Any], caption: str
 ) -> str:
     """HTML of an answer for a notebook, drafted characters on a background, all text escaped.
 

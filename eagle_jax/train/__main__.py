@@ -16,11 +16,33 @@ from eagle_jax import cli, compilation_cache, distributed, settings
 from eagle_jax.config import TrainConfig
 from eagle_jax.train import run
 
+_DESCRIPTION = """\
+Train a target or a draft as a Python config file says.
+
+Starting the same command again resumes from the newest checkpoint in `output_dir`. Progress goes to
+standard error; the last line of standard output is one JSON object with the result.
+"""
+
+_EPILOG = """\
+exit status
+  0    finished
+  2    an error, told in one line
+  130  Ctrl-C, 143 SIGTERM: the step in flight was saved, the same command goes on from there
+
+examples
+  {prog} --config configs/tiny/eagle.py
+  {prog} --config configs/tiny/eagle.py --set output_dir=runs/a --set optim.learning_rate=1e-3
+  {prog} --config configs/tiny/eagle.py --dry-run
+"""
+
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The command line."""
     out = cli.Parser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog,
+        description=_DESCRIPTION,
+        epilog=_EPILOG.format(prog=prog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     settings.add_arguments(out, "a TrainConfig file")
     out.add_argument(
