@@ -5,6 +5,9 @@ out = eagle_jax.decode.generate(params, "What is a prime number?", method="eagle
 print(out.text, out.statistics.tau)
 """
 
+from types import ModuleType
+
+from eagle_jax import lazy
 from eagle_jax.decode.acceptance import Exact, Rejection, Typical
 from eagle_jax.decode.batching.batcher import Batcher, Piece
 from eagle_jax.decode.generate import generate, stream
@@ -55,3 +58,11 @@ __all__ = [
     "static_tree",
     "stream",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    return lazy.submodule(__name__, name)
+
+
+def __dir__() -> list[str]:
+    return lazy.names(__name__)
