@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import difflib
 import os
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -60,13 +62,15 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 @contextlib.contextmanager
 def _quiet_hooks() -> Iterator[None]:
-    """Shows warnings to the user as one line, without a place in our code; and nothing of a Ctrl-C
-    that Python could not raise because it came inside a callback of the garbage collector."""
+    """Shows warnings to the user as one line, without a place in our code; and lets no Ctrl-C get
+    lost that comes inside a callback of the garbage collector, where Python cannot raise it."""
     before, unraisable = warnings.showwarning, sys.unraisablehook
 
     def ignore(hook: Any) -> None:
         if hook.exc_type is not KeyboardInterrupt:
             unraisable(hook)
+        else:  # raised again, a moment later, where it is not swallowed
+            threading.Timer(0.01, _thread.interrupt_main).start()
 
     def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
         if category is UserWarning:

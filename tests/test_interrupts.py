@@ -20,6 +20,14 @@ BUSY = "zlib.compress(os.urandom(2**20) * 300, 9)"
 HEAD = "import os, sys, zlib; from eagle_jax import cli, interrupts\n"
 
 
+@pytest.fixture(autouse=True)
+def _not_ignored():
+    """The workers of a parallel test run ignore SIGINT, and so would the programs they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupted(command, until, env=None, pause=0.3):
     """Runs a command, sends SIGINT once stderr says `until`; status, errors, seconds it took."""
     with subprocess.Popen(

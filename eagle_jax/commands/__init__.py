@@ -42,7 +42,7 @@ options
   --help               print this text; eagle-jax COMMAND --help explains a command
 
 examples
-  eagle-jax generate "What is a prime number?"
+  eagle-jax generate "Why is the sky blue?"
   eagle-jax generate "Write a haiku" --model MODEL --draft HEAD --temperature 0.7
   eagle-jax answers --input prompts.jsonl --output answers.jsonl
   eagle-jax tune --model MODEL --draft HEAD

@@ -18,7 +18,7 @@ from eagle_jax.decode import registry
 
 _EPILOG = """\
 examples
-  {prog} "What is a prime number?" --temperature 0.7
+  {prog} "Why is the sky blue?" --temperature 0.7
   {prog} "Hi" --model MODEL --draft HEAD --method eagle3
   {prog} - --json < prompt.txt
 """

@@ -16,7 +16,7 @@ def parser(prog: str = "python -m eagle_jax.decode") -> argparse.ArgumentParser:
     out = cli.Parser(
         prog=prog,
         description="Answer a prompt, or a file of prompts, with speculative decoding.",
-        epilog=f'example: {prog} "What is a prime number?" --temperature 0.7',
+        epilog=f'example: {prog} "Why is the sky blue?" --temperature 0.7',
     )
     out.add_argument("prompt", nargs="?", help="the user's message; '-' reads standard input")
     generate.add_arguments(out)
