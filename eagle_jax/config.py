@@ -79,12 +79,6 @@ class TransformerConfig:
         max_position_embeddings: longest sequence (prompt and answer together), in tokens.
         tie_word_embeddings: the output head is the embedding matrix.
         attention_bias: biases on the q, k and v projections (Qwen2).
-        fused: gate and up projections are one matrix, the experts of a layer one stack; in memory
-            only, `eagle_jax.load` sets it.
-        fused_qkv: query, key and value projections are one matrix, as kernels of our own take
-            them; in memory only, `eagle_jax.load` sets it where those run.
-        quantize: how the matrices of the layers and of the head are stored
-            (`eagle_jax.models.quantize`); in memory only, `eagle_jax.load` sets it.
         rope_scaling: of the rotary embedding, for long contexts.
         rope_local_base_freq: base of the rotary embedding, unscaled, in sliding layers (Gemma 3);
             by default they have that of the others.
@@ -119,9 +113,6 @@ class TransformerConfig:
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     attention_bias: bool = False
-    fused: bool = False
-    fused_qkv: bool = False
-    quantize: Literal["int8"] | None = None
     rope_scaling: RopeScaling | None = None
     rope_local_base_freq: float | None = None
     sliding_window: int | None = None
@@ -220,13 +211,12 @@ class EagleConfig:
     Attributes:
         hidden_size: width of the features, equal to the target's.
         intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rope_theta,
-            rms_norm_eps, attention_bias, fused, fused_qkv, rope_scaling: of its decoder layer, as
-            in `TransformerConfig`.
+            rms_norm_eps, attention_bias, rope_scaling: of its decoder layer, as in
+            `TransformerConfig`.
         vocab_size: the target's; the embedding and the head are the target's own, frozen.
         bias: `fc` has a bias (the published default; Llama-3 heads have none).
         draft_vocab_size: how many of the target's tokens are drafted, through columns of its head;
             `d2t` maps them to the target's. None: all.
-        quantize: as in `TransformerConfig`, of all its matrices; in memory only.
     """
 
     vocab_size: int
@@ -238,12 +228,9 @@ class EagleConfig:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     attention_bias: bool = False
-    fused: bool = False
-    fused_qkv: bool = False
     bias: bool = True
     rope_scaling: RopeScaling | None = None
     draft_vocab_size: int | None = None
-    quantize: Literal["int8"] | None = None
 
     kind: ClassVar[str] = "eagle"
 
@@ -270,8 +257,8 @@ class Eagle3Config:
         draft_vocab_size: rows of the draft's own head; `d2t` maps them to the target's tokens.
         hidden_size: width `d` of the draft.
         intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rope_theta,
-            rms_norm_eps, attention_bias, fused, fused_qkv, rope_scaling: of its decoder layer, as
-            in `TransformerConfig`.
+            rms_norm_eps, attention_bias, rope_scaling: of its decoder layer, as in
+            `TransformerConfig`.
         aux_layers: which residual streams are fused, by the layer they enter; the number of the
             target's layers means the one that leaves the last. The official rule for L layers is
             2, L // 2, L - 3.
@@ -279,7 +266,6 @@ class Eagle3Config:
         norm_output: the state fed back to the next draft step is the normed one (EAGLE-3.1).
         target_hidden_size: the target's width where it is not the draft's; such a draft has an
             embedding of its own.
-        quantize: as in `TransformerConfig`, of all its matrices; in memory only.
     """
 
     vocab_size: int
@@ -293,13 +279,10 @@ class Eagle3Config:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     attention_bias: bool = False
-    fused: bool = False
-    fused_qkv: bool = False
     fc_norm: bool = False
     norm_output: bool = False
     rope_scaling: RopeScaling | None = None
     target_hidden_size: int | None = None
-    quantize: Literal["int8"] | None = None
 
     kind: ClassVar[str] = "eagle3"
 
@@ -343,7 +326,6 @@ class MedusaConfig:
             otherwise its own vocabulary head, as published heads do. (Without that matrix a head
             would hardly do: a residual block cannot take away what its input says of the token
             that comes first.)
-        quantize: as in `TransformerConfig`, of all matrices of the heads; in memory only.
     """
 
     vocab_size: int
@@ -351,7 +333,6 @@ class MedusaConfig:
     num_heads: int = 4
     num_layers: int = 1
     tie_lm_head: bool = False
-    quantize: Literal["int8"] | None = None
 
     kind: ClassVar[str] = "medusa"
 

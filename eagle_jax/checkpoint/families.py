@@ -305,8 +305,8 @@ def to_json(
 ) -> dict[str, Any]:
     """The keys that targets and EAGLE drafts have in common, and those of a target's family."""
     family = FAMILIES[model_type]
-    # The model type says the first; then come layouts in memory; the last is `rope`'s.
-    shared = _SHARED - {"attention_bias", "fused", "fused_qkv", "quantize", "rope_scaling"}
+    # The model type implies the first; `rope` writes the other.
+    shared = _SHARED - {"attention_bias", "rope_scaling"}
     settings = {
         "architectures": [family.architecture],
         "model_type": model_type,
@@ -404,9 +404,6 @@ def _values(kind: type, settings: Mapping[str, Any], family: Family) -> dict[str
     fields = {field.name: field for field in dataclasses.fields(kind)}
     values: dict[str, Any] = {
         "attention_bias": _attention_bias(kind, settings, family),
-        "fused": False,  # layouts in memory, whatever a file says
-        "fused_qkv": False,
-        "quantize": None,
         **rope.from_json(fields, settings, family.defaults),
     }
     if kind is TransformerConfig:

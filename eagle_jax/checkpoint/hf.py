@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from eagle_jax.checkpoint import drafts, families, files
 from eagle_jax.checkpoint.lazy_tensor import equal
 from eagle_jax.checkpoint.names import shapes
@@ -50,7 +52,7 @@ def save_target(
     Raises:
         ValueError: `params` don't match `config`, are quantised, or an unknown dtype.
     """
-    _check_floats("quantize", config)
+    _check_floats("quantize", params)
     family = families.family_of(config)
     settings = families.to_json(config, family, dtype) | {
         "num_hidden_layers": config.num_hidden_layers,
@@ -120,7 +122,7 @@ def save_draft(
         )
     if coverage is not None and not 0 <= coverage <= 1:
         raise ValueError(f"coverage={coverage}: must be 0 to 1, a share of the counted tokens")
-    _check_floats("quantize_drafts", config)
+    _check_floats("quantize_drafts", params)
     if isinstance(config, TransformerConfig):
         save_target(directory, config, params, dtype)
         return
@@ -134,11 +136,12 @@ def save_draft(
     files.write(directory, config, params, dtype, settings, drafts.tables(config, params))
 
 
-def _check_floats(argument: str, config: DraftConfig) -> None:
-    if config.quantize is not None:
+def _check_floats(argument: str, params: Mapping[str, Any]) -> None:
+    """Raises ValueError for a model whose matrices are stored in eight bits."""
+    if any(getattr(array, "dtype", None) == np.int8 for array in params.values()):
         raise ValueError(
-            f"quantize={config.quantize!r}: quantised weights are not written; give the model as "
-            f"it was before, load(..., {argument}=None)"
+            f"{argument}='int8': quantised weights are not written; give the model as it was "
+            f"before, load(..., {argument}=None)"
         )
 
 

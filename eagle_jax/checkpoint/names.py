@@ -27,7 +27,7 @@ LEAVES = {
 def shapes(config: DraftConfig) -> dict[str, Shape]:
     """The name and the shape of every parameter that a configuration implies.
 
-    They are those of files: experts and all projections each alone, whatever `fused` says.
+    They are those of files and of training: every expert and every projection is an array.
     A draft's `d2t` is among them, though it is a table of ids and no weight. An EAGLE-1 draft's
     `lm_head.kernel` is not: it is columns of the target's head.
     """

@@ -81,7 +81,6 @@ def assemble(
     settings = config.objective
     assert not isinstance(settings, configs.NextToken)
     _check_head("objective.target", target_config)
-    _check_floats("objective.draft", settings.draft)
     if isinstance(settings, configs.FeatureRegression):
         _check_whole(settings.draft)
         hf.check_fit(target_config, settings.draft)
@@ -151,17 +150,8 @@ def _check_whole(draft: configs.EagleConfig) -> None:
         )
 
 
-def _check_floats(field: str, model: configs.DraftConfig) -> None:
-    if model.quantize is not None:
-        raise ValueError(
-            f"{field}: has quantize={model.quantize!r}, which is for decoding; train with the "
-            "model as it was before, quantize=None"
-        )
-
-
 def _check_head(field: str, model: configs.TransformerConfig) -> None:
     """Losses and labels are plain products of features and vocabulary matrix."""
-    _check_floats(field, model)
     if model.final_logit_softcapping is not None:
         raise ValueError(
             f"{field}: has final_logit_softcapping={model.final_logit_softcapping}, which training "
