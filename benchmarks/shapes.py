@@ -23,7 +23,8 @@ from eagle_jax.config import (
     TransformerConfig,
 )
 from eagle_jax.decode import Medusa
-from eagle_jax.models import DRAFTS, Transformer, kernels, param_shapes
+from eagle_jax.drafters import registry
+from eagle_jax.models import Transformer, kernels, param_shapes
 from eagle_jax.models.quantize import checked
 from eagle_jax.params import Draft, Params, draft_place
 from eagle_jax.types import ParamDict
@@ -209,6 +210,8 @@ def random_params(
             config = _for_decoding(config)
         if of_drafts is not None:
             config = _small(config, of_drafts)
-        weights = random_weights(DRAFTS[kind], config, 1, where=draft_place(config, mesh))
+        weights = random_weights(
+            registry.by_kind(kind).module_class(), config, 1, where=draft_place(config, mesh)
+        )
         drafts[kind] = Draft(weights, config)
     return Params(random_weights(Transformer, target, where=mesh), drafts, target)

@@ -13,16 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from eagle_jax.checkpoint import drafts as layouts
 from eagle_jax.checkpoint import files, hf, manifest
+from eagle_jax.checkpoint import target as targets
 from eagle_jax.checkpoint.lazy_tensor import LazyTensor
-from eagle_jax.config import (
-    DraftConfig,
-    Eagle3Config,
-    EagleConfig,
-    MedusaConfig,
-    TransformerConfig,
-)
+from eagle_jax.config import DraftConfig, TransformerConfig
+from eagle_jax.drafters import registry
+from eagle_jax.drafters.one_layer import own_embedding, same_matrix
 from eagle_jax.models import kernels
 from eagle_jax.models import quantize as quantisation
 from eagle_jax.models.quantize import Quantization
@@ -50,7 +46,8 @@ class Params:
 
     Attributes:
         target: the target's parameters, by name.
-        drafts: by kind: "eagle", "eagle3", "medusa", "model"; one of each at most.
+        drafts: by kind ("eagle", "eagle3", "medusa", "model", or a drafter of your own); one of
+            each at most.
         target_config: the target's architecture.
         tokenizer: the target's; none for models that only see token ids.
         directory: that it was loaded from, for what is stored beside it.
@@ -75,7 +72,7 @@ class Params:
     @property
     def quantize_drafts(self) -> str | None:
         """The same of the drafts, which `load` stores alike."""
-        found = {draft.config.quantize for draft in self.drafts.values()}
+        found = {getattr(draft.config, "quantize", None) for draft in self.drafts.values()}
         return next(iter(found - {None}), None)
 
     def only(self, kind: str | None) -> Params:
@@ -152,16 +149,24 @@ def load(
         if directories is own and parts:
             manifest.check_kinds(root, {path.name: parts[path.name] for path in own}, found)
         for kind, (config, params) in found.items():
-            if of_drafts is not None:
-                config, params = _with_all_tokens(config, params)
-            params = layouts.with_head(config, params, target_config, target)
-            untied = on_cpu or of_drafts is not None
-            config, params = _for_decoding(config, params, untied=untied, qkv=qkv)
+            own_files = registry.by_config(config).checkpoint()
+            config, params = own_files.for_decoding(
+                config,
+                params,
+                target_config,
+                target,
+                untied=on_cpu,
+                quantised=of_drafts is not None,
+            )
+            config = laid_out(config, qkv=qkv)
             place = draft_place(config, sharding)
             placed = _place(params, config, dtype, place, of_drafts)
-            drafts[kind] = Draft(placed, dataclasses.replace(config, quantize=of_drafts))
-    untied = on_cpu or quantization is not None
-    target_config, target = _for_decoding(target_config, target, untied=untied, qkv=qkv)
+            if of_drafts is not None:
+                config = dataclasses.replace(config, quantize=of_drafts)
+            drafts[kind] = Draft(placed, config)
+    if on_cpu or quantization is not None:
+        target_config, target = targets.untied(target_config, target)
+    target_config = laid_out(target_config, qkv=qkv)
     return Params(
         target=_place(target, target_config, dtype, sharding, quantization),
         drafts=drafts,
@@ -228,11 +233,9 @@ def _open_drafts(
 
 def _compare_embeddings(directory: Path, config: DraftConfig, embedding: LazyTensor) -> None:
     """Warns of a draft whose file has another embedding than the target; a few rows tell."""
-    if isinstance(config, EagleConfig) or (
-        isinstance(config, Eagle3Config) and config.target_hidden_size is None
-    ):
-        own = layouts.own_embedding(files.read_tensors(directory))
-        if own is not None and not layouts.close(own, embedding, sample=True):
+    if registry.by_config(config).checkpoint().shares_embedding(config):
+        own = own_embedding(files.read_tensors(directory))
+        if own is not None and not same_matrix(own, embedding, sample=True):
             warnings.warn(
                 f"{directory}: its embed_tokens.weight is not the target's, which is used; is the "
                 "draft one for this target?",
@@ -281,40 +284,15 @@ def _tokens(path: Path) -> dict[int, str]:
     return tokens | {entry["id"]: entry["content"] for entry in content.get("added_tokens", [])}
 
 
-def _with_all_tokens(
-    config: DraftConfig, params: Mapping[str, LazyTensor]
-) -> tuple[DraftConfig, Mapping[str, LazyTensor]]:
-    """EAGLE-1 with a head of its own, which can be stored otherwise than the target's: the columns
-    of a draft vocabulary that has all tokens."""
-    if not isinstance(config, EagleConfig) or config.draft_vocab_size is not None:
-        return config, params
-    size = config.vocab_size
-    table = LazyTensor((size,), np.dtype(np.int32), lambda: np.zeros(size, np.int32))
-    return dataclasses.replace(config, draft_vocab_size=size), {**params, "d2t": table}
-
-
-def _for_decoding(
-    config: DraftConfig, params: Mapping[str, LazyTensor], *, untied: bool, qkv: bool
-) -> tuple[Any, Mapping[str, LazyTensor]]:
+def laid_out(config: Any, *, qkv: bool) -> Any:
     """The same model laid out for speed; matrices are joined when they are placed.
 
     Those of q, k and v only with `qkv`, for kernels of our own; for TPUs' compiler a tree's round
     would take a sixth longer (docs/tpu.md).
     """
-    if isinstance(config, MedusaConfig):
-        return config, params
-    if isinstance(config, TransformerConfig) and config.tie_word_embeddings and untied:
-        # On CPUs a head stored [d, v] multiplies a few rows twice as fast as the [v, d] embedding;
-        # a quantised one is a copy anyway, since embeddings stay as they are.
-        embedding = params["embed_tokens.embedding"]
-        head = LazyTensor(
-            embedding.shape[::-1],
-            embedding.dtype,
-            lambda: np.ascontiguousarray(np.asarray(embedding).T),
-        )
-        config = dataclasses.replace(config, tie_word_embeddings=False)
-        params = {**params, "lm_head.kernel": head}
-    return dataclasses.replace(config, fused=True, fused_qkv=qkv), params
+    layout = {"fused": True, "fused_qkv": qkv}
+    known = {field.name for field in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{key: layout[key] for key in layout.keys() & known})
 
 
 def shipped() -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,9 @@ from eagle_jax.config import (
     MedusaConfig,
     TransformerConfig,
 )
-from eagle_jax.models import DRAFTS, Transformer, init_params
+from eagle_jax.drafters import registry
+from eagle_jax.drafters.draft_vocabulary import size_of
+from eagle_jax.models import Transformer, init_params
 from eagle_jax.params import Draft, Params
 from eagle_jax.types import ParamDict
 
@@ -81,16 +83,15 @@ def tiny_model(target: TransformerConfig, **changes: int | float | bool) -> Tran
 def random_draft(config: DraftConfig, seed: int, scale: float = 12.0) -> Draft:
     """A draft of any kind with random arrays; a draft vocabulary takes every token but the first
     ones."""
-    params = random_params(DRAFTS[config.kind], config, seed, scale)
-    if isinstance(config, EagleConfig | Eagle3Config) and config.draft_vocab_size:
-        offset = config.vocab_size - config.draft_vocab_size
-        table = jnp.full(config.draft_vocab_size, offset, jnp.int32)
+    params = random_params(registry.by_config(config).module_class(), config, seed, scale)
+    if size := size_of(config):
+        table = jnp.full(size, config.vocab_size - size, jnp.int32)
         params = {**params, "d2t": table}
     return Draft(params, config)
 
 
 def random_params(
-    cls: type[nnx.Module], config: Hashable, seed: int, scale: float = 12.0
+    cls: Callable[..., nnx.Module], config: Hashable, seed: int, scale: float = 12.0
 ) -> ParamDict:
     """Every array random: matrices with standard deviation `scale / 50`, norms around one."""
 

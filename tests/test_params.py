@@ -18,7 +18,8 @@ from flax import nnx
 import eagle_jax
 from eagle_jax.checkpoint import hf, manifest, safetensors
 from eagle_jax.config import Eagle3Config, EagleConfig
-from eagle_jax.models import DRAFTS, bind
+from eagle_jax.drafters import registry
+from eagle_jax.models import bind
 from eagle_jax.models.kernels import device
 from eagle_jax.models.weight_layout import fuse
 from eagle_jax.sharding import make_mesh, replicated
@@ -78,7 +79,7 @@ def test_a_directory_gives_all_its_drafts(model) -> None:
 def test_every_draft_that_is_loaded_can_be_bound(model) -> None:
     """Catches a configuration in memory that does not describe the arrays beside it."""
     for kind, draft in eagle_jax.load(model).drafts.items():
-        module = bind(DRAFTS[kind], draft.config, draft.params)
+        module = bind(registry.by_kind(kind).module_class(), draft.config, draft.params)
         found = {".".join(map(str, path)): x for path, x in nnx.to_flat_state(nnx.state(module))}
         assert {name: x.shape for name, x in found.items()} == {
             name: x.shape for name, x in draft.params.items()

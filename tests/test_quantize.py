@@ -22,8 +22,9 @@ from eagle_jax.checkpoint import hf, safetensors
 from eagle_jax.config import TransformerConfig
 from eagle_jax.decode import executables, generate
 from eagle_jax.decode.batching.answer_file import answer_file
+from eagle_jax.drafters import registry
 from eagle_jax.evaluate import EvalConfig, agreement, metrics
-from eagle_jax.models import DRAFTS, Transformer, bind, cast, param_shapes, quantize
+from eagle_jax.models import Transformer, bind, cast, param_shapes, quantize
 from eagle_jax.models.linear import matmul
 from eagle_jax.models.transformer import packed_mask
 from eagle_jax.params import Draft, Params
@@ -191,7 +192,10 @@ def test_a_draft_computes_with_the_weights_it_stands_for(name) -> None:
     """Catches a matrix of a head that is left out, or multiplied without its scale."""
     config = DRAFTED[name]
     params = quantize.quantize_params(random_draft(config, 2).params)
-    eight, cls = dataclasses.replace(config, quantize="int8"), DRAFTS[config.kind]
+    eight, cls = (
+        dataclasses.replace(config, quantize="int8"),
+        registry.by_kind(config.kind).module_class(),
+    )
     shapes = {name: (x.shape, x.dtype) for name, x in param_shapes(cls, eight).items()}
     assert shapes == {name: (x.shape, x.dtype) for name, x in params.items()}
     matrices = [name for name, x in params.items() if x.ndim > 1 and x.dtype != jnp.int8]

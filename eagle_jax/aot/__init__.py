@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from eagle_jax import settings
-from eagle_jax.config import DraftConfig, MedusaConfig, NextToken, TrainConfig, TransformerConfig
+from eagle_jax.config import DraftConfig, NextToken, TrainConfig, TransformerConfig
 from eagle_jax.decode.program import Program, capacity
 
 GIB = 2**30
@@ -198,21 +198,25 @@ def _decoding(config: AotConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
     from eagle_jax import sharding
     from eagle_jax.decode import Vanilla, engine
     from eagle_jax.decode.sampling import sampling
-    from eagle_jax.models import DRAFTS, Transformer, kernels
-    from eagle_jax.params import Draft, Params
+    from eagle_jax.drafters import registry
+    from eagle_jax.models import Transformer, kernels
+    from eagle_jax.params import Draft, Params, laid_out
 
     mesh = sharding.make_mesh(tensor=config.tensor, expert=config.expert, devices=where)
     with kernels.tracing_for(where[0]):
         qkv = kernels.expected(jnp.dtype(jnp.bfloat16))
-    layout = {"fused": True, "fused_qkv": qkv}  # as `load` has it
-    target, draft = dataclasses.replace(config.target, **layout), config.draft
-    if draft is not None and not isinstance(draft, MedusaConfig):
-        draft = dataclasses.replace(draft, **layout)
+    target, draft = laid_out(config.target, qkv=qkv), config.draft
+    if draft is not None:
+        draft = laid_out(draft, qkv=qkv)
     sharding.check_tensor(mesh, [target] if draft is None else [target, draft])
     drafts = (
         {}
         if draft is None
-        else {draft.kind: Draft(_weights(mesh, DRAFTS[draft.kind], draft), draft)}
+        else {
+            draft.kind: Draft(
+                _weights(mesh, registry.by_config(draft).module_class(), draft), draft
+            )
+        }
     )
     params = Params(_weights(mesh, Transformer, target), drafts, target)
     b = config.batch_size

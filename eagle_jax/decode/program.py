@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Int, UInt32
 
 from eagle_jax.config import DraftConfig, TransformerConfig
 from eagle_jax.decode.method import Method, Models
-from eagle_jax.models import DRAFTS, Cache, Transformer, attention, bind
+from eagle_jax.drafters import registry
+from eagle_jax.models import Cache, Transformer, attention, bind
 from eagle_jax.params import Params
 
 # Attention reads every slot of the cache, so a few sizes are compiled, not one per length.
@@ -74,8 +75,8 @@ class Program:
     def models(self, params: Params) -> Models:
         draft = None
         if self.draft is not None:
-            kind = self.draft.kind
-            draft = bind(DRAFTS[kind], self.draft, params.drafts[kind].params)
+            module = registry.by_config(self.draft).module_class()
+            draft = bind(module, self.draft, params.drafts[self.draft.kind].params)
         return Models(bind(Transformer, self.target, params.target), draft)
 
 
