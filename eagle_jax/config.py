@@ -392,7 +392,7 @@ def __getattr__(name: str) -> Any:
     from eagle_jax.drafters import registry
 
     for spec in registry.built_in().values():
-        for found in (spec.config_class(), *spec.objective_classes()):
+        for found in spec.config_classes():
             if found.__name__ == name:
                 return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

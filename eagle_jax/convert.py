@@ -360,6 +360,7 @@ def _write_target(job: _Job, source: Path, directory: Path) -> int:
     total = export.size(tensors)
     with job.bar(2 * total, f"{source.name} -> hf") as bar:
         safetensors.write(directory / "model.safetensors", tensors, {"format": "pt"}, bar.update)
+        files.write_index(directory, tensors)
         files.write_json(directory / "config.json", settings)
         again, _ = hf.open_target(directory)
         if again != config:

@@ -314,8 +314,8 @@ def test_official_layers_follow_from_the_target(model) -> None:
     settings = json.loads(path.read_text())
     del settings["eagle_aux_hidden_state_layer_ids"]
     path.write_text(json.dumps(settings))
-    # The rule for the two layers of this target gives 2 - 3.
-    fails(f"{path}: aux_layers=(2, 1, -1): give layer numbers of 0 or more", model)
+    said = f"{path}: has no eagle_aux_hidden_state_layer_ids, and of a target with 2 layers the"
+    fails(f"{said} official code fuses (1,), where a head reads 3; add the key", model)
 
 
 def test_an_unknown_name_lists_the_shipped_pairs() -> None:

@@ -27,7 +27,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from eagle_jax.checkpoint import files, hf, safetensors
+from eagle_jax.checkpoint import files, hf, safetensors, torch_bin
 from eagle_jax.checkpoint.lazy_tensor import LazyTensor, cast, lazily
 from eagle_jax.config import DraftConfig
 from eagle_jax.drafters import draft_vocabulary, registry
@@ -104,9 +104,14 @@ def write(
     expected = {name: lazily(array) for name, array in params.items()}
     if not exact:
         expected = {name: _cast(array, dtype) for name, array in expected.items()}
-    path = directory / own.export_file(layout)
-    with bar(size(tensors) + size(expected) + size(beside)) as progress:
-        safetensors.write(path, tensors, {"format": "pt"}, progress.update)
+    paths = [directory / name for name in own.export_files(layout)]
+    total = 2 * len(paths) * size(tensors)  # written, and read again
+    with bar(total + size(expected)) as progress:
+        for path in paths:
+            if path.suffix == ".bin":
+                torch_bin.write(path, tensors, progress.update)
+            else:
+                safetensors.write(path, tensors, {"format": "pt"}, progress.update)
         files.write_json(directory / "config.json", settings)
         found, again = hf.open_draft(directory, target.config if target else None)
         if found != config:
@@ -117,8 +122,9 @@ def write(
                 for n, x in again.items()
             }
         compare(directory, again, expected, progress)
-        stored = safetensors.stored(path)
-        compare(directory, {name: stored[name] for name in beside}, beside, progress)
+        for path in paths:
+            read = torch_bin.stored if path.suffix == ".bin" else safetensors.stored
+            compare(directory, read(path), tensors, progress)
     return config
 
 

@@ -233,10 +233,14 @@ class DraftFiles:
         del layout
         return {**files.disk_tensors(config, params, dtype), **self.tables(config, params)}
 
-    def export_file(self, layout: str) -> str:
-        """The name of the file of weights that a layout's readers look for."""
+    def export_files(self, layout: str) -> tuple[str, ...]:
+        """The names of the files of weights that a layout's readers look for.
+
+        All of them hold the same tensors; those that end in ".bin" are torch's, the others
+        safetensors.
+        """
         del layout
-        return "model.safetensors"
+        return ("model.safetensors",)
 
     def embedding(self, config: Any, layout: str) -> Embedding:
         """What a layout wants of the target's embedding."""

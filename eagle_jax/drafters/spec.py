@@ -74,6 +74,10 @@ class DrafterSpec:
         """The classes of training settings."""
         return tuple(resolve(reference) for reference in self.objectives)
 
+    def config_classes(self) -> tuple[type[Any], ...]:
+        """All classes of its configuration: the architecture's and those of training."""
+        return (self.config_class(), *self.objective_classes())
+
     def checkpoint(self) -> DraftFiles:
         """What reads and writes the files of this kind."""
         return resolve(self.files)(self)

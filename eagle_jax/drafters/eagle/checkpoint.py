@@ -128,6 +128,11 @@ class EagleFiles(OneLayerFiles):
         del settings["bias"]
         return settings | {"architectures": ["LlamaForCausalLMEagle"]}
 
+    def export_files(self, layout: str) -> tuple[str, ...]:
+        # The first version of the official code opens torch's file alone.
+        official = ("model.safetensors", "pytorch_model.bin")
+        return official if layout == "official" else super().export_files(layout)
+
     def embedding(self, config: EagleConfig, layout: str) -> Embedding:
         del config
         return "required" if layout == "official" else "none"

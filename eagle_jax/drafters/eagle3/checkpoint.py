@@ -28,6 +28,8 @@ AUX = "eagle_aux_hidden_state_layer_ids"
 # vLLM's names of the tables.
 _ALIASES = {"draft_id_to_target_id": "d2t"}
 
+_FUSED = 3  # layers of the official rule
+
 # How many tokens vLLM drafts ahead unless told otherwise.
 _SPECULATIVE_TOKENS = 5
 
@@ -53,13 +55,17 @@ class Eagle3Files(OneLayerFiles):
     def settings(
         self, config: Eagle3Config, dtype: str, coverage: float | None = None
     ) -> dict[str, Any]:
-        return super().settings(config, dtype, coverage) | {
+        settings = super().settings(config, dtype, coverage) | {
             "architectures": ["LlamaForCausalLMEagle3"],
             AUX: list(config.aux_layers),
             "fc_norm": config.fc_norm,
             "norm_output": config.norm_output,
-            "target_hidden_size": config.feature_size,
         }
+        # Where this key is, the official code takes the embedding from the draft's file, and
+        # leaves it random if the file has none.
+        if config.target_hidden_size is not None:
+            settings["target_hidden_size"] = config.target_hidden_size
+        return settings
 
     def tables(self, config: Eagle3Config, params: Mapping[str, Any]) -> Arrays:
         """`d2t`, and `t2d`: which of the target's tokens have an entry."""
@@ -146,7 +152,8 @@ class Eagle3Files(OneLayerFiles):
             found.append("qkv_bias=True")
         layers = () if target is None else official_layers(target)
         if target is not None and config.aux_layers != layers:
-            found.append(f"layers {config.aux_layers} (it fuses {layers})")
+            few = "" if len(layers) == _FUSED else f", and stops, since its heads read {_FUSED}"
+            found.append(f"layers {config.aux_layers} (it fuses {layers}{few})")
         return found
 
     def describe(self, config: Eagle3Config, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,9 +173,13 @@ class Eagle3Files(OneLayerFiles):
 
 
 def official_layers(target: TransformerConfig) -> tuple[int, ...]:
-    """The layers that official EAGLE-3 heads fuse, by the layer that the streams enter."""
+    """The layers that official EAGLE-3 heads fuse, by the layer that the streams enter.
+
+    Its code walks through the target's L layers and keeps the stream that enters layer 2, L // 2
+    or L - 3: each once, in ascending order. Below 7 layers some coincide or do not exist.
+    """
     layers = target.num_hidden_layers
-    return (2, layers // 2, layers - 3)
+    return tuple(sorted({2, layers // 2, layers - 3} & set(range(layers))))
 
 
 def _official(name: str) -> str:
@@ -196,21 +207,29 @@ def _aux_layers(
             "add the key, or open the draft together with its target (--target; or load(TARGET, "
             "draft=...))"
         )
-    return official_layers(target)
+    layers = official_layers(target)
+    if len(layers) != _FUSED:
+        raise ValueError(
+            f"{path}: has no {AUX}, and of a target with {target.num_hidden_layers} layers the "
+            f"official code fuses {layers}, where a head reads {_FUSED}; add the key"
+        )
+    return layers
 
 
 def _speculators(
     config: Eagle3Config, settings: dict[str, Any], target: ExportTarget | None
 ) -> dict[str, Any]:
     own = ("draft_vocab_size", AUX, "fc_norm", "norm_output", "norm_before_residual")
-    own += ("target_hidden_size", "dtype", "torch_dtype")
+    own += ("dtype", "torch_dtype")
     layer = {key: value for key, value in settings.items() if key not in own}
+    layer.pop("target_hidden_size", None)
     del layer["qkv_bias"]
     method = {"proposal_type": "greedy", "speculative_tokens": _SPECULATIVE_TOKENS}
     return {
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": "eagle3",
         **{key: settings[key] for key in own},
+        "target_hidden_size": config.feature_size,
         "norm_before_fc": False,
         "tie_word_embeddings": False,
         "transformer_layer_config": layer | {"attention_bias": config.attention_bias},

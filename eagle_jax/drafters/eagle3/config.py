@@ -21,8 +21,8 @@ class Eagle3Config:
             rms_norm_eps, attention_bias, fused, fused_qkv, rope_scaling: of its decoder layer, as
             in `TransformerConfig`.
         aux_layers: which residual streams are fused, by the layer they enter; the number of the
-            target's layers means the one that leaves the last. The official rule for L layers is
-            2, L // 2, L - 3.
+            target's layers means the one that leaves the last. The official rule for L >= 7
+            layers is 2, L // 2, L - 3.
         fc_norm: an RMSNorm on each of them before they are fused (EAGLE-3.1).
         norm_output: the state fed back to the next draft step is the normed one (EAGLE-3.1).
         target_hidden_size: the target's width where it is not the draft's; such a draft has an

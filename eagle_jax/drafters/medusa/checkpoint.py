@@ -78,8 +78,8 @@ class MedusaFiles(DraftFiles):
         config = families.build(directory, MedusaConfig, lambda: found)
         return config, files.arrays(directory, config, tensors)
 
-    def export_file(self, layout: str) -> str:
-        return "medusa_lm_head.safetensors" if layout == "official" else "model.safetensors"
+    def export_files(self, layout: str) -> tuple[str, ...]:
+        return ("medusa_lm_head.safetensors" if layout == "official" else "model.safetensors",)
 
     def unsaid(self, config: MedusaConfig, target: TransformerConfig | None) -> list[str]:
         del target
