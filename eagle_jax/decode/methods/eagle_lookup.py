@@ -12,6 +12,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from eagle_jax.checks import short
 from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
 from eagle_jax.decode.methods.prompt_lookup import PromptLookup, lookup
@@ -36,6 +37,12 @@ class EagleLookup:
     rule: Rule = dataclasses.field(default=Exact(), init=False)
 
     wraps: ClassVar[str] = "eagle"  # the field with the method that drafts
+
+    def __post_init__(self) -> None:
+        for name, kind in (("eagle", Eagle), ("lookup", PromptLookup)):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise ValueError(f"{name}={short(value)}: must be an instance of {kind.__name__}")
 
     @property
     def draft(self) -> str:

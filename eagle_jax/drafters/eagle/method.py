@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from eagle_jax.checks import check_flag, check_number
 from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
 from eagle_jax.decode.prefill import fill
@@ -30,6 +31,8 @@ from eagle_jax.decode.tree import (
     DynamicTree,
     Proposal,
     StaticTree,
+    check_levels,
+    check_tree,
     rerank,
     static_tree,
 )
@@ -113,16 +116,16 @@ class Eagle:
     def depth(self) -> int:
         return self.tree.depth
 
+    def __post_init__(self) -> None:
+        check_tree(self.tree)
+
     def check(self, params: Params) -> None:
         config = params.drafts[self.head].config
         vocab = size_of(config) or config.vocab_size
+        check_flag("coupled", self.coupled)
         for name in ("confidence", "sharpness"):
-            value = getattr(self, name)
-            number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-            if not number or not 1 / _LARGEST <= value <= _LARGEST:
-                raise ValueError(
-                    f"{name}={value!r}: must be a number from {1 / _LARGEST} to {_LARGEST}"
-                )
+            check_number(name, getattr(self, name), 1 / _LARGEST, _LARGEST)
+        check_levels("tree depth", self.tree.depth)
         if isinstance(self.tree, DynamicTree):
             if self.tree.k > vocab:
                 raise ValueError(f"tree k={self.tree.k}: the draft knows {vocab} tokens; use fewer")
