@@ -12,7 +12,6 @@ MFU counts model FLOPs as training reports them, recomputation not counted, over
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -148,7 +147,7 @@ def main() -> None:
         model = settings.load(args.target_config or args.config[0], kind=TrainConfig).objective
         if not isinstance(model, NextToken):
             raise ValueError(f"--target-config {args.target_config}: give that of the target's run")
-        target = dataclasses.replace(model.model, fused=False)
+        target = model.model
     first, frozen = next(iter(runs.values())), {}
     if any(not isinstance(config.objective, NextToken) for config in runs.values()):
         frozen = shapes.random_weights(Transformer, target, dtype=first.compute_dtype)

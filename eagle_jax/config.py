@@ -106,12 +106,6 @@ class TransformerConfig:
         max_position_embeddings: longest sequence (prompt and answer together), in tokens.
         tie_word_embeddings: the output head is the embedding matrix.
         attention_bias: biases on the q, k and v projections (Qwen2).
-        fused: gate and up projections are one matrix, the experts of a layer one stack; in memory
-            only, `eagle_jax.load` sets it.
-        fused_qkv: query, key and value projections are one matrix, as kernels of our own take
-            them; in memory only, `eagle_jax.load` sets it where those run.
-        quantize: how the matrices of the layers and of the head are stored
-            (`eagle_jax.models.quantize`); in memory only, `eagle_jax.load` sets it.
         rope_scaling: of the rotary embedding, for long contexts.
         rope_local_base_freq: base of the rotary embedding, unscaled, in sliding layers (Gemma 3);
             by default they have that of the others.
@@ -146,9 +140,6 @@ class TransformerConfig:
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     attention_bias: bool = False
-    fused: bool = False
-    fused_qkv: bool = False
-    quantize: Literal["int8"] | None = None
     rope_scaling: RopeScaling | None = None
     rope_local_base_freq: float | None = None
     sliding_window: int | None = None

@@ -115,6 +115,25 @@ class Tokenizer:
                 raise
             raise ValueError(f"tokenizer={str(file)!r}: not a tokenizer.json ({error})") from error
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both give the same ids, and end answers alike."""
+        return isinstance(other, Tokenizer) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[Any, ...]:
+        return self.digest, self.eos_ids, tuple(self._strings.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A compiled template is code, and a pickled tokenizer forgets `encode_special_tokens`.
+        return {**self.__dict__, "_compiled": None, "_plain": self._plain.to_str()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._plain = tokenizers.Tokenizer.from_str(state["_plain"])
+        self._plain.encode_special_tokens = True
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text; no special token is added, none is recognised in the text."""
         return self._plain.encode(text, add_special_tokens=False).ids

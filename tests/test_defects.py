@@ -14,7 +14,6 @@ import decoding
 import jax
 import numpy as np
 import pytest
-from eagle_jax.decode.methods.medusa import Medusa
 
 import eagle_jax
 from eagle_jax import outputs
@@ -32,6 +31,7 @@ from eagle_jax.decode import (
 )
 from eagle_jax.decode.batching.answer_file import answer_file
 from eagle_jax.decode.session import Options
+from eagle_jax.drafters.medusa.method import Medusa
 from eagle_jax.params import Params
 
 ASKED = [[{"role": "user", "content": text}] for text in ("Hi", "0+1", "abc")]

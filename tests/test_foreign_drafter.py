@@ -30,6 +30,7 @@ from eagle_jax.decode.tree import Proposal
 from eagle_jax.drafters import registry
 from eagle_jax.evaluate import EvalConfig
 from eagle_jax.evaluate.__main__ import evaluate
+from eagle_jax.layout import PLAIN, Layout
 from eagle_jax.models import Output, bind, init_params
 from eagle_jax.models.linear import Linear
 from eagle_jax.params import Params, load
@@ -76,7 +77,8 @@ class RecurrentTraining:
 class Recurrent(nnx.Module):
     """`s + down(silu(up([s ; embedding])))`."""
 
-    def __init__(self, config: RecurrentConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: RecurrentConfig, layout: Layout = PLAIN, *, rngs: nnx.Rngs) -> None:
+        del layout  # small as it is, it stays in floats
         self.up = Linear(2 * config.hidden_size, config.width, rngs=rngs)
         self.down = Linear(config.width, config.hidden_size, zero=True, rngs=rngs)
 

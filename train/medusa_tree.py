@@ -43,10 +43,11 @@ def main():
         """Rank of token t + 2 + i in the scores of head i at token t."""
         length = tokens.shape[1]
         positions = jnp.arange(length)[None]
-        target = bind(Transformer, params.target_config, params.target)
+        target = bind(Transformer, params.target_config, params.target, params.layout)
         features = target(tokens, positions, packed_mask(jnp.zeros_like(tokens))).features
         ranks = []
-        heads = bind(MedusaHeads, config, params.drafts["medusa"].params)
+        draft = params.drafts["medusa"]
+        heads = bind(MedusaHeads, config, draft.params, draft.layout)
         for i, scores in enumerate(heads.logits(features, target)):
             label = jnp.roll(tokens, -2 - i, axis=1)[..., None]
             own = jnp.take_along_axis(scores, label, axis=-1)

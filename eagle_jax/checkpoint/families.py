@@ -227,9 +227,9 @@ _LAYER = {
     "rope_theta",
     "vocab_size",
 }
-# Fields that every family has; then come layouts in memory, which no file knows.
-_COMMON = _LAYER | {"rope_scaling", "fused", "fused_qkv", "quantize"}
-_COMMON |= {"num_hidden_layers", "max_position_embeddings", "tie_word_embeddings", "model_type"}
+# Fields that every family has.
+_COMMON = _LAYER | {"rope_scaling", "num_hidden_layers", "max_position_embeddings"}
+_COMMON |= {"tie_word_embeddings", "model_type"}
 # Null says something else for these than absence.
 _NULLABLE = {
     "sliding_window",
@@ -440,14 +440,10 @@ def _family(path: Path, settings: Mapping[str, Any]) -> Family:
     return family
 
 
-_IN_MEMORY = {"fused": False, "fused_qkv": False, "quantize": None}  # whatever a file says
-
-
 def _target_values(settings: Mapping[str, Any], family: Family) -> dict[str, Any]:
     fields = {field.name: field for field in dataclasses.fields(TransformerConfig)}
     values: dict[str, Any] = {
         "attention_bias": family.flags.get("attention_bias", False),
-        **_IN_MEMORY,
         **rope.from_json(fields, settings, family.defaults),
         **family.flags,
         **_family_values(settings, family),
@@ -461,7 +457,6 @@ def _draft_values(kind: type, settings: Mapping[str, Any], family: Family) -> di
     fields = {field.name: field for field in dataclasses.fields(kind)}
     values = {
         "attention_bias": settings.get("qkv_bias", False),
-        **_IN_MEMORY,
         **rope.from_json(fields, settings, family.defaults),
     }
     _check_unused(settings)

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from eagle_jax.checkpoint import families, files
 from eagle_jax.checkpoint import target as targets
 from eagle_jax.checkpoint.names import shapes
@@ -54,7 +56,7 @@ def save_target(
     Raises:
         ValueError: `params` don't match `config`, are quantised, or an unknown dtype.
     """
-    _check_floats("quantize", config)
+    _check_floats("quantize", params)
     settings = targets.settings(config, dtype, bos_token_id, eos_token_id)
     files.write(directory, config, params, dtype, settings)
 
@@ -115,19 +117,19 @@ def save_draft(
         )
     if coverage is not None and not 0 <= coverage <= 1:
         raise ValueError(f"coverage={coverage}: must be 0 to 1, a share of the counted tokens")
-    _check_floats("quantize_drafts", config)
+    _check_floats("quantize_drafts", params)
     own = registry.by_config(config).checkpoint()
     files.check_params(config, params, dtype)
     settings = own.settings(config, dtype, coverage)
     files.write(directory, config, params, dtype, settings, own.tables(config, params))
 
 
-def _check_floats(argument: str, config: DraftConfig) -> None:
-    quantize = getattr(config, "quantize", None)
-    if quantize is not None:
+def _check_floats(argument: str, params: Mapping[str, Any]) -> None:
+    """Raises ValueError for a model whose matrices are stored in eight bits."""
+    if any(getattr(array, "dtype", None) == np.int8 for array in params.values()):
         raise ValueError(
-            f"quantize={quantize!r}: quantised weights are not written; give the model as "
-            f"it was before, load(..., {argument}=None)"
+            f"{argument}='int8': quantised weights are not written; give the model as it was "
+            f"before, load(..., {argument}=None)"
         )
 
 

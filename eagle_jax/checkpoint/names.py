@@ -7,13 +7,13 @@ itself; each drafter says how its names differ on disk (`DraftFiles.disk_name`).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
 from eagle_jax.config import DraftConfig
 from eagle_jax.drafters import registry
+from eagle_jax.layout import PLAIN, Layout
 
 Shape = tuple[int, ...]
 
@@ -25,8 +25,6 @@ LEAVES = {
 }
 """Flax leaf -> its name on disk, and whether it is transposed there."""
 
-IN_FILES = {"fused": False, "fused_qkv": False, "quantize": None}
-
 TABLE = "d2t"
 """The one array of a model that is a table of token ids and no weight."""
 
@@ -34,24 +32,26 @@ TABLE = "d2t"
 def shapes(config: DraftConfig) -> dict[str, Shape]:
     """The name and the shape of every array that a configuration's files hold.
 
-    They are those of files: experts and all projections each alone, whatever the layout in memory.
-    A draft's `d2t` is among them.
+    They are those of files and of training: every expert and every projection is an array. A
+    draft's `d2t` is among them.
     """
     return registry.by_config(config).checkpoint().shapes(config)
 
 
-def module_shapes(module: Callable[..., Any], config: Any) -> dict[str, Shape]:
+def module_shapes(
+    module: Callable[..., Any], config: Hashable, layout: Layout = PLAIN
+) -> dict[str, Shape]:
     """The name and the shape of every parameter and table of a module, without making one."""
-    known = {field.name for field in dataclasses.fields(config)}
-    plain = {name: value for name, value in IN_FILES.items() if name in known}
-    return dict(_module_shapes(module, dataclasses.replace(config, **plain)))
+    return dict(_module_shapes(module, config, layout))
 
 
 @functools.lru_cache(maxsize=256)
-def _module_shapes(module: Callable[..., Any], config: Hashable) -> dict[str, Shape]:
+def _module_shapes(
+    module: Callable[..., Any], config: Hashable, layout: Layout
+) -> dict[str, Shape]:
     from eagle_jax.models import param_shapes  # imports JAX
 
-    return {name: tuple(leaf.shape) for name, leaf in param_shapes(module, config).items()}
+    return {name: tuple(leaf.shape) for name, leaf in param_shapes(module, config, layout).items()}
 
 
 def renamed_leaf(name: str) -> tuple[str, bool]:

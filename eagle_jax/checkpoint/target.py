@@ -12,8 +12,9 @@ import numpy as np
 
 from eagle_jax.checkpoint import families, files
 from eagle_jax.checkpoint.lazy_tensor import LazyTensor, equal
-from eagle_jax.checkpoint.names import IN_FILES, Shape, module_shapes, renamed_leaf
+from eagle_jax.checkpoint.names import Shape, module_shapes, renamed_leaf
 from eagle_jax.config import TransformerConfig
+from eagle_jax.layout import Layout
 
 
 def shapes(config: TransformerConfig) -> dict[str, Shape]:
@@ -40,10 +41,9 @@ def _shapes(config: TransformerConfig) -> dict[str, Shape]:
 
 def _one_layer(config: TransformerConfig, experts: bool) -> Iterator[tuple[str, Shape]]:
     """Names and shapes of the same transformer with one layer, with experts or without."""
-    from eagle_jax.models import Transformer, param_shapes  # imports JAX
+    from eagle_jax.models import Transformer  # imports JAX
 
     changes: dict[str, Any] = {"num_hidden_layers": 1, "layer_types": (), "mlp_only_layers": ()}
-    changes |= IN_FILES
     if not experts:
         changes |= {"num_experts": 0, "num_experts_per_tok": 0}
     config = dataclasses.replace(config, **changes)
@@ -51,11 +51,10 @@ def _one_layer(config: TransformerConfig, experts: bool) -> Iterator[tuple[str, 
         yield from module_shapes(Transformer, config).items()
         return
     # All experts in one stack, but for their own matrices, which one expert tells.
-    stacked = dataclasses.replace(config, fused=True)
     single = dataclasses.replace(config, num_experts=1, num_experts_per_tok=1)
-    for name, leaf in param_shapes(Transformer, stacked).items():
+    for name, shape in module_shapes(Transformer, config, Layout(gate_up_fused=True)).items():
         if ".experts." not in name:
-            yield name, tuple(leaf.shape)
+            yield name, shape
     for name, shape in module_shapes(Transformer, single).items():
         if ".experts.0." in name:
             for expert in range(config.num_experts):

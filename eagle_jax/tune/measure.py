@@ -111,9 +111,9 @@ class Bench:
         context = self.params.target_config.max_position_embeddings
         prompts = [np.array(prompt, np.int32) for prompt in unit.prompts]
         limits = [min(len(prompt) + new, context) for prompt in prompts]
-        only, clock = self.params.only(method.draft), executables.Clock()
-        state = executables.start(first, only, prompts, limits, list(unit.seeds), clock)
-        state = executables.advance(program, only, state, settings, clock)
+        clock = executables.Clock()
+        state = executables.start(first, self.params, prompts, limits, list(unit.seeds), clock)
+        state = executables.advance(program, self.params, state, settings, clock)
         tokens, length, rounds = jax.device_get((state.tokens, state.length, state.rounds))
         rows = zip(tokens, prompts, length, strict=True)
         return Run(

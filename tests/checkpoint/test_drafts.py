@@ -127,7 +127,7 @@ def test_eagle3_has_the_official_layout(tmp_path):
         "rope_theta": 50000.0,
     }
     assert {key: settings.get(key) for key in expected} == expected
-    assert not {"fused", "fused_qkv"} & settings.keys()
+    assert not {"gate_up_fused", "qkv_fused", "quantize"} & settings.keys()
 
 
 def test_eagles_vocabulary_is_a_table_alone(tmp_path):

@@ -9,6 +9,8 @@ from model_directories import assert_same, edit, message, random_params, retenso
 
 from eagle_jax.checkpoint import hf, safetensors
 from eagle_jax.config import TransformerConfig
+from eagle_jax.layout import Layout
+from eagle_jax.models.weight_layout import fuse
 
 # Every size differs from every other, so that a wrong axis cannot pass.
 TARGET = TransformerConfig(
@@ -51,11 +53,17 @@ def test_round_trip_is_bit_exact(tmp_path, config, dtype):
 
 
 def test_a_layout_in_memory_is_not_written(target):
-    """Catches `fused` in a file, whose reader has all matrices apart."""
-    layout = {"fused": True, "fused_qkv": True}
-    hf.save_target(target, dataclasses.replace(TARGET, **layout), random_params(TARGET))
-    assert not layout.keys() & json.loads((target / "config.json").read_text()).keys()
-    edit(target, **layout)
+    """Catches arrays of a fused layout in a file, whose reader has all matrices apart, and a file
+    whose words are taken for a layout."""
+    layout = Layout(gate_up_fused=True, qkv_fused=True)
+    fused = fuse(random_params(TARGET), TARGET, layout)
+    assert "params: lacks tensors layers.0.mlp" in message(
+        hf.save_target, target / "new", TARGET, fused
+    )
+    hf.save_target(target, TARGET, random_params(TARGET))
+    words = {"fused": True, "quantize": "int8", **dataclasses.asdict(layout)}
+    assert not words.keys() & json.loads((target / "config.json").read_text()).keys()
+    edit(target, **words)
     assert hf.load_target(target)[0] == TARGET
 
 

@@ -16,13 +16,12 @@ class EagleConfig:
     Attributes:
         hidden_size: width of the features, equal to the target's.
         intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rope_theta,
-            rms_norm_eps, attention_bias, fused, fused_qkv, rope_scaling: of its decoder layer, as
-            in `TransformerConfig`.
+            rms_norm_eps, attention_bias, rope_scaling: of its decoder layer, as in
+            `TransformerConfig`.
         vocab_size: the target's; the embedding and the head are the target's own, frozen.
         bias: `fc` has a bias (the published default; Llama-3 heads have none).
         draft_vocab_size: how many of the target's tokens are drafted, through columns of its head;
             `d2t` maps them to the target's. None: all.
-        quantize: as in `TransformerConfig`, of all its matrices; in memory only.
     """
 
     vocab_size: int
@@ -34,12 +33,9 @@ class EagleConfig:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     attention_bias: bool = False
-    fused: bool = False
-    fused_qkv: bool = False
     bias: bool = True
     rope_scaling: RopeScaling | None = None
     draft_vocab_size: int | None = None
-    quantize: Literal["int8"] | None = None
 
     kind: ClassVar[str] = "eagle"
 

@@ -18,8 +18,8 @@ class Eagle3Config:
         draft_vocab_size: rows of the draft's own head; `d2t` maps them to the target's tokens.
         hidden_size: width `d` of the draft.
         intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rope_theta,
-            rms_norm_eps, attention_bias, fused, fused_qkv, rope_scaling: of its decoder layer, as
-            in `TransformerConfig`.
+            rms_norm_eps, attention_bias, rope_scaling: of its decoder layer, as in
+            `TransformerConfig`.
         aux_layers: which residual streams are fused, by the layer they enter; the number of the
             target's layers means the one that leaves the last. The official rule for L >= 7
             layers is 2, L // 2, L - 3.
@@ -27,7 +27,6 @@ class Eagle3Config:
         norm_output: the state fed back to the next draft step is the normed one (EAGLE-3.1).
         target_hidden_size: the target's width where it is not the draft's; such a draft has an
             embedding of its own.
-        quantize: as in `TransformerConfig`, of all its matrices; in memory only.
     """
 
     vocab_size: int
@@ -41,13 +40,10 @@ class Eagle3Config:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     attention_bias: bool = False
-    fused: bool = False
-    fused_qkv: bool = False
     fc_norm: bool = False
     norm_output: bool = False
     rope_scaling: RopeScaling | None = None
     target_hidden_size: int | None = None
-    quantize: Literal["int8"] | None = None
 
     kind: ClassVar[str] = "eagle3"
 

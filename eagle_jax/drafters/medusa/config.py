@@ -20,7 +20,6 @@ class MedusaConfig:
             otherwise its own vocabulary head, as published heads do. (Without that matrix a head
             would hardly do: a residual block cannot take away what its input says of the token
             that comes first.)
-        quantize: as in `TransformerConfig`, of all matrices of the heads; in memory only.
     """
 
     vocab_size: int
@@ -28,7 +27,6 @@ class MedusaConfig:
     num_heads: int = 4
     num_layers: int = 1
     tie_lm_head: bool = False
-    quantize: Literal["int8"] | None = None
 
     kind: ClassVar[str] = "medusa"
 

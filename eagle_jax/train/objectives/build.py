@@ -17,7 +17,7 @@ from eagle_jax.drafters.spec import resolve
 from eagle_jax.text import Tokenizer
 from eagle_jax.train import data
 from eagle_jax.train.objectives.base import Objective
-from eagle_jax.train.objectives.checks import check_floats, check_head, check_length
+from eagle_jax.train.objectives.checks import check_head, check_length
 from eagle_jax.train.objectives.next_token import NextTokenObjective
 from eagle_jax.train.objectives.target import ENDS
 from eagle_jax.vocabulary import draft_vocabulary
@@ -87,7 +87,6 @@ def assemble(
     assert not isinstance(settings, NextToken)
     spec = registry.by_objective(settings)
     check_head("objective.target", target_config)
-    check_floats("objective.draft", settings.draft)
     return resolve(spec.build)(config, target_config, target, vocabulary)
 
 

@@ -5,8 +5,6 @@ They raise a `ValueError` of one line that names the field of the `TrainConfig`.
 
 from __future__ import annotations
 
-from typing import Any
-
 from eagle_jax.config import TrainConfig, TransformerConfig
 
 
@@ -16,18 +14,8 @@ def check_same(name: str, draft: int, target: int) -> None:
         raise ValueError(f"objective.draft.{name}={draft}: the target has {target}; set it to that")
 
 
-def check_floats(field: str, model: Any) -> None:
-    """Weights that are trained, or trained against, must not be quantised."""
-    if getattr(model, "quantize", None) is not None:
-        raise ValueError(
-            f"{field}: has quantize={model.quantize!r}, which is for decoding; train with the "
-            "model as it was before, quantize=None"
-        )
-
-
 def check_head(field: str, model: TransformerConfig) -> None:
     """Losses and labels are plain products of features and vocabulary matrix."""
-    check_floats(field, model)
     if model.final_logit_softcapping is not None:
         raise ValueError(
             f"{field}: has final_logit_softcapping={model.final_logit_softcapping}, which training "
