@@ -41,8 +41,10 @@ class DrafterSpec:
             `kind` and the field `vocab_size`. Three more fields are known by their names:
             `draft_vocab_size` (with it the module has a table `d2t`), `aux_layers` (residual
             streams of the target that the draft reads) and `hidden_size` (the target's width).
-        module: `module(config, layout, rngs=...)`, a Flax NNX module; `layout` is a `Layout`. Its `features(output)`, if it has
-            one, chooses what decoding keeps of the target's pass over the prompt.
+        module: `module(config, layout, rngs=...)`, a Flax NNX module. The `Layout` says how its
+            arrays lie in memory; parts of `eagle_jax.models` take it, and a module without them
+            may ignore it. `features(output)`, if the module has it, chooses what decoding keeps of
+            the target's pass over the prompt.
         files: the subclass of `DraftFiles` that reads and writes its checkpoints. By default they
             have this library's own layout.
         objectives: classes of training settings, each with `draft`, `target` and `features`.
