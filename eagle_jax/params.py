@@ -20,7 +20,7 @@ from eagle_jax.config import DraftConfig, TransformerConfig
 from eagle_jax.drafters import registry
 from eagle_jax.drafters.one_layer import own_embedding, same_matrix
 from eagle_jax.layout import PLAIN, Layout
-from eagle_jax.models import kernels
+from eagle_jax.models import kernels, param_names
 from eagle_jax.models import quantize as quantisation
 from eagle_jax.models.weight_layout import fuse, fused_parts
 from eagle_jax.sharding import check_tensor, replicated, weight_shardings
@@ -384,12 +384,17 @@ def _place(
     sharding: Mesh | Sharding | None,
 ) -> ParamDict:
     """Reads, casts and places one array after the other, in `layout`."""
+    scales: frozenset[str] = frozenset()  # of int8 matrices; the module says which have them
+    if layout.quantize is not None:
+        module = registry.by_config(config).module_class()
+        names_there = param_names(module, config, layout)
+        scales = frozenset(name for name in names_there if name.endswith(quantisation.SCALE))
     placed = {}
     for parts in fused_parts(params, layout).values():
         names = [name for joined in parts for name in joined]
         read = {name: np.asarray(params[name]) for name in names}
         for name, array in fuse(read, config, layout).items():
-            small = layout.quantize is not None and quantisation.quantised(name)
+            small = name + quantisation.SCALE in scales
             # A table of token ids is no weight; what becomes int8 is read with all its bits.
             if not small and not np.issubdtype(array.dtype, np.integer):
                 array = array.astype(dtype, copy=False)

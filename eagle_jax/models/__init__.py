@@ -1,6 +1,6 @@
 """The target transformer, the key/value cache, and modules as functions of their parameters."""
 
-from eagle_jax.models.binding import bind, cast, init_params, param_shapes
+from eagle_jax.models.binding import bind, cast, init_params, param_names, param_shapes
 from eagle_jax.models.cache import Cache
 from eagle_jax.models.transformer import Output, Transformer
 
@@ -11,5 +11,6 @@ __all__ = [
     "bind",
     "cast",
     "init_params",
+    "param_names",
     "param_shapes",
 ]
