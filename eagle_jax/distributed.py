@@ -110,3 +110,22 @@ def fetch(tree: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def raise_together(error: ValueError | None, what: str) -> None:
+    """Raises the first process's error in every process, so that none waits for the others.
+
+    Args:
+        error: of the first process, or None; other processes pass None.
+        what: begins the message that the other processes raise.
+    """
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() > 1:
+        failed = bool(multihost_utils.broadcast_one_to_all(np.bool_(error is not None)))
+        if failed and error is None:
+            raise ValueError(f"{what}: the first process cannot write there; see its message")
+    if error is not None:
+        raise error

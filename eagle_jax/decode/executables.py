@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -92,6 +93,19 @@ def _on(mesh: Mesh | None, function: Callable[..., State]) -> Callable[..., Stat
             return function(*args)
 
     return traced
+
+
+def check_outside_jit(params: Params, prompt: Any = None) -> None:
+    """Raises ValueError where a JAX transformation traces the caller.
+
+    Decoding compiles its own programs and waits for their results, which tracing cannot.
+    """
+    leaves = jax.tree.leaves((params.target, prompt, jnp.zeros(())))  # under jit all are traced
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        raise ValueError(
+            "params: decoding was called inside jax.jit, vmap or grad; call it outside, it "
+            "compiles its own programs"
+        )
 
 
 def executables() -> tuple[Any, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from eagle_jax.checks import check_whole
 from eagle_jax.decode.method import Method
-from eagle_jax.decode.prompts import Prompt
+from eagle_jax.decode.prompts import Prompt, is_batch
 from eagle_jax.decode.session import Generation, Options, Session
 from eagle_jax.params import Params
 from eagle_jax.text import StreamDecoder
@@ -95,8 +96,9 @@ def stream(
     Raises:
         ValueError: as `generate`; a batch.
     """
-    if not isinstance(rounds_per_chunk, int) or rounds_per_chunk < 1:
-        raise ValueError(f"rounds_per_chunk={rounds_per_chunk!r}: must be a whole number above 0")
+    check_whole("rounds_per_chunk", rounds_per_chunk)
+    if is_batch(prompt):  # before anything is compiled
+        raise ValueError("prompt: stream takes one prompt; use generate for a batch")
     session = Session(
         params,
         prompt,
@@ -104,8 +106,6 @@ def stream(
         seed,
         raw,
     )
-    if session.batched:
-        raise ValueError("prompt: stream takes one prompt; use generate for a batch")
     return _stream(session, rounds_per_chunk)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from eagle_jax.checks import check_flag
 from eagle_jax.decode import executables, tuning_store
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.method_cli import spell
@@ -106,8 +107,8 @@ class Options:
         if isinstance(method, str) and method == AUTO:
             method = tuning_store.method(params, rows, self.temperature)
         method = _method(method, params)
-        if not isinstance(self.exact, bool):
-            raise ValueError(f"exact={self.exact!r}: must be True or False")
+        check_flag("exact", self.exact)
+        check_flag("ignore_eos", self.ignore_eos)
         rows, depth = EXACT_ROWS, EXACT_DEPTH - 1
         if self.exact and (method.nodes > rows or method.depth > depth):
             raise ValueError(
@@ -138,6 +139,9 @@ class Session:
         seed: int | Sequence[int],
         raw: bool,
     ) -> None:
+        check_params(params)
+        check_flag("raw", raw)
+        executables.check_outside_jit(params, prompt)
         self.params = params
         self.prompts, self.batched = encode_all(params, prompt, raw)
         self.settings, self.method = options.check(params, len(self.prompts))
@@ -237,6 +241,15 @@ def _method(method: str | Method, params: Params) -> Method:
         )
     method.check(params)
     return method
+
+
+def check_params(params: Any) -> None:
+    """Raises ValueError unless `params` is what `eagle_jax.load` returns."""
+    if not isinstance(params, Params):
+        given = f" of {params!r}" if isinstance(params, str) else ""
+        raise ValueError(
+            f"params: is a {type(params).__name__}{given}; give what eagle_jax.load(...) returns"
+        )
 
 
 def check_seeds(seed: int | Sequence[int], rows: int) -> list[int]:

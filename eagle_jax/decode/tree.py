@@ -11,11 +11,14 @@ import functools
 import heapq
 import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from eagle_jax.checks import check_whole, short
 
 ROOT = 0
 
@@ -136,9 +139,7 @@ class DynamicTree:
 
     def __post_init__(self) -> None:
         for name in ("depth", "k", "drafted"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"tree {name}={value!r}: must be a whole number above 0")
+            check_whole(f"tree {name}", getattr(self, name))
         if self.drafted > self.pool:
             raise ValueError(
                 f"tree drafted={self.drafted}: depth {self.depth} and k {self.k} find only "
@@ -227,6 +228,25 @@ def best_tree(accuracy: Sequence[Sequence[float]], nodes: int) -> StaticTree:
 
 # The most nodes of a proposal, root included: trees are built node by node, masks are [t, t].
 MOST_NODES = 1024
+# The most levels of a tree that is grown level by level. Each level is part of the compiled
+# program, and with a draft model takes about 1 s to compile on two CPU cores.
+MOST_LEVELS = 64
+
+
+def check_levels(name: str, levels: int) -> None:
+    """Raises ValueError if a tree that is grown level by level has too many levels."""
+    if levels > MOST_LEVELS:
+        raise ValueError(
+            f"{name}={levels}: every level is compiled by itself, and at most {MOST_LEVELS} are "
+            "allowed; use fewer"
+        )
+
+
+def check_tree(tree: Any) -> None:
+    """Raises ValueError unless `tree` is a static or a dynamic tree."""
+    if not isinstance(tree, StaticTree | DynamicTree):
+        example = f"named_tree({tree!r})" if isinstance(tree, str) else "chain(3)"
+        raise ValueError(f"tree={short(tree)}: is not a tree; give one such as {example}")
 
 
 def static_tree(paths: Iterable[Sequence[int]]) -> StaticTree:
@@ -249,8 +269,8 @@ def static_tree(paths: Iterable[Sequence[int]]) -> StaticTree:
 
 def chain(depth: int) -> StaticTree:
     """`depth` drafted tokens in a row, each the best candidate."""
-    if not 1 <= depth < MOST_NODES:
-        raise ValueError(f"chain depth={depth}: must be from 1 to {MOST_NODES - 1}")
+    if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth < MOST_NODES:
+        raise ValueError(f"chain depth={depth!r}: must be from 1 to {MOST_NODES - 1}")
     return static_tree([(0,) * d for d in range(1, depth + 1)])
 
 

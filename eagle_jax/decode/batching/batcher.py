@@ -20,7 +20,7 @@ import dataclasses
 import itertools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ from eagle_jax.decode.method import Method
 from eagle_jax.decode.program import bucket_prompt
 from eagle_jax.decode.prompts import encode
 from eagle_jax.decode.sampling import sampling
-from eagle_jax.decode.session import Options, check_seeds
+from eagle_jax.decode.session import Options, check_params, check_seeds
 from eagle_jax.params import Params
 from eagle_jax.text import StreamDecoder
 
@@ -177,6 +177,8 @@ class Batcher:
         Raises:
             ValueError: a bad argument, as `generate`.
         """
+        check_params(params)
+        executables.check_outside_jit(params)
         for name, value in (
             ("rows", rows),
             ("max_prompt", max_prompt),
@@ -210,6 +212,7 @@ class Batcher:
         self._ids = itertools.count()
         self._queue: collections.deque[_Request] = collections.deque()
         self._requests: dict[int, _Request] = {}  # waiting and in rows
+        self._pieces: collections.deque[Piece] = collections.deque()  # not handed out yet
         self._finished = self._tokens = self._rounds = self._passes = self._moves = 0
         self._places = 0  # rows of all passes
         self._enter(self._stages[-1])  # the largest, so that memory trouble shows at once
@@ -267,15 +270,18 @@ class Batcher:
         return request.id
 
     def cancel(self, request: int) -> bool:
-        """Forget a request: its row is free from the next `step` on, which returns nothing of it.
+        """Forget a request: no more of it is handed out, and the next `step` frees its row.
 
         Returns:
-            False if there is no such request, or no more.
+            False if there is no such request, or its last piece was handed out.
         """
         with self._lock:
+            kept = [piece for piece in self._pieces if piece.request != request]
+            known = len(kept) < len(self._pieces)
+            self._pieces = collections.deque(kept)
             found = self._requests.pop(request, None)
             if found is None:
-                return False
+                return known
             found.cancelled = True
             if found in self._queue:
                 self._queue.remove(found)
@@ -285,8 +291,33 @@ class Batcher:
         """Give free rows to waiting prompts and decode one chunk, in the batch that fits the load.
 
         Returns:
-            What each request in a row got; nothing if there is none.
+            What each request in a row got, after the pieces that an unfinished `run` has not
+            handed out; nothing if there is no request.
         """
+        self._decode_chunk()
+        with self._lock:
+            pieces = list(self._pieces)
+            self._pieces.clear()
+        return pieces
+
+    def run(self) -> Generator[Piece]:
+        """Pieces until no request is left; others may be submitted meanwhile.
+
+        A loop over it may stop at any piece: the next `run` or `step` hands out the pieces after
+        it.
+        """
+        while self._pieces or self._requests:
+            if not self._pieces:
+                self._decode_chunk()
+            while (piece := self._next_piece()) is not None:
+                yield piece
+
+    def _next_piece(self) -> Piece | None:
+        with self._lock:
+            return self._pieces.popleft() if self._pieces else None
+
+    def _decode_chunk(self) -> None:
+        """One chunk, whose pieces wait in `_pieces`."""
         self._drop_cancelled()
         left = [request.limit - request.seen for request in self._rows if request]
         here = self._passes - self._entered
@@ -297,7 +328,7 @@ class Batcher:
             self._insert(group)
         live, here = self._occupied(), self._passes - self._entered
         if not live:
-            return []
+            return
         rounds, enough = pause(self._stages, stage, live, len(self._queue), here)
         self._state = executables.advance(
             stage.program,
@@ -308,12 +339,7 @@ class Batcher:
             min(rounds, self._chunk),
             enough,
         )
-        return self._collect()
-
-    def run(self) -> Iterator[Piece]:
-        """Pieces until no request is left; others may be submitted meanwhile."""
-        while self._requests:
-            yield from self.step()
+        self._collect()
 
     def warm_up(self) -> None:
         """Compile every program now: a size of batch or prompts costs its first one seconds
@@ -425,13 +451,13 @@ class Batcher:
             self._clock,
         )
 
-    def _collect(self) -> list[Piece]:
-        """New tokens of every request in a row; rows that are done become free."""
+    def _collect(self) -> None:
+        """Makes a piece of every row's new tokens; rows that are done become free."""
         state = self._state
         tokens, length, done, rounds = jax.device_get(
             (state.tokens, state.length, state.done, state.rounds)
         )
-        pieces, passes = [], 0
+        passes = 0
         for row, request in enumerate(self._rows):
             if request is None or request.cancelled:
                 continue
@@ -446,13 +472,15 @@ class Batcher:
                 finish = "stop" if new[-1] in self._stage.program.eos else "length"
                 self._rows[row] = None
                 self._finished += 1
-                with self._lock:
-                    self._requests.pop(request.id, None)
             text = None
             if request.decoder is not None:
                 text = request.decoder.feed(new.tolist())
                 text += request.decoder.flush() if finish else ""
-            pieces.append(Piece(request.id, text, new, finish, request.rounds))
+            with self._lock:
+                if not request.cancelled:  # another thread may have cancelled it by now
+                    piece = Piece(request.id, text, new, finish, request.rounds)
+                    self._pieces.append(piece)
+                if finish:
+                    self._requests.pop(request.id, None)
         self._passes += passes
         self._places += passes * len(self._rows)
-        return pieces

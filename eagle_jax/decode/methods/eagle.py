@@ -21,13 +21,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from eagle_jax.checks import check_flag, check_number
 from eagle_jax.config import Eagle3Config, EagleConfig
 from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
 from eagle_jax.decode.prefill import fill
 from eagle_jax.decode.sampling import process
 from eagle_jax.decode.top_k import likeliest, top_k
-from eagle_jax.decode.tree import MC_SIM_7B_63, DynamicTree, Proposal, StaticTree, rerank
+from eagle_jax.decode.tree import (
+    MC_SIM_7B_63,
+    DynamicTree,
+    Proposal,
+    StaticTree,
+    check_levels,
+    check_tree,
+    rerank,
+)
 from eagle_jax.models import cache as caches
 from eagle_jax.models.transformer import packed_mask
 from eagle_jax.params import Params
@@ -87,17 +96,17 @@ class Eagle:
     def depth(self) -> int:
         return self.tree.depth
 
+    def __post_init__(self) -> None:
+        check_tree(self.tree)
+
     def check(self, params: Params) -> None:
         config = params.drafts[self.head].config
         assert isinstance(config, EagleConfig | Eagle3Config)
         vocab = config.draft_vocab_size or config.vocab_size
+        check_flag("coupled", self.coupled)
         for name in ("confidence", "sharpness"):
-            value = getattr(self, name)
-            number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-            if not number or not 1 / _LARGEST <= value <= _LARGEST:
-                raise ValueError(
-                    f"{name}={value!r}: must be a number from {1 / _LARGEST} to {_LARGEST}"
-                )
+            check_number(name, getattr(self, name), 1 / _LARGEST, _LARGEST)
+        check_levels("tree depth", self.tree.depth)
         if isinstance(self.tree, DynamicTree):
             if self.tree.k > vocab:
                 raise ValueError(f"tree k={self.tree.k}: the draft knows {vocab} tokens; use fewer")

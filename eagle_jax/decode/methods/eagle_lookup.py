@@ -11,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from eagle_jax.checks import short
 from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
 from eagle_jax.decode.methods.eagle import Eagle, EagleState
@@ -33,6 +34,12 @@ class EagleLookup:
         max_ngram=16, min_ngram=8, length=16, latest=True, truncate=True
     )
     rule: Rule = dataclasses.field(default=Exact(), init=False)
+
+    def __post_init__(self) -> None:
+        for name, kind in (("eagle", Eagle), ("lookup", PromptLookup)):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise ValueError(f"{name}={short(value)}: must be an instance of {kind.__name__}")
 
     @property
     def draft(self) -> str:

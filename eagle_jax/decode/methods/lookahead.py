@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from eagle_jax.checks import check_flag, check_whole
 from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
 from eagle_jax.decode.top_k import argmax
@@ -144,9 +145,9 @@ class Lookahead:
 
     def __post_init__(self) -> None:
         for name, least in (("ngram", 2), ("window", 1), ("guesses", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")
+            check_whole(name, getattr(self, name), least)
+        for name in ("prompt_pool", "coupled"):
+            check_flag(name, getattr(self, name))
 
     @property
     def nodes(self) -> int:

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from eagle_jax.checks import check_flag
 from eagle_jax.config import MedusaConfig
 from eagle_jax.decode.acceptance import Exact, Rejection
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
 from eagle_jax.decode.sampling import perturb
 from eagle_jax.decode.top_k import top_k
-from eagle_jax.decode.tree import Proposal, StaticTree, best_tree
+from eagle_jax.decode.tree import Proposal, StaticTree, best_tree, check_tree
 from eagle_jax.params import Params
 
 # How often the candidate of rank 0, 1, ... of each head is the token that greedy decoding puts
@@ -41,6 +42,9 @@ class Medusa:
     rule: Rule = Exact()
     draft: str = dataclasses.field(default="medusa", init=False)
 
+    def __post_init__(self) -> None:
+        check_tree(self.tree)
+
     @property
     def nodes(self) -> int:
         return self.tree.nodes
@@ -52,6 +56,7 @@ class Medusa:
     def check(self, params: Params) -> None:
         config = params.drafts["medusa"].config
         assert isinstance(config, MedusaConfig)
+        check_flag("coupled", self.coupled)
         if isinstance(self.rule, Rejection):
             raise ValueError(
                 f"rule={self.rule}: Medusa draws no candidates that it could weigh; use Exact() or "

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from eagle_jax.checks import check_flag, check_whole
 from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
 from eagle_jax.decode.tree import Proposal, chain
@@ -119,9 +120,9 @@ class PromptLookup:
 
     def __post_init__(self) -> None:
         for name in ("max_ngram", "min_ngram", "length"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: must be a whole number above 0")
+            check_whole(name, getattr(self, name))
+        for name in ("latest", "truncate"):
+            check_flag(name, getattr(self, name))
         if self.min_ngram > self.max_ngram:
             raise ValueError(
                 f"min_ngram={self.min_ngram}: must be at most max_ngram, {self.max_ngram}"

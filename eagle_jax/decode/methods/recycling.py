@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
+from eagle_jax.checks import check_flag
 from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
 from eagle_jax.decode.top_k import top_k
-from eagle_jax.decode.tree import Proposal, StaticTree, best_tree
+from eagle_jax.decode.tree import Proposal, StaticTree, best_tree, check_levels, check_tree
 from eagle_jax.params import Params
 
 # A model, no measurement: the best candidate is right 0.45 of the time, each lower rank half as
@@ -60,6 +61,9 @@ class Recycling:
     draft: None = dataclasses.field(default=None, init=False)
     rule: Rule = dataclasses.field(default=Exact(), init=False)
 
+    def __post_init__(self) -> None:
+        check_tree(self.tree)
+
     @property
     def nodes(self) -> int:
         return self.tree.nodes
@@ -70,12 +74,14 @@ class Recycling:
 
     def check(self, params: Params) -> None:
         vocab, width = params.target_config.vocab_size, self.width
+        check_flag("coupled", self.coupled)
         if not isinstance(width, int) or isinstance(width, bool) or not 0 < width <= vocab:
             raise ValueError(f"width={width!r}: must be a whole number from 1 to {vocab}")
         if not isinstance(self.tree, StaticTree):
             raise ValueError(f"tree={self.tree}: recycling fills a static tree; give rank paths")
         if self.tree.depth < 1:
             raise ValueError("tree=(): no drafted node; give at least one path")
+        check_levels("tree depth", self.tree.depth)
         widest = int(self.tree.ranks.max())
         if widest >= width:
             raise ValueError(f"tree rank {widest}: width={width} keeps fewer; raise width")

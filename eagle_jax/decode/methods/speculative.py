@@ -6,12 +6,13 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from eagle_jax.checks import check_flag
 from eagle_jax.decode.acceptance import Exact, Rejection
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
 from eagle_jax.decode.prefill import fill
 from eagle_jax.decode.sampling import draft_noise, perturb
 from eagle_jax.decode.top_k import argmax
-from eagle_jax.decode.tree import Proposal, chain
+from eagle_jax.decode.tree import Proposal, chain, check_levels
 from eagle_jax.models import Cache
 from eagle_jax.models import cache as caches
 from eagle_jax.models.transformer import packed_mask
@@ -45,8 +46,10 @@ class Speculative:
 
     def check(self, params: Params) -> None:
         del params
-        if not isinstance(self.length, int) or self.length < 1:
+        if not isinstance(self.length, int) or isinstance(self.length, bool) or self.length < 1:
             raise ValueError(f"length={self.length!r}: must be a whole number, at least 1")
+        check_levels("length", self.length)
+        check_flag("coupled", self.coupled)
 
     def init(self, models: Models, prompt: Prompt, slots: int) -> Cache:
         """The state is the draft's cache: valid up to the last token but two."""
