@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import shapes
 
-from eagle_jax import settings, sharding
+from eagle_jax import hardware, settings, sharding
 from eagle_jax.config import (
     DataConfig,
     Eagle3Config,
@@ -37,7 +37,7 @@ from eagle_jax.config import (
     TransformerConfig,
 )
 from eagle_jax.models import Transformer
-from eagle_jax.train import loop, metrics, objectives
+from eagle_jax.train import loop, objectives
 
 _BATCHES = 4  # different ones, in turn
 
@@ -111,7 +111,7 @@ class Steps:
         length, batch = config.data.sequence_length, config.data.batch_size
         pace = 1e3 * length * batch / ms
         flops = pace * self.trainer.objective.flops_per_token(length)
-        peak = metrics.peak_flops(jax.devices()[0].device_kind, config.peak_flops)
+        peak = config.peak_flops or hardware.peak_flops(jax.devices()[0].device_kind)
         return {
             "objective": name,
             "batch": batch,
