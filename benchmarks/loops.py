@@ -114,10 +114,9 @@ class Rounds:
         temperature: float = 0.0,
         pace: float = 1.0,
     ) -> None:
-        config = None if method.draft is None else params.drafts[method.draft].config
         self.place, self.rounds, self.tau, self.calls = place, rounds, 0.0, 0
-        self.program = Program(method, params.target_config, config, place.slots, ())
-        self.params, self.settings = params.only(method.draft), sampling(temperature)
+        self.program = Program.of(params, method, place.slots)
+        self.params, self.settings = params.with_draft(method.draft), sampling(temperature)
         span = round(pace * rounds)
         self.start = used - span // 2
         self.limit = place.slots - method.depth - 1
@@ -130,7 +129,7 @@ class Rounds:
         row = jax.ShapeDtypeStruct((b,), jnp.int32)
         shapes = jax.eval_shape(
             functools.partial(engine.prefill, self.program),
-            self.params,
+            self.program.weights(params),
             jax.ShapeDtypeStruct((b, 2), jnp.int32),
             row,
             row,
@@ -185,13 +184,13 @@ class Passes:
         start = np.full(place.batch, used - rounds // 2, np.int32)
         tokens = np.zeros((place.batch, tree.nodes), np.int32)
         self.args = sharding.put(place.mesh, (tokens, start, np.int32(rounds)))
-        shape, config = tree.shape(place.batch), params.target_config
+        shape, config, layout = tree.shape(place.batch), params.target_config, params.layout
 
         @jax.jit
         def loop(
             params: Any, cache: Any, tokens: jax.Array, length: jax.Array, count: jax.Array
         ) -> jax.Array:
-            target = bind(Transformer, config, params)
+            target = bind(Transformer, config, params, layout)
 
             def body(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                 tokens, length = carry

@@ -94,13 +94,6 @@ class Tokenizer:
         chat = "with" if self.chat_template else "without"
         return f"Tokenizer({self.vocab_size} tokens, ends: {ends}, {chat} chat template)"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_compiled": None}  # a template's code cannot be pickled
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._plain.encode_special_tokens = True  # pickles of `tokenizers` lose the switch
-
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """Reads a directory that holds `tokenizer.json`, or that file and its neighbours.
@@ -126,6 +119,25 @@ class Tokenizer:
             if type(error) is not Exception:
                 raise
             raise ValueError(f"tokenizer={str(file)!r}: not a tokenizer.json ({error})") from error
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both give the same ids, and end answers alike."""
+        return isinstance(other, Tokenizer) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[Any, ...]:
+        return self.digest, self.eos_ids, tuple(self._strings.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A compiled template is code, and a pickled tokenizer forgets `encode_special_tokens`.
+        return {**self.__dict__, "_compiled": None, "_plain": self._plain.to_str()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._plain = tokenizers.Tokenizer.from_str(state["_plain"])
+        self._plain.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; no special token is added, none is recognised in the text."""

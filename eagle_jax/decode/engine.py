@@ -23,26 +23,25 @@ from jaxtyping import Array, Bool, Int, UInt32
 from eagle_jax import sharding
 from eagle_jax.decode.method import Context, Models, Prompt, Verified
 from eagle_jax.decode.prefill import fill
-from eagle_jax.decode.program import EXACT_ROWS, Program, State
+from eagle_jax.decode.program import EXACT_ROWS, Program, State, Weights
 from eagle_jax.decode.sampling import Sampling, perturb, position_noise
 from eagle_jax.decode.top_k import argmax
 from eagle_jax.decode.tree import Proposal
 from eagle_jax.models import Output, Transformer
 from eagle_jax.models import cache as caches
-from eagle_jax.params import Params
 from eagle_jax.types import Logits, Tokens
 
 
 def prefill(
     program: Program,
-    params: Params,
+    weights: Weights,
     tokens: Tokens,
     length: Int[Array, " b"],
     limit: Int[Array, " b"],
     seeds: UInt32[Array, " b"],
 ) -> State:
     """State before the first round: caches filled from right-padded prompts [b, t]."""
-    models = program.models(params)
+    models = program.models(weights)
     b, t = tokens.shape
     read = getattr(models.draft, "features", None)  # other drafts read nothing
 
@@ -68,14 +67,14 @@ def prefill(
 
 def decode(
     program: Program,
-    params: Params,
+    weights: Weights,
     state: State,
     settings: Sampling,
     max_rounds: Int[Array, ""],
     enough: Int[Array, ""],
 ) -> State:
     """Rounds until `enough` rows are done or one has no room for a round, `max_rounds` at most."""
-    models = program.models(params)
+    models = program.models(weights)
 
     def unfinished(carry: tuple[jax.Array, State]) -> jax.Array:
         count, state = carry
@@ -89,9 +88,9 @@ def decode(
     return _readable(jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1])
 
 
-def one_round(program: Program, params: Params, state: State, settings: Sampling) -> State:
+def one_round(program: Program, weights: Weights, state: State, settings: Sampling) -> State:
     """A single round, whether or not rows are done: what one turn of `decode` costs."""
-    return _round(program, program.models(params), state, settings)
+    return _round(program, program.models(weights), state, settings)
 
 
 def _readable(state: State) -> State:
@@ -102,12 +101,12 @@ def _readable(state: State) -> State:
     )
 
 
-def widen(program: Program, params: Params, state: State) -> State:
+def widen(program: Program, weights: Weights, state: State) -> State:
     """`state` of a program with fewer slots, with those of `program`; the new ones are zero."""
     rows = state.length.shape
     whole = jnp.zeros(rows, jnp.int32)
     wanted = jax.eval_shape(
-        functools.partial(prefill, program), params, whole[:, None], whole, whole, state.seeds
+        functools.partial(prefill, program), weights, whole[:, None], whole, whole, state.seeds
     )
 
     def pad(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -118,7 +117,7 @@ def widen(program: Program, params: Params, state: State) -> State:
 
 def insert(
     program: Program,
-    params: Params,
+    weights: Weights,
     state: State,
     tokens: Tokens,
     length: Int[Array, " b"],
@@ -131,7 +130,7 @@ def insert(
     `state` has more rows than there are prompts (or both have one). A row that it does not have is
     nobody's place.
     """
-    new = prefill(program, params, tokens, length, limit, seeds)
+    new = prefill(program, weights, tokens, length, limit, seeds)
     many, few = state.length.shape[0], length.shape[0]
 
     def put(old: jax.Array, x: jax.Array) -> jax.Array:

@@ -56,7 +56,7 @@ def _compiled(
 ) -> Callable[..., State]:
     """The executable of `function(program, *args)`; compiled once per program and shapes.
 
-    `args` are parameters, then the state, which is consumed (`prefill` has none), and the rest.
+    `args` are the weights, then the state, which is consumed (`prefill` has none), and the rest.
     Kept by hand instead of by jit so that compile time is known exactly and apart, and so that
     those not used for longest can go.
     """
@@ -75,7 +75,7 @@ def _compiled(
             # A function of its own, so that jit's caches let go of the program with it.
             bound = _on(mesh, functools.partial(function, program))
             # TPUs and GPUs multiply float32 in fewer bits unless told otherwise.
-            full = args[0].dtype == jnp.float32
+            full = args[0].target["embed_tokens.embedding"].dtype == jnp.float32
             with jax.default_matmul_precision("highest" if full else "default"):
                 jitted = jax.jit(bound, donate_argnums=donate, out_shardings=places)
                 lowered = jitted.lower(*args)
@@ -161,7 +161,7 @@ def vacant(program: Program, params: Params, rows: int, clock: Clock) -> State:
 
 
 def _start(program: Program, params: Params, arrays: tuple[np.ndarray, ...], clock: Clock) -> State:
-    args = (params, *sharding.put(sharding.mesh_of(params.target), arrays))
+    args = (program.weights(params), *sharding.put(sharding.mesh_of(params.target), arrays))
     run = _compiled(prefill, program, args, clock)
     begin = time.perf_counter()
     state = jax.block_until_ready(run(*args))
@@ -180,7 +180,7 @@ def advance(
 ) -> State:
     """Run up to `max_rounds` rounds on the device, until `enough` rows (by default all of them)
     are done; `state` is consumed."""
-    args = _bounded(params, state, settings, max_rounds, enough)
+    args = _bounded(program, params, state, settings, max_rounds, enough)
     run = _compiled(decode, program, args, clock)
     begin = time.perf_counter()
     state = jax.block_until_ready(run(*args))
@@ -194,19 +194,21 @@ def prepare(program: Program, params: Params, state: State, settings: Sampling) 
     For threads that compile at a time: over a mesh, programs must not be run at a time, or each
     may wait for a device that another has.
     """
-    _compiled(decode, program, _bounded(params, state, settings), Clock())
+    _compiled(decode, program, _bounded(program, params, state, settings), Clock())
 
 
 def _bounded(
+    program: Program,
     params: Params,
     state: State,
     settings: Sampling,
     max_rounds: int = 2**31 - 1,
     enough: int | None = None,
 ) -> tuple[Any, ...]:
-    """What `decode` takes."""
+    """The arguments of `decode`."""
     bounds = np.int32(max_rounds), np.int32(enough or state.done.shape[0])
-    return params, state, *sharding.put(sharding.mesh_of(params.target), (settings, *bounds))
+    rest = sharding.put(sharding.mesh_of(params.target), (settings, *bounds))
+    return program.weights(params), state, *rest
 
 
 def grow(
@@ -218,9 +220,10 @@ def grow(
         return program, state
     larger = min(slots, bucket_prompt(max(longest + needed, program.slots) + 1))
     program = dataclasses.replace(program, slots=larger)
-    run = _compiled(widen, program, (params, state), clock)
+    args = program.weights(params), state
+    run = _compiled(widen, program, args, clock)
     begin = time.perf_counter()
-    state = jax.block_until_ready(run(params, state))
+    state = jax.block_until_ready(run(*args))
     clock.decode += time.perf_counter() - begin
     return program, state
 
@@ -237,7 +240,8 @@ def replace_rows(
 ) -> State:
     """Start prompts in the place of `rows`; `state` is consumed."""
     arrays = (*_pad(program, prompts, limits, seeds), np.array(rows, np.int32))
-    args = (params, state, *sharding.put(sharding.mesh_of(params.target), arrays))
+    places = sharding.put(sharding.mesh_of(params.target), arrays)
+    args = (program.weights(params), state, *places)
     run = _compiled(insert, program, args, clock)
     begin = time.perf_counter()
     state = jax.block_until_ready(run(*args))

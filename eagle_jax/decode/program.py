@@ -10,8 +10,11 @@ from jaxtyping import Array, Bool, Int, UInt32
 
 from eagle_jax.config import DraftConfig, TransformerConfig
 from eagle_jax.decode.method import Method, Models
-from eagle_jax.models import DRAFTS, Cache, Transformer, attention, bind
+from eagle_jax.drafters import registry
+from eagle_jax.layout import PLAIN, Layout
+from eagle_jax.models import Cache, Transformer, attention, bind
 from eagle_jax.params import Params
+from eagle_jax.types import ParamDict
 
 # Attention reads every slot of the cache, so a few sizes are compiled, not one per length.
 _PROMPT_BUCKET = 128
@@ -52,16 +55,31 @@ class State:
     accepted: Int[Array, "b n"]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The arrays that a compiled program reads, and nothing else.
+
+    Attributes:
+        target: the target's, by name.
+        draft: those of the method's draft, by name; empty if the method has none.
+    """
+
+    target: ParamDict
+    draft: ParamDict
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """Static settings of a compiled loop: the jit key.
 
     Attributes:
         method: the proposer.
-        target, draft: architectures.
+        target, draft: the architectures; draft is None if the method has none.
         slots: c, capacity for committed tokens and for caches.
         eos: token ids that end an answer.
         exact: every target pass has the same shape and order of summation, whatever the method.
+        target_layout, draft_layout: how the weights of each lie in memory.
     """
 
     method: Method
@@ -70,13 +88,43 @@ class Program:
     slots: int
     eos: tuple[int, ...]
     exact: bool = False
+    target_layout: Layout = PLAIN
+    draft_layout: Layout = PLAIN
 
-    def models(self, params: Params) -> Models:
+    @classmethod
+    def of(
+        cls,
+        params: Params,
+        method: Method,
+        slots: int,
+        eos: tuple[int, ...] = (),
+        exact: bool = False,
+    ) -> Program:
+        """Returns the program of a method for the models of `params`, as they lie in memory."""
+        draft = None if method.draft is None else params.drafts[method.draft]
+        return cls(
+            method,
+            params.target_config,
+            None if draft is None else draft.config,
+            slots,
+            eos,
+            exact,
+            params.layout,
+            PLAIN if draft is None else draft.layout,
+        )
+
+    def weights(self, params: Params) -> Weights:
+        """Returns the arrays of `params` that this program reads."""
+        kind = None if self.draft is None else self.draft.kind
+        return Weights(params.target, {} if kind is None else params.drafts[kind].params)
+
+    def models(self, weights: Weights) -> Models:
+        """Returns the modules that hold `weights`; call it inside a compiled function."""
         draft = None
         if self.draft is not None:
-            kind = self.draft.kind
-            draft = bind(DRAFTS[kind], self.draft, params.drafts[kind].params)
-        return Models(bind(Transformer, self.target, params.target), draft)
+            module = registry.by_config(self.draft).module_class()
+            draft = bind(module, self.draft, weights.draft, self.draft_layout)
+        return Models(bind(Transformer, self.target, weights.target, self.target_layout), draft)
 
 
 def bucket_prompt(length: int) -> int:

@@ -123,14 +123,9 @@ class Options:
         context = params.target_config.max_position_embeddings
         new = min(int(self.max_new_tokens), context)  # no row grows past the context
         depth = EXACT_DEPTH if self.exact else method.depth
-        return Program(
-            method,
-            params.target_config,
-            None if method.draft is None else params.drafts[method.draft].config,
-            capacity(bucket_prompt(longest), new, depth),
-            () if self.ignore_eos or params.tokenizer is None else params.tokenizer.eos_ids,
-            self.exact,
-        )
+        eos = () if self.ignore_eos or params.tokenizer is None else params.tokenizer.eos_ids
+        slots = capacity(bucket_prompt(longest), new, depth)
+        return Program.of(params, method, slots, eos, self.exact)
 
 
 class Session:
@@ -158,7 +153,6 @@ class Session:
         if not options.exact:  # caches would grow at other lengths for another method
             slots = opening(bucket_prompt(longest), self.slots, self.method.depth)
             self.program = dataclasses.replace(self.program, slots=slots)
-        self.params = params.only(self.method.draft)
         self.warned = False
         self.clock = executables.Clock()
         seeds = check_seeds(seed, len(self.prompts))

@@ -23,6 +23,7 @@ from eagle_jax import sharding
 from eagle_jax.checkpoint import files
 from eagle_jax.decode import method_cli
 from eagle_jax.decode.method import Method
+from eagle_jax.layout import Layout
 from eagle_jax.params import Params, shipped_name
 from eagle_jax.types import ParamDict
 
@@ -73,11 +74,17 @@ def _cores() -> int:
 
 
 def fingerprint(params: Params) -> str:
-    """Of architectures, all vectors and a corner of every matrix, of target and drafts."""
+    """Hashes target and drafts: configurations, layouts, all vectors, a corner of every matrix."""
     digest = hashlib.sha256()
-    drafts = [(kind, draft.config, draft.params) for kind, draft in sorted(params.drafts.items())]
-    for kind, config, arrays in (("target", params.target_config, params.target), *drafts):
-        digest.update(f"{kind} {config}".encode())
+    models: list[tuple[str, Any, Layout, ParamDict]] = [
+        ("target", params.target_config, params.layout, params.target),
+        *(
+            (kind, draft.config, draft.layout, draft.params)
+            for kind, draft in sorted(params.drafts.items())
+        ),
+    ]
+    for kind, config, layout, arrays in models:
+        digest.update(f"{kind} {config} {layout}".encode())
         for name, array in sorted(_samples(arrays).items()):
             digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:32]

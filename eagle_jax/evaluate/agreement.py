@@ -81,12 +81,12 @@ def compare(reference: Params, model: Params, texts: Sequence[tuple[list[int], i
 def _logits(params: Params, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
     exact = params.dtype == jnp.float32
     with jax.default_matmul_precision("highest" if exact else "default"):
-        return _forward(params.target_config, params.target, tokens)
+        return _forward(params.target_config, params.layout, params.target, tokens)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _forward(config, params, tokens) -> jax.Array:
-    model = bind(Transformer, config, params)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(config, layout, params, tokens) -> jax.Array:
+    model = bind(Transformer, config, params, layout)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     mask = packed_mask(jnp.zeros(tokens.shape, jnp.int32))
     return model.logits(model(tokens, positions, mask).features)

@@ -75,10 +75,9 @@ def joined(pieces: list[Piece]) -> dict[int, tuple[list[int], int]]:
 
 def make_program(method: Method) -> tuple[Program, Params]:
     """What `make` decodes with."""
-    params = decoding.trained_pair().only(method.draft)
-    draft = None if method.draft is None else params.drafts[method.draft].config
+    params = decoding.trained_pair().with_draft(method.draft)
     slots = capacity(128, decoding.NEW, method.depth)
-    return Program(method, params.target_config, draft, slots, ()), params
+    return Program.of(params, method, slots), params
 
 
 def alone(method: Method, temperature: float) -> list[tuple[list[int], int]]:

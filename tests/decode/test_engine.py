@@ -42,21 +42,20 @@ def make_program(
     pair = pair or decoding.trained_pair()
     longest = bucket_prompt(max(map(len, decoding.PROMPTS)))
     slots = capacity(longest, decoding.NEW, method.depth) + more
-    draft = None if method.draft is None else pair.drafts[method.draft].config
-    return Program(method, pair.target_config, draft, slots, eos)
+    return Program.of(pair, method, slots, eos)
 
 
 def start(program: Program, counts: list[int], pair: Params | None = None) -> State:
     prompts = [np.array(prompt) for prompt in decoding.PROMPTS]
     limits = [len(prompt) + count for prompt, count in zip(prompts, counts, strict=True)]
-    pair = (pair or decoding.trained_pair()).only(program.method.draft)
+    pair = (pair or decoding.trained_pair()).with_draft(program.method.draft)
     return executables.start(program, pair, prompts, limits, decoding.SEEDS, executables.Clock())
 
 
 def advance(
     program, state, temperature: float = 0.0, rounds: int = 1000, pair: Params | None = None, **more
 ) -> State:
-    pair = (pair or decoding.trained_pair()).only(program.method.draft)
+    pair = (pair or decoding.trained_pair()).with_draft(program.method.draft)
     settings = sampling(temperature, **more)
     return executables.advance(program, pair, state, settings, executables.Clock(), rounds)
 

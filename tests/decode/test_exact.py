@@ -54,7 +54,7 @@ def pair(windowed: bool = False) -> Params:
 def decoded(method, exact: bool, windowed: bool = False) -> State:
     options = Options(method, NEW, 1.0, ignore_eos=True, exact=exact)
     settings, method = options.check(pair(windowed))
-    params, clock = pair(windowed).only(method.draft), executables.Clock()
+    params, clock = pair(windowed).with_draft(method.draft), executables.Clock()
     program = options.program(params, method, max(map(len, PROMPTS)))
     limits = [len(prompt) + NEW for prompt in PROMPTS]
     prompts = [np.array(prompt) for prompt in PROMPTS]

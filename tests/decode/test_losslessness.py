@@ -160,8 +160,7 @@ def exact_law() -> dict[tuple[int, ...], float]:
 def draw(method: Method, slots: int = 12) -> collections.Counter[tuple[int, ...]]:
     """Answers of `ROWS * CALLS` seeds, counted."""
     pair, clock = small_pair(), executables.Clock()
-    draft = None if method.draft is None else pair.drafts[method.draft].config
-    program = Program(method, pair.target_config, draft, slots, ())
+    program = Program.of(pair, method, slots)
     settings = sampling(RULE.temperature, RULE.top_k, RULE.top_p)
     counts: collections.Counter[tuple[int, ...]] = collections.Counter()
     for call in range(CALLS):

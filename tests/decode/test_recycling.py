@@ -86,9 +86,9 @@ def test_matrix_equals_a_plain_one_round_by_round(name: str, coupled: bool) -> N
         Plain(wide, prompt, reference.Rule(seed=seed, **SETTINGS[name]), coupled)
         for prompt, seed in zip(decoding.PROMPTS, decoding.SEEDS, strict=True)
     ]
-    program, clock = Program(method, pair.target_config, None, 256, ()), executables.Clock()
+    program, clock = Program.of(pair, method, 256), executables.Clock()
     prompts, limits = [np.array(prompt) for prompt in decoding.PROMPTS], [200] * 4
-    bare = pair.only(None)
+    bare = pair.with_draft(None)
     state = executables.start(program, bare, prompts, limits, decoding.SEEDS, clock)
     for _ in range(rounds):
         state = executables.advance(program, bare, state, sampling(**SETTINGS[name]), clock, 1)

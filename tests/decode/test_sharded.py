@@ -28,6 +28,7 @@ from eagle_jax.decode import (
 from eagle_jax.decode.batching import schedule as stages
 from eagle_jax.decode.batching.batcher import Batcher
 from eagle_jax.decode.program import capacity
+from eagle_jax.layout import Layout
 from eagle_jax.models import param_shapes
 from eagle_jax.models.transformer import Transformer
 from eagle_jax.params import Draft, Params
@@ -60,12 +61,15 @@ METHODS = {
 }
 
 
+LAYOUT = Layout(gate_up_fused=True)
+
+
 @functools.cache
 def pair(experts: int = 0) -> Params:
     """One target, and a draft of every kind whose sizes eight devices can share."""
     more = {"num_experts": experts, "num_experts_per_tok": 2} if experts else {}
-    target = tiny_target(VOCAB, intermediate_size=64, fused=True, **HEADS, **more)
-    size = {**HEADS, "intermediate_size": 64, "fused": True}
+    target = tiny_target(VOCAB, intermediate_size=64, **HEADS, **more)
+    size = {**HEADS, "intermediate_size": 64}
     drafts = (
         tiny_draft(target, **size),
         tiny_eagle3(target, draft_vocab_size=32, **size),
@@ -73,9 +77,10 @@ def pair(experts: int = 0) -> Params:
         tiny_model(target, **(size | {"num_experts": 0, "num_experts_per_tok": 0})),
     )
     return Params(
-        random_params(Transformer, target, seed=1),
-        {config.kind: random_draft(config, seed=2) for config in drafts},
+        random_params(Transformer, target, seed=1, layout=LAYOUT),
+        {config.kind: random_draft(config, seed=2, layout=LAYOUT) for config in drafts},
         target,
+        LAYOUT,
     )
 
 
@@ -83,7 +88,7 @@ def placed(params: Params, mesh: jax.sharding.Mesh) -> Params:
     def put(weights):
         return jax.device_put(weights, sharding.weight_shardings(mesh, weights, stored=False))
 
-    drafts = {kind: Draft(put(d.params), d.config) for kind, d in params.drafts.items()}
+    drafts = {kind: Draft(put(d.params), d.config, d.layout) for kind, d in params.drafts.items()}
     return dataclasses.replace(params, target=put(params.target), drafts=drafts)
 
 
@@ -203,7 +208,7 @@ def test_every_method_runs_on_a_mesh(method):
     text = compiled(method, params)
     assert texts(params, method, 1.0) == alone(method, 1.0)
     config = params.target_config
-    large = {shape.shape for shape in param_shapes(Transformer, config).values()}
+    large = {shape.shape for shape in param_shapes(Transformer, config, params.layout).values()}
     for draft in params.drafts.values():
         large |= {x.shape for x in draft.params.values()}
     large = {shape for shape in large if len(shape) > 1}
@@ -223,10 +228,11 @@ def test_a_draft_vocabulary_on_a_mesh():
         pair().target_config,
         **HEADS,
         intermediate_size=64,
-        fused=True,
         draft_vocab_size=32,
     )
-    whole = dataclasses.replace(pair(), drafts={"eagle": random_draft(draft, seed=2)})
+    whole = dataclasses.replace(
+        pair(), drafts={"eagle": random_draft(draft, seed=2, layout=LAYOUT)}
+    )
     params = placed(whole, mesh(tensor=4))
     head = params.drafts["eagle"].params["lm_head.kernel"]
     assert head.addressable_shards[0].data.shape == (32, 8)

@@ -95,7 +95,7 @@ def stages(
             min(prefill_rows, max(rows - 1, 1)),
             method,
             options.program(params, method, max_prompt),
-            params.only(method.draft),
+            params.with_draft(method.draft),
         )
         for rows, method in table.items()
     )
