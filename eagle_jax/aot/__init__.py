@@ -197,7 +197,7 @@ def _decoding(config: AotConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
 
     from eagle_jax import sharding
     from eagle_jax.decode import Vanilla, engine
-    from eagle_jax.decode.sampling import sampling
+    from eagle_jax.decode.sampling import Sampling, SamplingParams, Vocabulary
     from eagle_jax.models import DRAFTS, Transformer, kernels
     from eagle_jax.params import Draft, Params
 
@@ -221,11 +221,14 @@ def _decoding(config: AotConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
     def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 
-    drawn = jax.tree.map(lambda x: array(x.shape, x.dtype), sampling(temperature=1.0))
+    rows = [SamplingParams(temperature=1.0)] * b
+    drawn = jax.tree.map(
+        lambda x: array(x.shape, x.dtype), Sampling.of(rows, Vocabulary(target.vocab_size))
+    )
     for name, method in (("vanilla", Vanilla()), (type(config.method).__name__, config.method)):
         slots = capacity(config.prompt, config.new_tokens, method.depth)
         used = None if method.draft is None else draft
-        program = Program(method, target, used, slots, eos=(0,))
+        program = Program(method, target, used, slots)
         own = params.only(method.draft)
 
         def on_mesh(function: Callable[..., Any], program: Any = program) -> Callable[..., Any]:

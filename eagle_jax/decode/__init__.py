@@ -8,6 +8,7 @@ print(out.text, out.statistics.tau)
 from eagle_jax.decode.acceptance import Exact, Rejection, Typical
 from eagle_jax.decode.batching.batcher import Batcher, Piece
 from eagle_jax.decode.generate import generate, stream
+from eagle_jax.decode.generation import Generation, Statistics, TokenLogprob
 from eagle_jax.decode.methods.eagle import Eagle
 from eagle_jax.decode.methods.eagle_lookup import EagleLookup
 from eagle_jax.decode.methods.lookahead import Lookahead
@@ -17,7 +18,8 @@ from eagle_jax.decode.methods.recycling import Recycling
 from eagle_jax.decode.methods.speculative import Speculative
 from eagle_jax.decode.methods.vanilla import Vanilla
 from eagle_jax.decode.registry import METHODS, default_tree
-from eagle_jax.decode.session import Generation, Session, Statistics
+from eagle_jax.decode.sampling.params import SamplingParams
+from eagle_jax.decode.session import Session
 from eagle_jax.decode.tree import (
     DynamicTree,
     StaticTree,
@@ -41,10 +43,12 @@ __all__ = [
     "PromptLookup",
     "Recycling",
     "Rejection",
+    "SamplingParams",
     "Session",
     "Speculative",
     "StaticTree",
     "Statistics",
+    "TokenLogprob",
     "Typical",
     "Vanilla",
     "best_tree",

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
-from jaxtyping import Array, Bool, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from eagle_jax.config import DraftConfig, TransformerConfig
 from eagle_jax.decode.method import Method, Models
@@ -26,6 +26,22 @@ EXACT_DEPTH = attention.SPAN
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Logprobs:
+    """Log-probabilities of committed tokens under the target's own logits, before any setting.
+
+    Attributes:
+        chosen: [b, c] of the token at each position; those of the prompt are meaningless.
+        ids: [b, c, m] the likeliest tokens there, best first.
+        top: [b, c, m] their log-probabilities.
+    """
+
+    chosen: Float[Array, "b c"]
+    ids: Int[Array, "b c m"]
+    top: Float[Array, "b c m"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class State:
     """Everything that changes between rounds; fixed shapes, resumable.
 
@@ -39,6 +55,9 @@ class State:
         method: the method's own state.
         rounds: [b] target passes so far, one a round.
         accepted: [b, n] rounds that committed this many drafted tokens.
+        drafted: [b, c] whether a committed token was a draft that the target accepted; False for
+            bonus tokens and for the prompt.
+        logprobs: of the committed tokens; None unless the program reports them.
     """
 
     tokens: Int[Array, "b c"]
@@ -50,6 +69,8 @@ class State:
     method: Any
     rounds: Int[Array, " b"]
     accepted: Int[Array, "b n"]
+    drafted: Bool[Array, "b c"]
+    logprobs: Logprobs | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +81,16 @@ class Program:
         method: the proposer.
         target, draft: architectures.
         slots: c, capacity for committed tokens and for caches.
-        eos: token ids that end an answer.
         exact: every target pass has the same shape and order of summation, whatever the method.
+        logprobs: alternatives per token whose log-probabilities are reported; None reports none.
     """
 
     method: Method
     target: TransformerConfig
     draft: DraftConfig | None
     slots: int
-    eos: tuple[int, ...]
     exact: bool = False
+    logprobs: int | None = None
 
     def models(self, params: Params) -> Models:
         draft = None

@@ -24,7 +24,6 @@ from eagle_jax.decode import (
     Speculative,
     Typical,
     Vanilla,
-    engine,
     executables,
     generate,
     static_tree,
@@ -32,7 +31,7 @@ from eagle_jax.decode import (
 from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.method import Method, Rule
 from eagle_jax.decode.program import Program
-from eagle_jax.decode.sampling import position_noise, sampling
+from eagle_jax.decode.sampling import position_noise, value
 from eagle_jax.params import Params
 from eagle_jax.testing import tiny_params, tiny_target
 
@@ -161,8 +160,8 @@ def draw(method: Method, slots: int = 12) -> collections.Counter[tuple[int, ...]
     """Answers of `ROWS * CALLS` seeds, counted."""
     pair, clock = small_pair(), executables.Clock()
     draft = None if method.draft is None else pair.drafts[method.draft].config
-    program = Program(method, pair.target_config, draft, slots, ())
-    settings = sampling(RULE.temperature, RULE.top_k, RULE.top_p)
+    program = Program(method, pair.target_config, draft, slots)
+    settings = decoding.sampling(RULE.temperature, RULE.top_k, RULE.top_p, rows=ROWS, vocab=3)
     counts: collections.Counter[tuple[int, ...]] = collections.Counter()
     for call in range(CALLS):
         seeds = list(range(call * ROWS, (call + 1) * ROWS))
@@ -238,7 +237,7 @@ def test_reused_noise_would_be_rejected(name: str, monkeypatch: pytest.MonkeyPat
         noise = position_noise(seeds, jnp.zeros_like(first), 1, vocab)
         return jnp.broadcast_to(noise, (noise.shape[0], count, vocab))
 
-    monkeypatch.setattr(engine, "position_noise", reused)
+    monkeypatch.setattr(value, "position_noise", reused)
     assert p_value(draw(LAW[name], slots=14)) < 1e-9
 
 

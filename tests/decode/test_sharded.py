@@ -28,6 +28,7 @@ from eagle_jax.decode import (
 from eagle_jax.decode.batching import schedule as stages
 from eagle_jax.decode.batching.batcher import Batcher
 from eagle_jax.decode.program import capacity
+from eagle_jax.decode.sampling import SamplingParams
 from eagle_jax.models import param_shapes
 from eagle_jax.models.transformer import Transformer
 from eagle_jax.params import Draft, Params
@@ -41,7 +42,8 @@ from eagle_jax.testing import (
     tiny_target,
 )
 
-drawing = importlib.import_module("eagle_jax.decode.sampling")  # a function has that name too
+HOT = SamplingParams(temperature=1.0)
+drawing = importlib.import_module("eagle_jax.decode.top_k")  # a function has that name too
 
 VOCAB = 64
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6}
@@ -132,7 +134,7 @@ def test_experts_on_different_devices(method):
 def test_rows_are_replaced_on_a_mesh(rows):
     """Catches a row that is put into one group's part only, and a program that is made twice."""
     params = placed(pair(), mesh(tensor=4))
-    options = {"max_prompt": 20, "max_new_tokens": 20, "temperature": 1.0, "chunk": 4}
+    options = {"max_prompt": 20, "max_new_tokens": 20, "sampling": HOT, "chunk": 4}
     batcher = Batcher(params, method=METHODS["eagle"], rows=rows, **options)
     numbers = [batcher.submit(prompt, seed=3 + i) for i, prompt in enumerate(PROMPTS)]
     found: dict[int, list[int]] = {number: [] for number in numbers}
@@ -151,7 +153,7 @@ def test_batch_sizes_on_a_mesh(monkeypatch):
     monkeypatch.setattr(stages, "MOVE", 1)
     params = placed(pair(), mesh(tensor=4))
     table = {1: METHODS["eagle"], 3: "vanilla", 4: METHODS["eagle"]}
-    options = {"max_prompt": 20, "max_new_tokens": 20, "temperature": 1.0, "chunk": 2}
+    options = {"max_prompt": 20, "max_new_tokens": 20, "sampling": HOT, "chunk": 2}
     batcher = Batcher(params, method=table, rows=4, **options)
     batcher.warm_up()
     made = len(executables.executables())
