@@ -24,32 +24,32 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from eagle_jax.decode import executables
-from eagle_jax.decode.batching.request import BatcherStatistics, Piece, Request
+from eagle_jax.decode.batching.request import (
+    BatcherStatistics,
+    Piece,
+    Read,
+    Request,
+    nobody,
+    sampling_of,
+)
 from eagle_jax.decode.batching.schedule import (
     Stage,
     Table,
     check_count,
     methods,
     pause,
+    reporting,
     stages,
     wanted,
 )
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.program import bucket_prompt
 from eagle_jax.decode.prompts import encode
-from eagle_jax.decode.sampling import Capacities, Sampling, SamplingParams, Vocabulary
-from eagle_jax.decode.sampling.checks import MOST_LOGPROBS
+from eagle_jax.decode.sampling import Capacities, Sampling, SamplingParams, Vocabulary, rows_of
 from eagle_jax.decode.sampling.stop import Answer
-from eagle_jax.decode.session import (
-    check_new_tokens,
-    check_params,
-    finish_of,
-    run_lengths,
-    token_logprobs,
-)
+from eagle_jax.decode.session import check_new_tokens, check_params
 from eagle_jax.params import Params
 
 
@@ -119,7 +119,7 @@ class Batcher:
                 f"prefill_rows={prefill_rows}: with rows={rows}, use at most {max(rows - 1, 1)}"
             )
         check_new_tokens(max_new_tokens)
-        self._default = sampling or SamplingParams()
+        [self._default] = rows_of(1, sampling)
         self._vocabulary, self._capacities = Vocabulary.of(params), Capacities()
         self._vocabulary.resolve(self._default)
         table = methods(params, method, rows, self._default.temperature)
@@ -128,6 +128,8 @@ class Batcher:
         self._max_prompt = min(max_prompt, self._context - 1)
         self._max_new_tokens = int(max_new_tokens)
         self._stages = stages(params, table, self._max_prompt, self._max_new_tokens, prefill_rows)
+        if self._default.logprobs is not None:
+            self._stages = reporting(self._stages)
         self._params = self._stages[-1].params  # no draft of `params` that nobody uses is kept
         self._chunk, self._longest_queue = chunk, waiting
         self._clock = executables.Clock()
@@ -179,7 +181,7 @@ class Batcher:
                 f"prompt: {len(ids)} tokens, and this batcher takes max_prompt={self._max_prompt}; "
                 "shorten it or raise max_prompt"
             )
-        sampling = sampling or self._default
+        [sampling] = [self._default] if sampling is None else rows_of(1, sampling)
         if seed is not None:
             sampling = dataclasses.replace(sampling, seed=seed)
         sampling = self._vocabulary.resolve(sampling)
@@ -295,9 +297,9 @@ class Batcher:
         for stage in (*(stage for stage in self._stages if stage is not before), before):
             self._enter(stage)
             for size in sorted(sizes):
-                self._prefill([_nobody(size)], [stage.rows])
+                self._prefill([nobody(size)], [stage.rows])
             for settings in (self._default, *sampling):
-                arrays = self._arrays_of([_nobody(1, self._vocabulary.resolve(settings))])
+                arrays = self._arrays_of([nobody(1, self._vocabulary.resolve(settings))])
                 self._state = executables.advance(
                     stage.program, stage.params, self._state, arrays, self._clock, 0
                 )
@@ -343,18 +345,12 @@ class Batcher:
 
     def _report_logprobs(self) -> None:
         """Goes on with programs that report log-probabilities, once a request wants them."""
-        if self._stage.program.logprobs is not None or not any(
-            request.sampling.logprobs is not None for request in self._queue.copy()
-        ):
-            return
-        at = self._stages.index(self._stage)
-        self._stages = tuple(
-            dataclasses.replace(
-                stage, program=dataclasses.replace(stage.program, logprobs=MOST_LOGPROBS)
-            )
-            for stage in self._stages
-        )
-        self._move(self._stages[at])
+        with self._lock:
+            asked = any(request.sampling.logprobs is not None for request in self._queue)
+        if asked and self._stage.program.logprobs is None:
+            at = self._stages.index(self._stage)
+            self._stages = reporting(self._stages)
+            self._move(self._stages[at])
 
     def _arrays(self) -> Sampling:
         """The settings of the requests in rows."""
@@ -363,17 +359,8 @@ class Batcher:
         return self._sampling
 
     def _arrays_of(self, requests: Sequence[Request | None]) -> Sampling:
-        missing = [None] * (len(self._rows) - len(requests))
-        rows = [request or _nobody(0) for request in [*requests, *missing]]
-        return executables.placed(
-            self._params,
-            Sampling.of(
-                [request.sampling for request in rows],
-                self._vocabulary,
-                [request.prompt for request in rows],
-                self._capacities,
-            ),
-        )
+        arrays = sampling_of(requests, len(self._rows), self._vocabulary, self._capacities)
+        return executables.placed(self._params, arrays)
 
     def _leave(self) -> list[Request]:
         """The requests in rows with all of their text; the batch's memory is free then."""
@@ -430,50 +417,27 @@ class Batcher:
 
     def _collect(self) -> None:
         """Makes a piece of every row's new tokens; rows that are done become free."""
-        state = self._state
-        tokens, length, done, rounds, drafted, logprobs = jax.device_get(
-            (state.tokens, state.length, state.done, state.rounds, state.drafted, state.logprobs)
-        )
-        passes, stopped = 0, []
+        state, passes, stopped = self._state, 0, []
+        read = Read.of(state)
         for row, request in enumerate(self._rows):
             if request is None or request.cancelled:
                 continue
-            end, took = int(length[row]), int(rounds[row]) - request.row_rounds
-            passes = max(passes, took)  # the row that finished last took part in all of them
-            text = request.answer.feed(tokens[row, request.seen : end].tolist(), bool(done[row]))
-            if request.answer.stopped:
-                end = request.prompt + request.answer.tokens
-                took = len(run_lengths(drafted[row, request.seen : end]))
-                stopped += [row] * (not done[row])
-            place = slice(request.seen, end)
-            new = tokens[row, place].copy()
-            request.seen, request.row_rounds = end, int(rounds[row])
-            request.rounds += took
-            self._tokens, self._rounds = self._tokens + len(new), self._rounds + took
-            finish = None
-            if done[row] or request.answer.stopped:
-                finish = finish_of(new, request.ends, request.answer.stopped)
-                self._sampling = None
-                self._rows[row] = None
+            before = request.rounds
+            # The row that finished last took part in all passes.
+            passes = max(passes, int(read.rounds[row]) - request.row_rounds)
+            piece = request.take(row, read)
+            self._tokens += len(piece.tokens)
+            self._rounds += request.rounds - before
+            if piece.finish:
+                stopped += [row] * (not read.done[row])
+                self._rows[row] = self._sampling = None
                 self._finished += 1
-            said = None
-            if logprobs is not None and request.sampling.logprobs is not None:
-                said = token_logprobs(tokens, logprobs, row, place, request.sampling.logprobs)
-            own = drafted[row, place].copy()
             with self._lock:
                 if not request.cancelled:  # another thread may have cancelled it by now
-                    self._pieces.append(
-                        Piece(request.id, text, new, finish, request.rounds, said, own)
-                    )
-                if finish:
+                    self._pieces.append(piece)
+                if piece.finish:
                     self._requests.pop(request.id, None)
         if stopped:
             self._state = executables.end_rows(self._state, stopped)
         self._passes += passes
         self._places += passes * len(self._rows)
-
-
-def _nobody(prompt: int, sampling: SamplingParams | None = None) -> Request:
-    """A request that stands in rows without one."""
-    text = np.zeros(prompt, np.int32)
-    return Request(-1, text, prompt, prompt, sampling or SamplingParams(), (), Answer(None), prompt)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from eagle_jax.decode.generation import TokenLogprob
-from eagle_jax.decode.sampling import SamplingParams
+from eagle_jax.decode.program import Logprobs, State
+from eagle_jax.decode.sampling import Capacities, Sampling, SamplingParams, Vocabulary
 from eagle_jax.decode.sampling.stop import Answer
+from eagle_jax.decode.session import finish_of, run_lengths, token_logprobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +71,24 @@ class BatcherStatistics:
     decode_seconds: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """What the host reads of the engine's state after a chunk; fields as in `State`."""
+
+    tokens: np.ndarray
+    length: np.ndarray
+    done: np.ndarray
+    rounds: np.ndarray
+    drafted: np.ndarray
+    logprobs: Logprobs | None
+
+    @classmethod
+    def of(cls, state: State) -> Read:
+        """One transfer from the device."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(*jax.device_get([getattr(state, name) for name in names]))
+
+
 @dataclasses.dataclass(eq=False)
 class Request:
     """A request on its way.
@@ -96,3 +118,39 @@ class Request:
     rounds: int = 0
     row_rounds: int = 0
     cancelled: bool = False
+
+    def take(self, row: int, read: Read) -> Piece:
+        """What the chunk added to the answer, up to a stop string."""
+        start, end, done = self.seen, int(read.length[row]), bool(read.done[row])
+        took = int(read.rounds[row]) - self.row_rounds
+        text = self.answer.feed(read.tokens[row, start:end].tolist(), done)
+        if self.answer.stopped:  # rounds behind the stop do not count
+            end = self.prompt + self.answer.tokens
+            took = len(run_lengths(read.drafted[row, start:end]))
+        place = slice(start, end)
+        tokens, drafted = read.tokens[row, place].copy(), read.drafted[row, place].copy()
+        self.seen, self.row_rounds = end, int(read.rounds[row])
+        self.rounds += took
+        finish = logprobs = None
+        if done or self.answer.stopped:
+            finish = finish_of(tokens, self.ends, self.answer.stopped)
+        if read.logprobs is not None and self.sampling.logprobs is not None:
+            logprobs = token_logprobs(
+                read.tokens, read.logprobs, row, place, self.sampling.logprobs
+            )
+        return Piece(self.id, text, tokens, finish, self.rounds, logprobs, drafted)
+
+
+def nobody(prompt: int, sampling: SamplingParams | None = None) -> Request:
+    """A request that stands for none."""
+    text = np.zeros(prompt, np.int32)
+    return Request(-1, text, prompt, prompt, sampling or SamplingParams(), (), Answer(None), prompt)
+
+
+def sampling_of(
+    requests: Sequence[Request | None], rows: int, vocabulary: Vocabulary, capacities: Capacities
+) -> Sampling:
+    """The settings of `rows` rows, of which the first have these requests, on the host."""
+    found = [request or nobody(0) for request in [*requests, *[None] * (rows - len(requests))]]
+    settings = [request.sampling for request in found]
+    return Sampling.of(settings, vocabulary, [request.prompt for request in found], capacities)

@@ -16,6 +16,7 @@ from eagle_jax.decode import tuning_store
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.program import Program
 from eagle_jax.decode.registry import AUTO
+from eagle_jax.decode.sampling.checks import MOST_LOGPROBS
 from eagle_jax.decode.session import check_method, make_program
 from eagle_jax.params import Params
 
@@ -95,6 +96,16 @@ def stages(
             params.only(method.draft),
         )
         for rows, method in table.items()
+    )
+
+
+def reporting(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """The same stages with programs that report log-probabilities."""
+    return tuple(
+        dataclasses.replace(
+            stage, program=dataclasses.replace(stage.program, logprobs=MOST_LOGPROBS)
+        )
+        for stage in stages
     )
 
 
