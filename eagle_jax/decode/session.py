@@ -191,11 +191,13 @@ class Session:
         """Log-probabilities of each answer from token `seen` on; None for rows that want none."""
         if self.state.logprobs is None:
             return [None] * len(self.rows)
-        found = jax.device_get((self.state.tokens, self.state.logprobs))
+        tokens, found = jax.device_get((self.state.tokens, self.state.logprobs))
         return [
             None
             if wanted.logprobs is None
-            else token_logprobs(*found, row, slice(place.start + seen, place.stop), wanted.logprobs)
+            else token_logprobs(
+                tokens, found, row, slice(place.start + seen, place.stop), wanted.logprobs
+            )
             for row, (place, wanted) in enumerate(zip(self._places(), self.rows, strict=True))
         ]
 

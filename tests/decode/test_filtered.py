@@ -151,7 +151,11 @@ def test_a_stream_is_the_whole_answer() -> None:
         if not row.stop and i:
             continue
         row = dataclasses.replace(row, logprobs=2)
-        options = {"sampling": row, "method": method, "max_new_tokens": decoding.NEW}
+        options: dict[str, Any] = {
+            "sampling": row,
+            "method": method,
+            "max_new_tokens": decoding.NEW,
+        }
         whole = generate(pair, prompt(i), **options)
         assert (whole.tokens.tolist(), whole.text, whole.finish) == vanilla()[i]
         for rounds in (1, 3):
@@ -169,7 +173,11 @@ def test_a_stream_is_the_whole_answer() -> None:
 def test_statistics_count_what_is_kept() -> None:
     """Catches rounds behind a stop string that count."""
     pair = decoding.lettered_pair()
-    options = {"method": Eagle(chain(3)), "max_new_tokens": decoding.NEW, "ignore_eos": True}
+    options: dict[str, Any] = {
+        "method": Eagle(chain(3)),
+        "max_new_tokens": decoding.NEW,
+        "ignore_eos": True,
+    }
     whole = generate(pair, "cab", **options)
     text = whole.text
     stop = text[6:8]

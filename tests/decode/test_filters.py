@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import decoding
 import jax
@@ -43,12 +44,11 @@ def theirs(row: SamplingParams, text: list[int], prompt: int, logits: np.ndarray
 
     ids, scores = torch.tensor([text]), torch.tensor(logits[None])
     made: list = []
+    words: Any = [list(word) for word in row.bad_words]
+    biases: Any = {(token,): bias for token, bias in dict(row.logit_bias).items()}
     if row.logit_bias:
-        made.append(
-            hf.SequenceBiasLogitsProcessor({(i,): x for i, x in dict(row.logit_bias).items()})
-        )
+        made.append(hf.SequenceBiasLogitsProcessor(biases))
     if row.bad_words:
-        words = [list(word) for word in row.bad_words]
         made.append(hf.NoBadWordsLogitsProcessor(words, eos_token_id=None))
     if row.min_tokens:
         made.append(hf.MinNewTokensLengthLogitsProcessor(prompt, row.min_tokens, list(EOS)))
@@ -116,7 +116,8 @@ def naive(
         out[token] += bias
     if row.allowed_token_ids is not None:
         out[[i for i in range(len(out)) if i not in row.allowed_token_ids]] = -np.inf
-    for *before, last in row.bad_words:
+    words: Any = row.bad_words
+    for *before, last in words:
         if len(text) >= len(before) and text[len(text) - len(before) :] == before:
             out[last] = -np.inf
     if len(text) - prompt < row.min_tokens:

@@ -111,12 +111,13 @@ def test_rows_of_a_call() -> None:
     assert [row.seed for row in rows_of(2, None, {"seed": [9, 3], "top_k": 2})] == [9, 3]
     assert rows_of(2, [params, params]) == [params, params]  # as they are
     assert rows_of(1, None) == [SamplingParams()]
-    for arguments, error, said in (
+    wrong: list[Any] = [
         ((2, [params]), ValueError, "sampling: 1 settings for 2 rows; give one per row"),
         ((1, params, {"top_k": 2}), ValueError, "sampling and top_k: give SamplingParams or"),
         ((1, None, {"topk": 2}), TypeError, "unexpected keyword argument 'topk'"),
         ((2, None, {"seed": 2**32 - 1}), ValueError, "seed=4294967296: must be"),
-    ):
+    ]
+    for arguments, error, said in wrong:
         with pytest.raises(error, match=re.escape(said)):
             rows_of(*arguments)
 

@@ -61,10 +61,9 @@ def count(most: int | None = None, says: str = "0 or a positive whole number") -
 
 
 def seed(name: str, value: Any) -> int:
-    try:
-        found = operator.index(None if isinstance(value, bool) else value)
-    except TypeError as error:
-        raise ValueError(f"{name}={value!r}: give a whole number") from error
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name}={value!r}: give a whole number")
+    found = operator.index(value)
     if not 0 <= found < 2**32:
         raise ValueError(f"{name}={found}: must be at least 0 and below 2**32")
     return found

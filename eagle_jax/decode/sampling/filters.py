@@ -67,7 +67,7 @@ class Filter(abc.ABC):
         cls, rows: Sequence[SamplingParams], vocabulary: Vocabulary, capacities: Capacities
     ) -> Filter:
         """The filter's arrays for these rows."""
-        used = np.array([cls.uses(row) for row in rows])
+        used: Any = np.array([cls.uses(row) for row in rows])
         return cls(used, **cls.arrays(rows, vocabulary, capacities))
 
     def __call__(self, logits: Float[Array, "b *t v"], path: Path | None) -> Float[Array, "b *t v"]:

@@ -201,7 +201,7 @@ def rows_of(
             f"sampling and {', '.join(settings)}: give SamplingParams or keywords, not both"
         )
     if sampling is not None and not isinstance(sampling, SamplingParams):
-        found = list(sampling) if isinstance(sampling, Sequence) else [sampling]
+        found: list[Any] = list(sampling) if isinstance(sampling, Sequence) else [sampling]
         for value in found:
             if not isinstance(value, SamplingParams):
                 raise ValueError(f"sampling={value!r}: give SamplingParams, or a list of them")

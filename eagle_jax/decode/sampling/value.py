@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -65,10 +65,13 @@ class Sampling:
         kinds = [kind for kind in FILTERS if not (greedy and kind.truncates)]
         filtered = any(kind.uses(row) for kind in kinds for row in rows)
         ends = [vocabulary.ends(row) for row in rows]
+        arrays: dict[str, Any] = {
+            "temperature": np.array([row.temperature for row in rows], np.float32),
+            "ends": capacities.padded("ends", ends, NOBODY, 8).astype(np.int32),
+            "prompt": np.array(prompts or [0] * len(rows), np.int32),
+        }
         return cls(
-            temperature=np.array([row.temperature for row in rows], np.float32),
-            ends=capacities.padded("ends", ends, NOBODY, 8).astype(np.int32),
-            prompt=np.array(prompts or [0] * len(rows), np.int32),
+            **arrays,
             filters=tuple(kind.of(rows, vocabulary, capacities) for kind in kinds if filtered),
             greedy=greedy,
         )

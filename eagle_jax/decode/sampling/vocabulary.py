@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from eagle_jax.decode.sampling.params import SamplingParams
 from eagle_jax.params import Params
@@ -70,10 +70,10 @@ class Vocabulary:
                 )
         return dataclasses.replace(params, bad_words=tuple(words))
 
-    def _spellings(self, word: str | tuple[int, ...]) -> list[tuple[int, ...]]:
+    def _spellings(self, word: str | Sequence[int]) -> list[tuple[int, ...]]:
         """Token ids of a bad word, at the start of a text and after a blank."""
         if not isinstance(word, str):
-            return [word]
+            return [tuple(word)]
         if self.encode is None:
             raise ValueError(
                 f"bad_words={word!r}: text needs a tokenizer, and params has none; give token ids"
