@@ -13,6 +13,7 @@ from eagle_jax.decode.tree import Shape
 from eagle_jax.types import Logits
 
 ABSENT = -1  # stands where a text has no token
+_UNROLL = 16  # steps along a path that are compiled one by one; longer paths take a loop
 
 # (logits, whether each token stands in the prompt, how often it stands in the answer) -> logits.
 Rule = Callable[
@@ -49,19 +50,20 @@ class Path:
 
     def recent(self, count: int) -> Int[Array, "b t {count}"]:
         """The last `count` tokens of each node's text, newest first; `ABSENT` before its start."""
-        found, node = (
-            [],
-            jnp.broadcast_to(jnp.arange(self.drafted.shape[1])[None], self.drafted.shape),
-        )
-        for back in range(count):
+        b, t = self.drafted.shape
+
+        def step(node: Int[Array, "b t"], back: Int[Array, ""]) -> tuple[Array, Array]:
             depth = self.shape.depth - back
             place = self.length[:, None] - 1 + depth
             committed = jnp.take_along_axis(self.tokens, place, axis=1, mode="clip")
             drafted = jnp.take_along_axis(self.drafted, node, axis=1, mode="clip")
             token = jnp.where(place >= 0, jnp.where(depth > 0, drafted, committed), ABSENT)
-            found.append(token)
-            node = jnp.take_along_axis(self.shape.parents, node, axis=1, mode="clip")
-        return jnp.stack(found, axis=2)
+            return jnp.take_along_axis(self.shape.parents, node, axis=1, mode="clip"), token
+
+        node = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
+        back = jnp.arange(count, dtype=jnp.int32)
+        _, found = jax.lax.scan(step, node, back, unroll=min(count, _UNROLL))
+        return jnp.moveaxis(found, 0, 2)
 
     def penalise(self, logits: Logits, rule: Rule) -> Logits:
         """Apply a rule that looks at how often each token stands in a node's text.
@@ -77,12 +79,19 @@ class Path:
             return out
         ids = self.recent(deep)
         own = jnp.arange(deep)[None, None] < self.shape.depth[:, :, None]
-        again = (ids[:, :, :, None] == ids[:, :, None, :]) & own[:, :, None, :]
+
+        def add(again: Int[Array, "b t m"], one: tuple[Array, Array]) -> tuple[Array, None]:
+            token, drafted = one
+            same = (ids == token[:, :, None]) & drafted[:, :, None]
+            return again + same.astype(jnp.int32), None
+
+        each = jnp.moveaxis(ids, 2, 0), jnp.moveaxis(own, 2, 0)
+        again, _ = jax.lax.scan(add, jnp.zeros_like(ids), each, unroll=min(deep, _UNROLL))
 
         def of_row(values: Array, ids: Int[Array, "t m"]) -> Array:
             return jnp.take(values, ids, mode="clip")
 
-        times = jax.vmap(of_row)(count, ids) + jnp.sum(again, axis=3, dtype=jnp.int32)
+        times = jax.vmap(of_row)(count, ids) + again
         raw = jnp.take_along_axis(logits, ids, axis=2, mode="clip")
         new = rule(raw, jax.vmap(of_row)(in_prompt, ids), times)
         return put(out, jnp.where(own, ids, vocab), new)
