@@ -114,6 +114,20 @@ def test_devices_change_no_text(method, tensor, devices):
     assert texts(params, method, 0.0, prompts)[:4] == alone(method, 0.0)
 
 
+@pytest.mark.parametrize("method", ["vanilla", "eagle2"])
+def test_settings_on_several_devices(method):
+    """Catches counts, masks or biases of one part of the vocabulary only."""
+    rows = [
+        SamplingParams(temperature=1.0, repetition_penalty=1.5, frequency_penalty=0.5, seed=3),
+        SamplingParams(logit_bias={3: 2.0, 60: 1.0}, bad_words=[[9], [3, 60]], presence_penalty=1),
+        SamplingParams(temperature=0.8, allowed_token_ids=range(20, 50), min_p=0.02, top_k=9),
+        SamplingParams(temperature=1.2, top_p=0.9, min_tokens=9, stop_token_ids=[5, 40]),
+    ]
+    options = {"method": METHODS[method], "max_new_tokens": 20, "sampling": rows}
+    wanted = generate(pair(), PROMPTS, **options)
+    assert generate(placed(pair(), mesh(tensor=2, devices=4)), PROMPTS, **options) == wanted
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_rows_that_no_group_divides(rows):
     """Catches a batch that is padded with another row's text, or refused."""
