@@ -13,7 +13,7 @@ from typing import Any, Unpack
 import jax
 import numpy as np
 
-from eagle_jax.checks import check_flag
+from eagle_jax.checks import check_flag, check_whole
 from eagle_jax.decode import executables, tuning_store
 from eagle_jax.decode.generation import Generation, Statistics, TokenLogprob
 from eagle_jax.decode.method import Method
@@ -77,7 +77,7 @@ class Session:
         self.rows = [vocabulary.resolve(row) for row in rows]
         hottest = max(row.temperature for row in self.rows)
         self.method = check_method(params, method, len(self.prompts), hottest, exact)
-        check_new_tokens(max_new_tokens)
+        check_whole("max_new_tokens", max_new_tokens)
         context = params.target_config.max_position_embeddings
         limits = [min(len(p) + max_new_tokens, context) for p in self.prompts]
         lengths = [len(prompt) for prompt in self.prompts]
@@ -283,12 +283,6 @@ def token_logprobs(
     ]
 
 
-def check_new_tokens(new: Any) -> None:
-    """Raises a ValueError unless `new` is a possible `max_new_tokens`."""
-    if not isinstance(new, int | np.integer) or isinstance(new, bool) or new < 1:
-        raise ValueError(f"max_new_tokens={new!r}: must be a whole number above 0")
-
-
 def check_method(
     params: Params, method: str | Method, rows: int, temperature: float, exact: bool = False
 ) -> Method:
@@ -307,8 +301,7 @@ def check_method(
     if isinstance(method, str) and method == AUTO:
         method = tuning_store.method(params, rows, temperature)
     method = _method(method, params)
-    if not isinstance(exact, bool):
-        raise ValueError(f"exact={exact!r}: must be True or False")
+    check_flag("exact", exact)
     nodes, depth = EXACT_ROWS, EXACT_DEPTH - 1
     if exact and (method.nodes > nodes or method.depth > depth):
         raise ValueError(

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from eagle_jax import distributed, outputs
 from eagle_jax.checkpoint import files
+from eagle_jax.checks import check_whole
 from eagle_jax.decode import tuning_store
 from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.batching.batcher import Batcher, Piece
@@ -30,7 +31,7 @@ from eagle_jax.decode.method import Method
 from eagle_jax.decode.method_cli import spell
 from eagle_jax.decode.program import bucket_prompt
 from eagle_jax.decode.sampling import SamplingParams, Settings, Vocabulary, rows_of
-from eagle_jax.decode.session import check_method, check_new_tokens
+from eagle_jax.decode.session import check_method
 from eagle_jax.params import Params
 from eagle_jax.text import read_requests
 
@@ -97,7 +98,7 @@ def answer_file(
         )
     # One method for all groups of prompts, also where the last has fewer rows.
     method = check_method(params, method, batch_size, shared.temperature)
-    check_new_tokens(max_new_tokens)
+    check_whole("max_new_tokens", max_new_tokens)
     context = params.target_config.max_position_embeddings
     if max_new_tokens >= context:
         raise ValueError(f"max_new_tokens={max_new_tokens}: the context is {context}; use less")

@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 
+from eagle_jax.checks import check_whole
 from eagle_jax.decode import executables
 from eagle_jax.decode.batching.request import (
     BatcherStatistics,
@@ -49,7 +50,7 @@ from eagle_jax.decode.program import bucket_prompt
 from eagle_jax.decode.prompts import encode
 from eagle_jax.decode.sampling import Capacities, Sampling, SamplingParams, Vocabulary, rows_of
 from eagle_jax.decode.sampling.stop import Answer
-from eagle_jax.decode.session import check_new_tokens, check_params
+from eagle_jax.decode.session import check_params
 from eagle_jax.params import Params
 
 
@@ -118,7 +119,7 @@ class Batcher:
             raise ValueError(
                 f"prefill_rows={prefill_rows}: with rows={rows}, use at most {max(rows - 1, 1)}"
             )
-        check_new_tokens(max_new_tokens)
+        check_whole("max_new_tokens", max_new_tokens)
         [self._default] = rows_of(1, sampling)
         self._vocabulary, self._capacities = Vocabulary.of(params), Capacities()
         self._vocabulary.resolve(self._default)

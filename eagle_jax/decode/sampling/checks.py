@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from eagle_jax.checks import check_flag
+
 TINY = 1e-30  # beyond 1e-30 and 1e30, quotients and sums leave float32's range
 MOST_LOGPROBS = 20
 _LARGEST_INT = 2**31 - 1
@@ -70,9 +72,8 @@ def seed(name: str, value: Any) -> int:
 
 
 def switch(name: str, value: Any) -> bool:
-    if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"{name}={value!r}: must be True or False")
-    return bool(value)
+    check_flag(name, value)
+    return value
 
 
 def optional(check: Check) -> Check:
