@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 import reference
-from test_filters import naive
 
 import eagle_jax
 from eagle_jax.decode import (
@@ -105,7 +104,7 @@ def test_vanilla_follows_every_setting() -> None:
         finish = "length"
         for _ in range(decoding.NEW):
             logits = reference.target(pair, text)[1][-1]
-            scores = naive(plain, text, len(prompt(i)), logits, eos=(10,))
+            scores = reference.filtered(plain, text, len(prompt(i)), logits, eos=(10,))
             if row.temperature:
                 scores = scores + reference.gumbel(row.seed, len(text), decoding.VOCAB)
             text.append(int(np.argmax(scores)))

@@ -1,7 +1,6 @@
 """Filters against transformers' processors, and along the paths of trees against a naive loop."""
 
 import functools
-import math
 from typing import Any
 
 import decoding
@@ -107,34 +106,6 @@ def test_equal_to_transformers(seed: int) -> None:
         np.testing.assert_allclose(got[row], wanted, rtol=2e-5, err_msg=str(settings))
 
 
-def naive(
-    row: SamplingParams, text: list[int], prompt: int, logits: np.ndarray, eos=EOS
-) -> np.ndarray:
-    """One distribution after one text, filter by filter, in float64."""
-    out = logits.astype(np.float64)
-    for token, bias in dict(row.logit_bias).items():
-        out[token] += bias
-    if row.allowed_token_ids is not None:
-        out[[i for i in range(len(out)) if i not in row.allowed_token_ids]] = -np.inf
-    words: Any = row.bad_words
-    for *before, last in words:
-        if len(text) >= len(before) and text[len(text) - len(before) :] == before:
-            out[last] = -np.inf
-    if len(text) - prompt < row.min_tokens:
-        out[[*([] if row.ignore_eos else eos), *row.stop_token_ids]] = -np.inf
-    for token in set(text):
-        factor = row.repetition_penalty
-        out[token] *= factor if out[token] < 0 else 1 / factor
-    for token in set(text[prompt:]):
-        out[token] -= row.presence_penalty
-        out[token] -= row.frequency_penalty * text[prompt:].count(token)
-    if row.temperature:
-        out = reference.process(out, reference.Rule(row.temperature, row.top_k, row.top_p))
-        if row.min_p:
-            out[out < out.max() + math.log(row.min_p)] = -np.inf
-    return out
-
-
 ROWS = [
     SamplingParams(repetition_penalty=1.5),
     SamplingParams(presence_penalty=0.8, temperature=1.0),
@@ -184,7 +155,7 @@ def test_along_the_paths_of_trees(tree: str) -> None:
         for node in range(t):
             path = [int(drafted[row, u]) for u in above[node][1:]]
             text = [*tokens[row, : length[row]].tolist(), *path]
-            wanted = naive(settings, text, prompts[row], logits[row, node])
+            wanted = reference.filtered(settings, text, prompts[row], logits[row, node], EOS)
             np.testing.assert_allclose(got[row, node], wanted, rtol=2e-5, atol=2e-6)
 
 
@@ -210,4 +181,4 @@ def test_large_values_of_variable_size() -> None:
     row = SamplingParams(logit_bias=many, bad_words=[[i] for i in range(10)] + [[1] * 9])
     logits = jnp.zeros((1, VOCAB))
     got = on_texts([row], [[1] * 12], [1], logits)
-    np.testing.assert_allclose(got[0], naive(row, [1] * 12, 1, np.zeros(VOCAB)))
+    np.testing.assert_allclose(got[0], reference.filtered(row, [1] * 12, 1, np.zeros(VOCAB), EOS))

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import reference
 from scipy import stats
-from test_filters import naive
 
 from eagle_jax.decode import (
     DynamicTree,
@@ -173,7 +172,9 @@ def penalised_law() -> dict[tuple[int, ...], float]:
         for answer, mass in law.items():
             text = [*PROMPT, *answer]
             logits = reference.target(pair, text)[1][-1]
-            probs = reference.softmax(naive(PENALISED, text, len(PROMPT), logits, eos=()))
+            probs = reference.softmax(
+                reference.filtered(PENALISED, text, len(PROMPT), logits, eos=())
+            )
             longer |= {(*answer, token): mass * float(p) for token, p in enumerate(probs)}
         law = longer
     return law
