@@ -15,6 +15,7 @@ from typing import Any
 from eagle_jax import distributed
 from eagle_jax.cli import run
 from eagle_jax.decode import method_cli, registry
+from eagle_jax.decode.sampling.options import add_arguments, sampling_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,12 +32,6 @@ def parser() -> argparse.ArgumentParser:
     )
     method_cli.add_arguments(out)
     out.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    out.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    out.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off")
-    out.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off")
-    out.add_argument(
-        "--seed", type=int, default=0, help="same seed, same text, whatever the method"
-    )
     out.add_argument("--raw", action="store_true", help="continue the text, no chat template")
     out.add_argument(
         "--tensor",
@@ -60,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
         help="the very same text from every method, in bfloat16 too (slower, for checks)",
     )
     out.add_argument("--json", action="store_true", help="print one JSON line only")
+    add_arguments(out)
     files = out.add_argument_group("a file of prompts")
     files.add_argument("--input", metavar="JSONL", help="one conversation a line (plain or gzip)")
     files.add_argument("--output", metavar="JSONL", help="answered conversations; resumes")
@@ -95,9 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     options: dict[str, Any] = {
         "method": method_cli.method_of(args),
         "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
+        "sampling": sampling_of(args),
         "raw": args.raw,
     }
     if args.input is not None:
@@ -109,26 +103,27 @@ def main(argv: list[str] | None = None) -> None:
             args.output,
             batch_size=args.batch_size,
             limit=args.limit,
-            seed=args.seed,
             **options,
         )
         print(json.dumps(summary))
         return
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    _answer(params, prompt, show=not args.json, seed=args.seed, exact=args.exact, **options)
+    _answer(params, prompt, show=not args.json, exact=args.exact, **options)
 
 
 def _answer(params: Any, prompt: str, show: bool, **options: Any) -> None:
     from eagle_jax.decode import stream
 
-    text, last = "", None
+    text, last, finish, logprobs = "", None, None, []
     for part in stream(params, prompt, **options):
-        text, last = text + (part.text or ""), part.statistics
+        text, last, finish = text + (part.text or ""), part.statistics, part.finish
+        logprobs += map(dataclasses.asdict, part.logprobs or ())
         if show:
             print(part.text or "", end="", flush=True)
     assert last is not None
     if not show:
-        print(json.dumps({"text": text, **dataclasses.asdict(last)}))
+        record = {"text": text, "finish": finish, **dataclasses.asdict(last)}
+        print(json.dumps(record | ({"logprobs": logprobs} if logprobs else {})))
         return
     if not distributed.first():
         return
