@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 from eagle_jax import lazy
 
 if TYPE_CHECKING:
-    from eagle_jax.decode import Batcher, Session, generate, stream
+    from eagle_jax.decode import Batcher, SamplingParams, Session, generate, stream
     from eagle_jax.params import Params, load
 
 __version__ = "0.2.0"
-__all__ = ["Batcher", "Params", "Session", "generate", "load", "stream"]
+__all__ = ["Batcher", "Params", "SamplingParams", "Session", "generate", "load", "stream"]
 
 _HOME = {
     "Batcher": "eagle_jax.decode",
     "Params": "eagle_jax.params",
+    "SamplingParams": "eagle_jax.decode",
     "Session": "eagle_jax.decode",
     "generate": "eagle_jax.decode",
     "load": "eagle_jax.params",

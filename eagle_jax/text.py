@@ -363,7 +363,7 @@ def read_conversations(path: str | Path) -> Iterator[list[Message]]:
         ValueError: the file is missing or a line is not a conversation with an assistant turn;
             names the file and the line, counted from 1.
     """
-    for where, messages in _read_messages(path):
+    for where, messages, _ in _read_records(path):
         if all(message["role"] != "assistant" for message in messages):
             raise ValueError(f"{where}: no assistant turn to learn from; add one or drop the line")
         yield messages
@@ -392,15 +392,25 @@ def read_prompts(path: str | Path) -> Iterator[list[Message]]:
     Raises:
         ValueError: as `read_conversations`; a conversation without a user message.
     """
-    for where, messages in _read_messages(path):
+    for _, messages, _ in read_requests(path):
+        yield messages
+
+
+def read_requests(path: str | Path) -> Iterator[tuple[str, list[Message], dict[str, Any]]]:
+    """Reads what is to be answered, with `file:line` and the whole record of every line.
+
+    Raises:
+        ValueError: as `read_prompts`.
+    """
+    for where, messages, record in _read_records(path):
         users = [i for i, message in enumerate(messages) if message["role"] == "user"]
         if not users:
             raise ValueError(f"{where}: no user message to answer; add one or drop the line")
-        yield messages[: users[-1] + 1]
+        yield where, messages[: users[-1] + 1], record
 
 
-def _read_messages(path: str | Path) -> Iterator[tuple[str, list[Message]]]:
-    """`file:line` and the checked messages of every line."""
+def _read_records(path: str | Path) -> Iterator[tuple[str, list[Message], dict[str, Any]]]:
+    """`file:line`, the checked messages and the whole record of every line."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"conversations={str(path)!r}: no such file; give a .jsonl or .jsonl.gz")
@@ -410,26 +420,26 @@ def _read_messages(path: str | Path) -> Iterator[tuple[str, list[Message]]]:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     where = f"{path}:{number}"
-                    yield where, _parse_messages(line, where)
+                    record = _parse_record(line, where)
+                    yield where, record["messages"], record
         except (EOFError, gzip.BadGzipFile) as error:
             raise ValueError(
                 f"{path}:{number + 1}: damaged gzip ({error}); copy it anew"
             ) from error
 
 
-def _parse_messages(line: bytes, where: str) -> list[Message]:
+def _parse_record(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where}: not JSON ({error}); write one object a line") from error
     if not isinstance(record, dict) or "messages" not in record:
         raise ValueError(f'{where}: no "messages"; write {{"messages": [...]}} on every line')
-    messages = record["messages"]
     try:
-        check_messages(messages)
+        check_messages(record["messages"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return messages
+    return record
 
 
 def _compile_template(template: str | None) -> Any:

@@ -30,7 +30,7 @@ from eagle_jax.decode import (
     stream,
 )
 from eagle_jax.decode.batching.answer_file import answer_file
-from eagle_jax.decode.session import Options
+from eagle_jax.decode.session import check_method
 from eagle_jax.drafters.medusa.method import Medusa
 from eagle_jax.params import Params
 
@@ -194,10 +194,10 @@ def test_13_a_draft_of_a_thousand_levels_is_refused(name) -> None:
     """Catches minutes of compilation: its time grows with the levels that a draft model runs."""
     method, said = LEVELS[name]
     with pytest.raises(ValueError, match=said):
-        Options(method).check(decoding.random_pair())
-    Options(Eagle(chain(64))).check(decoding.random_pair())
+        check_method(decoding.random_pair(), method, 1, 0.0)
+    check_method(decoding.random_pair(), Eagle(chain(64)), 1, 0.0)
     # A copied chain is one gather, however long it is.
-    Options(PromptLookup(length=1000)).check(decoding.random_pair())
+    check_method(decoding.random_pair(), PromptLookup(length=1000), 1, 0.0)
 
 
 def test_14_output_must_be_a_regular_file(params, source, tmp_path, monkeypatch) -> None:

@@ -33,6 +33,7 @@ from eagle_jax.decode import (
 from eagle_jax.decode.__main__ import main as decode_main
 from eagle_jax.decode.batching.batcher import Batcher
 from eagle_jax.decode.prompts import encode
+from eagle_jax.decode.sampling import SamplingParams
 from eagle_jax.drafters.eagle.tuning import Probe
 from eagle_jax.params import Params, load
 from eagle_jax.tune import Tuning, measure, tune
@@ -371,9 +372,11 @@ def test_auto_writes_what_vanilla_does(params, temperature) -> None:
         assert decoding.lists(auto.tokens) == decoding.lists(vanilla.tokens)
         assert auto.statistics.method == ENTRY["method"]
         assert vanilla.statistics.method == "--method vanilla"
-    pieces = list(stream(params, "Hi", method="auto", **options))
+    tuned, pieces = Eagle(chain(2)), list(stream(params, "Hi", method="auto", **options))
     assert "".join(p.text for p in pieces) == generate(params, "Hi", **options).text
-    assert Batcher(params, method="auto", rows=2, temperature=temperature).method == Eagle(chain(2))
+    assert (
+        Batcher(params, method="auto", rows=2, sampling=SamplingParams(temperature)).method == tuned
+    )
 
 
 def test_auto_is_a_table_for_a_batcher(params, model) -> None:

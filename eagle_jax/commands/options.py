@@ -53,35 +53,25 @@ def load_model(args: argparse.Namespace) -> Params:
     )
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `sampling_of`."""
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="same seed, same text, whatever the method"
-    )
-
-
-def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The keywords of `generate` that the options of `add_sampling` give."""
-    return {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
-
-
 def add_decoding(parser: argparse.ArgumentParser) -> None:
     """Adds the method's, the sampling's and the answer's options."""
     from eagle_jax.decode import method_cli
+    from eagle_jax.decode.sampling import options
 
     method_cli.add_arguments(parser)
     parser.add_argument(
         "--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (256)"
     )
-    add_sampling(parser)
+    options.add_arguments(parser)
 
 
 def decoding_of(args: argparse.Namespace) -> dict[str, Any]:
     """The keywords of `generate` that the options of `add_decoding` give."""
     from eagle_jax.decode import method_cli
+    from eagle_jax.decode.sampling import options
 
-    method = method_cli.method_of(args)
-    return {"method": method, "max_new_tokens": args.max_new_tokens, **sampling_of(args)}
+    return {
+        "method": method_cli.method_of(args),
+        "max_new_tokens": args.max_new_tokens,
+        "sampling": options.sampling_of(args),
+    }

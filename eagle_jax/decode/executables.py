@@ -197,6 +197,11 @@ def prepare(program: Program, params: Params, state: State, settings: Sampling) 
     _compiled(decode, program, _bounded(program, params, state, settings), Clock())
 
 
+def placed(params: Params, sampling: Sampling) -> Sampling:
+    """`sampling` on the devices of `params`."""
+    return sharding.put(sharding.mesh_of(params.target), sampling)
+
+
 def _bounded(
     program: Program,
     params: Params,
@@ -247,6 +252,14 @@ def replace_rows(
     state = jax.block_until_ready(run(*args))
     clock.prefill += time.perf_counter() - begin
     return state
+
+
+def end_rows(state: State, rows: list[int]) -> State:
+    """`state` with these rows done, so that the loop no longer waits for them."""
+    done = np.array(state.done)
+    done[rows] = True
+    # Placed as it was, so that the same program goes on.
+    return dataclasses.replace(state, done=jax.device_put(done, state.done.sharding))
 
 
 @functools.cache

@@ -19,11 +19,13 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from eagle_jax import interrupts, sharding
+from eagle_jax.checks import check_whole
 from eagle_jax.decode import Vanilla, generate, tuning_store
 from eagle_jax.decode.method import Context, Method, Models
 from eagle_jax.decode.program import bucket_prompt
 from eagle_jax.decode.registry import AUTO
-from eagle_jax.decode.session import Options
+from eagle_jax.decode.sampling import SamplingParams
+from eagle_jax.decode.session import check_method
 from eagle_jax.decode.tree import Proposal, StaticTree
 from eagle_jax.evaluate.config import BASELINE, EvalConfig
 from eagle_jax.evaluate.samples import Samples
@@ -327,12 +329,8 @@ def check_methods(params: Params, config: EvalConfig) -> None:
     for name, method in with_baseline(config.methods).items():
         for temperature in config.temperatures:
             try:
-                Options(
-                    method=method,
-                    max_new_tokens=config.new_tokens,
-                    temperature=temperature,
-                    top_p=config.top_p,
-                    exact=config.exact,
-                ).check(params, config.batch_size)
+                SamplingParams(temperature=temperature, top_p=config.top_p)
+                check_whole("max_new_tokens", config.new_tokens)
+                check_method(params, method, config.batch_size, temperature, config.exact)
             except ValueError as error:
                 raise ValueError(f"methods, {name!r}: {error}") from error
