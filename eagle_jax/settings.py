@@ -12,6 +12,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import math
 import re
 import runpy
 import sys
@@ -200,8 +201,9 @@ def _convert(value: Any, hint: Any) -> Any:
     elif origin is tuple:
         if isinstance(value, tuple | list):
             return _convert_tuple(tuple(value), arguments)
-    elif hint is float and type(value) is int:
-        return float(value)
+    elif hint is float:
+        if type(value) in (int, float) and math.isfinite(value):
+            return float(value)
     elif isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
     raise TypeError
@@ -223,6 +225,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(argument) for argument in arguments)
     if hint is types.NoneType:
         return "None"
+    if hint is float:
+        return "a finite number"
     if origin is tuple:
         return f"a tuple such as ({_describe(arguments[0])}, ...)"
     return hint.__name__

@@ -89,6 +89,11 @@ class Tokenizer:
         content = source.encode() + b"\0" + (self.chat_template or "").encode()
         self.digest = hashlib.sha256(content).hexdigest()
 
+    def __repr__(self) -> str:
+        ends = ", ".join(map(str, self.eos_ids)) or "none"
+        chat = "with" if self.chat_template else "without"
+        return f"Tokenizer({self.vocab_size} tokens, ends: {ends}, {chat} chat template)"
+
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """Reads a directory that holds `tokenizer.json`, or that file and its neighbours.

@@ -237,7 +237,7 @@ def test_round_trip(params, model, monkeypatch) -> None:
     """LazyTensor beside the model, replaced by key, and used for what it was measured for only."""
     with pytest.raises(ValueError, match="no tuning for float32, batch size 1, greedy") as error:
         generate(params, "Hi", method="auto")
-    command = f"run python -m eagle_jax.tune --params {model} --temperature 0"
+    command = f"run eagle-jax tune --model {model} --temperature 0"
     assert str(error.value).endswith(command) and "\n" not in str(error.value)
     assert tuning_store.store(params, [entry(params, tuned="2025")]) == model / tuning_store.FILE
     tuning_store.store(params, [entry(params), entry(params, 4, 1.0, method="--method medusa")])
@@ -267,7 +267,9 @@ def test_other_weights_are_not_those_that_were_tuned(params, model) -> None:
     )
     for change in changes:
         other = dataclasses.replace(params, **change)
-        with pytest.raises(ValueError, match="the tuning is of other weights or drafts; run pyth"):
+        with pytest.raises(
+            ValueError, match="the tuning is of other weights or drafts; run eagle-jax"
+        ):
             tuning_store.method(other, 1, 0.0)
     # A copy elsewhere is the same model.
     copy = load(shutil.copytree(model, model.parent / "copy"))
@@ -310,10 +312,10 @@ def test_a_damaged_file_is_told_in_one_line(params, model, content, said, capsys
         generate(params, "Hi", method="auto")
     text = str(error.value)
     assert text.startswith(f"{model / tuning_store.FILE}: ") and said in text and "\n" not in text
-    assert text.endswith("; delete it and run python -m eagle_jax.tune again")
+    assert text.endswith("; delete it and run eagle-jax tune again")
     # The tuner says so before it measures anything.
     with pytest.raises(SystemExit, match="2"):
-        cli.run(lambda: main(["--params", str(model)]))
+        cli.run(lambda: main(["--model", str(model)]))
     assert capsys.readouterr().err == f"error: {text}\n"
 
 
@@ -431,7 +433,7 @@ def test_tuning_of_a_random_model(model, monkeypatch, capsys) -> None:
     monkeypatch.setattr(measure.Bench, "run", slow_drafts)
     for kind in ("eagle3", "medusa"):
         shutil.rmtree(model / kind)
-    argv = ["--params", str(model), "--temperature", "0", "--limit", "3", "--new-tokens", "12"]
+    argv = ["--model", str(model), "--temperature", "0", "--limit", "3", "--new-tokens", "12"]
     main(argv)
     out = capsys.readouterr().out.splitlines()
     told = json.loads(out[-1])
@@ -457,7 +459,7 @@ def test_several_batch_sizes(params, model, monkeypatch, capsys) -> None:
         return iter([Tuning(0.0, {1: 1.0}, [], [], 2.0, None, chosen)])
 
     monkeypatch.setattr(tuning, "tune", found)
-    argv = ["--params", str(model), "--temperature", "0", "--batch-size"]
+    argv = ["--model", str(model), "--temperature", "0", "--batch-size"]
     with pytest.raises(ValueError, match="batch_size=0: must be"):
         main([*argv, "2", "0"])
     assert capsys.readouterr().out == "" and not (model / tuning_store.FILE).exists()

@@ -10,14 +10,14 @@ import collections
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from eagle_jax import sharding
+from eagle_jax import interrupts, sharding
 from eagle_jax.decode import Recycling, Vanilla, best_tree, executables
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.methods import recycling
@@ -130,15 +130,12 @@ class Bench:
         self, methods: Sequence[Method], units: Sequence[Unit], temperature: float, what: str
     ) -> list[list[Run]]:
         """[units][methods] runs in turn, after every method has been compiled and run once."""
-        with ThreadPoolExecutor(sharding.at_a_time(self.params.target, _THREADS)) as pool:
+        threads = sharding.at_a_time(self.params.target, _THREADS)
+        with interrupts.thread_pool(threads) as pool:
             # A star's prefill first, for all of them.
             runs = [pool.submit(self.run, m, units[0], temperature) for m in methods]
-            try:
-                for run in self.bar(as_completed(runs), len(runs), f"compiling, {what}"):
-                    run.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            for run in self.bar(as_completed(runs), len(runs), f"compiling, {what}"):
+                run.result()
         out = []
         for unit in self.bar(units, len(units), what):
             out.append([self.run(method, unit, temperature) for method in methods])
