@@ -482,7 +482,7 @@ def _mlp_only_layers(settings: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(i for i in range(layers) if i in listed or (i + 1) % step)
 
 
-def _attention_bias(kind: type, settings: Mapping[str, Any], family: Family) -> bool:
+def _attention_bias(kind: type, settings: Mapping[str, Any], family: Family) -> Any:
     """Official heads say `qkv_bias` and have no biases without it, whatever their family."""
     if kind is TransformerConfig:
         return family.flags.get("attention_bias", False)
