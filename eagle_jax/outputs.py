@@ -121,6 +121,16 @@ def check_directory(field: str, directory: str | Path) -> None:
         raise ValueError(f"{field}={name!r}: is not a directory; give another name")
 
 
+@contextlib.contextmanager
+def closing(file: IO[str], path: Path) -> Iterator[IO[str]]:
+    """Closes a file after the block; an error of the last write, which closing does, names it."""
+    try:
+        yield file
+    finally:
+        with naming(path):
+            file.close()
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file; an error names it."""
     with naming(path):

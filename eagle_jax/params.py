@@ -206,7 +206,7 @@ def own_drafts(root: Path) -> list[Path]:
 def _directories(draft: str | Path | Sequence[str | Path] | None) -> list[Path]:
     if draft is None:
         return []
-    given = list(draft) if isinstance(draft, list | tuple) else [draft]
+    given: list[Any] = list(draft) if isinstance(draft, list | tuple) else [draft]
     for directory in given:
         check_path("draft", directory)
     return [Path(directory).expanduser() for directory in given]

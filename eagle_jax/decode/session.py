@@ -261,6 +261,9 @@ def check_params(params: Any) -> None:
 def check_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
     """One checked seed per row."""
     try:
+        given = [seed] if np.ndim(seed) == 0 else seed
+        if any(isinstance(value, bool) for value in given):  # type: ignore[union-attr]
+            raise TypeError
         if np.ndim(seed) == 0:
             seeds = [operator.index(seed) + row for row in range(rows)]  # type: ignore[arg-type]
         else:

@@ -63,7 +63,8 @@ class Samples:
         return self._records[key]
 
     def close(self) -> None:
-        self._file.close()
+        with outputs.naming(self.path):
+            self._file.close()
 
     def _read(self, settings: dict[str, Any], writes: bool) -> bool:
         """Takes over what is there; false if there is nothing."""

@@ -98,7 +98,8 @@ class Trace:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with outputs.naming(self._path):
+            self._file.close()
 
 
 def read_trace(path: Path) -> list[dict[str, Any]]:

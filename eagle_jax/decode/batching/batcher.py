@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from eagle_jax.checks import check_flag
 from eagle_jax.decode import executables
 from eagle_jax.decode.batching.schedule import (
     Stage,
@@ -240,6 +241,7 @@ class Batcher:
             ValueError: a bad argument, a prompt that is empty or too long.
             queue.Full: as many prompts as may wait do so; try again after a `step`.
         """
+        check_flag("raw", raw)
         ids = encode(self._params, prompt, raw)
         if len(ids) > self._max_prompt:
             raise ValueError(
