@@ -1,16 +1,25 @@
-# Every target sets up what it needs in .venv; PYTHON chooses the interpreter it is made from.
+# Every target installs what it needs; PYTHON names the interpreter that .venv is made from.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PACKAGES := 'import sysconfig; print(sysconfig.get_path("purelib"))'
+# Tests of one file stay in one process, where they share compiled programs.
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test lint types wheel clean
+.PHONY: demo check test lint types fast docs release clean
 
+# Answers one prompt with vanilla decoding and with EAGLE, and compares texts and speeds.
 demo: $(VENV)/.base
 	$(BIN)/python decode/demo.py
 
-test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+# Before every commit: under two minutes on two cores, once the tools are installed.
+check: $(VENV)/.test
+	$(MAKE) --jobs=3 --output-sync=target lint types fast
+
+# Everything.
+test: $(VENV)/.test $(VENV)/.tpu
+	$(PYTEST)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check
@@ -19,12 +28,22 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/pyright
 
-wheel: $(VENV)/.test
+fast: $(VENV)/.test
+	$(PYTEST) -m fast
+
+# The pages of docs/ as a site in site/; a broken link or an unknown name is an error.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+# Builds the sdist and the wheel into dist/ and checks what a user gets from each.
+release: $(VENV)/.test
 	rm -rf build dist
-	$(BIN)/python -m build --wheel >/dev/null
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	.ci/check-release dist
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-tpu build dist site *.egg-info .nox .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -32,9 +51,29 @@ $(BIN)/python:
 
 # Separate stamps: the demo needs neither torch nor the test tools.
 $(VENV)/.base: pyproject.toml | $(BIN)/python
+	@echo "Installing eagle-jax and JAX into $(VENV): about 600 MB, a minute or two."
 	$(PIP) install -e .
-	touch $@
+	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
+	@echo "Installing what the tests need into $(VENV) (PyTorch, transformers and the tools):"
+	@echo "about 2 GB, some minutes."
 	$(PIP) install -e '.[test]'
-	touch $(VENV)/.base $@
+	@touch $(VENV)/.base $@
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	@echo "Installing mkdocs into $(VENV)."
+	$(PIP) install -e '.[docs]'
+	@touch $(VENV)/.base $@
+
+# libtpu compiles for TPUs on any x86 Linux machine, but where there is no TPU it prints errors in
+# every program that starts JAX. So it lives in an environment of its own, which sees all of .venv.
+$(VENV)/.tpu: $(VENV)/.test
+ifeq ($(shell uname -sm),Linux x86_64)
+	@echo "Installing libtpu into $(VENV)-tpu, to compile for TPUs: about 700 MB."
+	$(BIN)/python -m venv --clear --without-pip $(VENV)-tpu
+	echo "import site; site.addsitedir('$$($(BIN)/python -c $(PACKAGES))')" \
+	    > "$$($(VENV)-tpu/bin/python -c $(PACKAGES))/base.pth"
+	$(VENV)-tpu/bin/python -m pip --disable-pip-version-check install 'jax[tpu]'
+endif
+	@touch $@

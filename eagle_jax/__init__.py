@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from eagle_jax.decode import generate, stream
     from eagle_jax.params import Params, load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Params", "generate", "load", "stream"]
 
 _MODULES = (
