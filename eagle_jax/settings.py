@@ -23,6 +23,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from eagle_jax.checks import short
+
 T = TypeVar("T")
 
 
@@ -161,7 +163,7 @@ def _parse(text: str, hint: Any, key: str) -> Any:
     """`text` as a literal if that fits the field, else as it stands: 007 can name a directory."""
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return _fit(text, hint, key)
     with contextlib.suppress(ValueError):
         return _fit(value, hint, key)
@@ -184,7 +186,7 @@ def _fit(value: Any, hint: Any, key: str) -> Any:
     try:
         return _convert(value, hint)
     except TypeError:
-        raise ValueError(f"{key}={value!r}: must be {_describe(hint)}") from None
+        raise ValueError(f"{key}={short(value)}: must be {_describe(hint)}") from None
 
 
 def _convert(value: Any, hint: Any) -> Any:
@@ -238,7 +240,10 @@ def _run(path: Path) -> dict[str, Any]:
         with _importing_from(path.parent.resolve()):
             return runpy.run_path(str(path))
     except SyntaxError as error:
-        raise ValueError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
+        # Python names neither file nor line where the file holds a NUL byte.
+        where = error.filename or path
+        line = "" if error.lineno is None else f", line {error.lineno}"
+        raise ValueError(f"{where}{line}: {error.msg or error}") from error
     except Exception as error:
         raise ValueError(f"{_where(error, path)}: {_explain(error)}") from error
 

@@ -56,22 +56,22 @@ def load_model(args: argparse.Namespace) -> Params:
 def add_decoding(parser: argparse.ArgumentParser) -> None:
     """Adds the method's, the sampling's and the answer's options."""
     from eagle_jax.decode import method_cli
-    from eagle_jax.decode.sampling import options
+    from eagle_jax.decode.sampling import options as sampling
 
     method_cli.add_arguments(parser)
     parser.add_argument(
         "--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (256)"
     )
-    options.add_arguments(parser)
+    sampling.add_arguments(parser)
 
 
 def decoding_of(args: argparse.Namespace) -> dict[str, Any]:
     """The keywords of `generate` that the options of `add_decoding` give."""
     from eagle_jax.decode import method_cli
-    from eagle_jax.decode.sampling import options
+    from eagle_jax.decode.sampling import options as sampling
 
     return {
         "method": method_cli.method_of(args),
         "max_new_tokens": args.max_new_tokens,
-        "sampling": options.sampling_of(args),
+        "sampling": sampling.sampling_of(args),
     }

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from eagle_jax import sharding
+from eagle_jax import outputs, sharding
 from eagle_jax.checkpoint import files
 from eagle_jax.decode import method_cli
 from eagle_jax.decode.method import Method
@@ -163,8 +163,9 @@ def store(params: Params, added: list[Entry]) -> Path:
 
 def _write(path: Path, added: list[Entry]) -> Path:
     keys = [entry["key"] for entry in added]
-    kept = [entry for entry in entries(path) if entry["key"] not in keys]
-    files.write_json(path, {**_FORMAT, "entries": [*kept, *added]})
+    with outputs.locked("tuning", path, wait=True):  # of two that tune, neither loses an entry
+        kept = [entry for entry in entries(path) if entry["key"] not in keys]
+        files.write_json(path, {**_FORMAT, "entries": [*kept, *added]})
     return path
 
 

@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from eagle_jax import cli, compilation_cache, distributed, settings
+from eagle_jax import cli, compilation_cache, distributed, outputs, settings
 from eagle_jax.evaluate.config import EvalConfig
 
 # Of the environment, what the samples of a directory have in common.
@@ -103,8 +103,7 @@ def evaluate(config: EvalConfig, restart: bool = False, strict: bool = True) -> 
     Raises:
         ValueError: a setting, a file or a method that cannot work; one line.
     """
-    from eagle_jax.decode.method_cli import spell
-    from eagle_jax.evaluate import metrics, report, runner, tasks
+    from eagle_jax.evaluate import report, runner, tasks
     from eagle_jax.evaluate.samples import Samples
     from eagle_jax.params import load
     from eagle_jax.sharding import decoding_mesh
@@ -124,14 +123,35 @@ def evaluate(config: EvalConfig, restart: bool = False, strict: bool = True) -> 
     runner.check_methods(params, config)
     around = environment(params)
     folder = Path(config.output_dir).expanduser()
-    samples = Samples(folder, _fixed(config, params, around), restart)
-    try:
-        run = runner.Runner(params, config, samples)
-        units = run.units(questions)
-        groups = run.jobs(units)
-        run.measure(groups)
-    finally:
-        samples.close()
+    with outputs.claimed("output_dir", folder):
+        samples = Samples(folder, _fixed(config, params, around), restart)
+        try:
+            run = runner.Runner(params, config, samples)
+            units = run.units(questions)
+            groups = run.jobs(units)
+            run.measure(groups)
+        finally:
+            samples.close()
+        result = _result(config, params, around, run, units, groups)
+        if distributed.first():
+            report.write(folder, result)
+            _plot(folder, result)
+    return result
+
+
+def _result(
+    config: EvalConfig,
+    params: Any,
+    around: dict[str, Any],
+    run: Any,
+    units: list[Any],
+    groups: list[Any],
+) -> dict[str, Any]:
+    """What `evaluate` returns, from the samples of a run that is finished."""
+    from eagle_jax.decode.method_cli import spell
+    from eagle_jax.evaluate import metrics
+
+    samples = run.samples
     table = metrics.Table(params, around["device"])
     table.read(groups[: len(units)], samples, config.repeats)
     rows = table.rows()
@@ -139,7 +159,7 @@ def evaluate(config: EvalConfig, restart: bool = False, strict: bool = True) -> 
     failed = judged and any(
         row["guarantee"] == "exact" and row["equal"] < row["answers"] for row in rows
     )
-    result = {
+    return {
         "lossless": not failed if judged else None,
         "environment": around,
         "config": {
@@ -156,10 +176,6 @@ def evaluate(config: EvalConfig, restart: bool = False, strict: bool = True) -> 
             "batch": "acceptance per depth of a padded batch counts its padding rows",
         },
     }
-    if distributed.first():
-        report.write(folder, result)
-        _plot(folder, result)
-    return result
 
 
 def with_drafts(config: EvalConfig, params: Any) -> EvalConfig:

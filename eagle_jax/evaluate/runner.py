@@ -196,16 +196,24 @@ class Runner:
                 answer = self.tokenizer.decode(frozen[question.id])
                 chats[question.id].append({"role": "assistant", "content": answer})
             if turn == 0 and not fitting:
-                raise ValueError(
-                    f"tasks={task!r}: every prompt is too long, longest_prompt={self._room()} "
-                    f"tokens besides new_tokens={self.config.new_tokens}; use less of those"
-                )
+                raise ValueError(f"tasks={task!r}: every prompt is too long; {self._bound()}")
         self.skipped.setdefault(task, {})[f"{temperature:g}"] = skipped
 
     def _room(self) -> int:
         """Longest prompt that leaves room for a whole answer."""
         room = self.params.target_config.max_position_embeddings - self.config.new_tokens
         return min(room, self.config.longest_prompt or room)
+
+    def _bound(self) -> str:
+        """What bounds the length of a prompt, and the remedy, in the user's own settings."""
+        context = self.params.target_config.max_position_embeddings
+        new, longest = self.config.new_tokens, self.config.longest_prompt
+        if longest and longest <= context - new:
+            return f"longest_prompt={longest} skips longer ones; raise it"
+        return (
+            f"new_tokens={new} leaves {max(context - new, 0)} of the context's {context} tokens; "
+            "lower it"
+        )
 
     def _encode(self, chat: list[dict[str, str]]) -> tuple[int, ...]:
         if self.tokenizer.chat_template is not None:

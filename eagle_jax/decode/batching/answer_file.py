@@ -189,9 +189,10 @@ def _target_changes(params: Params, method: str | Method) -> dict[str, Any]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[IO[str]]:
     """The file of answers, to append to; locked by the first process, which alone writes."""
-    with open(path if distributed.first() else os.devnull, "a", encoding="utf-8") as out:
+    first = distributed.first()
+    with outputs.closing(open(path if first else os.devnull, "a", encoding="utf-8"), path) as out:
         error = None
-        if distributed.first():
+        if first:
             try:
                 outputs.lock(out, "output", path)
             except ValueError as found:

@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from eagle_jax.checks import check_whole
+from eagle_jax.checks import check_flag, check_whole
 from eagle_jax.decode import executables
 from eagle_jax.decode.batching.request import (
     BatcherStatistics,
@@ -176,6 +176,7 @@ class Batcher:
             ValueError: a bad argument, a prompt that is empty or too long.
             queue.Full: as many prompts as may wait do so; try again after a `step`.
         """
+        check_flag("raw", raw)
         ids = encode(self._params, prompt, raw)
         if len(ids) > self._max_prompt:
             raise ValueError(
