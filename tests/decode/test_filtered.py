@@ -295,7 +295,7 @@ def test_other_values_compile_nothing() -> None:
     """Catches a value that became static."""
     made = [
         decoding.arrays([row, SamplingParams(temperature=1.0)])
-        for row in (SamplingParams(min_p=0.1, top_k=3), SamplingParams(frequency_penalty=2.0))
+        for row in (SamplingParams(0.5, top_k=3, min_p=0.1), SamplingParams(frequency_penalty=2.0))
     ]
     count = 0
 
