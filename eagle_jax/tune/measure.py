@@ -23,7 +23,7 @@ from eagle_jax.decode.method import Method
 from eagle_jax.decode.methods import recycling
 from eagle_jax.decode.program import bucket_prompt
 from eagle_jax.decode.sampling import Sampling, SamplingParams, Vocabulary
-from eagle_jax.decode.session import make_program
+from eagle_jax.decode.session import check_method, make_program
 from eagle_jax.drafters import DrafterSpec, registry
 from eagle_jax.evaluate import metrics
 from eagle_jax.evaluate.runner import Star
@@ -104,6 +104,7 @@ class Bench:
         """Decode; a star goes on where any star's prefill ends, which then is compiled once."""
         star = isinstance(method, Star)
         new = min(_STEP_TOKENS, self.new_tokens) if star else self.new_tokens
+        check_method(self.params, method, len(unit.prompts), temperature)
         longest = max(map(len, unit.prompts))
         program = make_program(self.params, method, longest, new)
         first = make_program(self.params, _STAR, longest, new) if star else program
