@@ -151,7 +151,8 @@ def parser() -> argparse.ArgumentParser:
         ),
         epilog=(
             "formats:\n"
-            "  hf           a target, or with --kind model a small one, as transformers opens it;\n"
+            "  hf           a target, or with --kind model a small one, as transformers opens it,\n"
+            "               with the index in which the official EAGLE code finds its embedding;\n"
             "               with --draft-vocabulary a draft, for load(TARGET, draft=DIRECTORY)\n"
             "  official     a draft, as the authors of EAGLE or Medusa publish it: their names of\n"
             "               tensors, in safetensors files (Medusa: medusa_lm_head.safetensors);\n"
