@@ -20,7 +20,7 @@ from eagle_jax.models.linear import Parts, RMSNorm, join, matmul
 from eagle_jax.models.rotary import angles, rotary
 from eagle_jax.testing import tiny_target
 
-sampling = importlib.import_module("eagle_jax.decode.sampling")  # a function has that name too
+sampling = importlib.import_module("eagle_jax.decode.top_k")  # a function has that name too
 
 BFLOAT16 = jnp.bfloat16
 
