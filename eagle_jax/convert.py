@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import shutil
 import signal
 import sys
 import warnings
@@ -18,51 +17,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from eagle_jax import cli
-from eagle_jax.checkpoint import export, families, files, hf, inspection, manifest, safetensors
-from eagle_jax.checkpoint.lazy_tensor import LazyTensor, cast
-from eagle_jax.checkpoint.names import on_disk
-from eagle_jax.config import DraftConfig
+from eagle_jax.checkpoint import conversion, files, hf, inspection, manifest
+from eagle_jax.checkpoint.conversion import FORMATS
 from eagle_jax.drafters import draft_vocabulary as vocabularies
 from eagle_jax.drafters import registry
-from eagle_jax.drafters.files import EMBEDDING, NATIVE, ExportTarget
-from eagle_jax.drafters.one_layer import own_embedding, same_matrix
-
-FORMATS = ("hf", *export.LAYOUTS, NATIVE)
-
-# Files of a model directory besides configuration and weights.
-_OTHERS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-# Keys that a draft keeps though they are not of its computation.
-_KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-_KEPT += ("base_model_name_or_path",)  # the published loader of Medusa heads wants it
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """What is converted: directories of a target and of drafts.
-
-    Attributes:
-        target: of the target, if there is one.
-        drafts: of the drafts.
-        root: of a directory that holds both, with its manifest.
-    """
-
-    target: Path | None
-    drafts: tuple[Path, ...]
-    root: Path | None = None
+from eagle_jax.drafters.files import NATIVE
 
 
 def convert(
@@ -127,343 +87,28 @@ def convert(
         raise ValueError(
             f"target_name={target_name!r}: only format 'speculators' says it; leave it out"
         )
-    _check_vocabulary(layout, kind, draft_vocabulary, text)
+    conversion.check_vocabulary(layout, kind, draft_vocabulary, text)
     for name, value in (("target", target), ("draft", draft)):
         if layout == "hf" and value and draft_vocabulary is None:
             raise ValueError(f"{name}: format 'hf' writes --from alone; leave --{name} out")
     to = Path(to).expanduser()
-    found = _source(source, target, draft)
+    found = conversion.source_of(source, target, draft)
     if found.root is not None:
         manifest.check(found.root, whole=True)  # the new manifest would bless what is broken
-    job = _Job(layout, dtype, progress, target_name)
+    job = conversion.Job(layout, dtype, progress, target_name)
     if draft_vocabulary is not None:
         files.check_new(to)
-        job = dataclasses.replace(job, vocabulary=_vocabulary(found, draft_vocabulary, text))
+        made = conversion.vocabulary_of(found, draft_vocabulary, text)
+        job = dataclasses.replace(job, vocabulary=made)
     said = {} if job.vocabulary is None else job.vocabulary.said()
     if layout == "native":
-        return _to_native(job, found, to) | said
+        return conversion.to_native(job, found, to) | said
     if layout == "hf" and job.vocabulary is not None:
-        return _to_serving(job, found, to, NATIVE, _shortened(found)) | {"format": layout} | said
+        own = conversion.shortened(found)
+        return conversion.to_draft(job, found, to, NATIVE, own) | {"format": layout} | said
     if layout == "hf":
-        return _to_hf(job, found, to, kind)
-    return _to_serving(job, found, to, layout, kind)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Vocabulary:
-    """A draft vocabulary that the EAGLE-1 head gets: offsets `d2t`, and the coverage."""
-
-    offsets: np.ndarray
-    coverage: float
-
-    def said(self) -> dict[str, Any]:
-        return {"draft_vocab_size": len(self.offsets), vocabularies.COVERAGE: self.coverage}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    layout: str
-    dtype: str | None
-    progress: Any
-    target_name: str | None
-    vocabulary: _Vocabulary | None = None
-
-    def bar(self, total: int, text: str) -> Any:
-        if self.progress is None:
-            return export.NoBar()
-        return self.progress(total=total, desc=text)
-
-
-def _source(path: str | Path, target: str | Path | None, drafts: Sequence[str | Path]) -> Source:
-    from eagle_jax.params import find, own_drafts  # imports jax
-
-    root = find(path)
-    more = [Path(directory).expanduser() for directory in drafts]
-    outer = _target_of(target)
-    if (root / "target").is_dir():
-        if outer is not None:
-            raise ValueError(f"target: {root} has a target of its own; leave --target out")
-        return Source(root / "target", (*own_drafts(root), *more), root)
-    if hf.is_whole(root):
-        if outer is not None:  # a small model that drafts for a large one
-            return Source(outer, (root, *more))
-        return Source(root, tuple(more))
-    return Source(outer, (root, *more))
-
-
-def _target_of(path: str | Path | None) -> Path | None:
-    from eagle_jax.params import find
-
-    if path is None:
-        return None
-    root = find(path)
-    root = root / "target" if (root / "target").is_dir() else root
-    if not hf.is_whole(root):
-        raise ValueError(f"target: {root} is a draft of kind {hf.kind(root)!r}; give its target")
-    return root
-
-
-def _check_vocabulary(
-    layout: str, kind: str | None, size: int | None, text: Sequence[str | Path]
-) -> None:
-    if size is None:
-        if text:
-            raise ValueError(
-                f"text={str(text[0])!r}: is read for a draft vocabulary; give its size with "
-                "--draft-vocabulary, or leave --text out"
-            )
-        return
-    where = f"draft_vocabulary={size}"
-    if size < 1:
-        raise ValueError(f"{where}: must be at least 1")
-    if not text:
-        raise ValueError(f"{where}: its tokens are counted in a text; give conversations as --text")
-    if layout not in ("hf", "native"):
-        raise ValueError(f"{where}: format {layout!r} has no place for it; use 'hf' or 'native'")
-    if kind is not None and kind not in _shortening():
-        raise ValueError(
-            f"{where}: is for heads of kind {_or(_shortening())}, not {kind!r}; leave --kind out"
-        )
-
-
-def _shortening() -> list[str]:
-    """The kinds of drafts that can get a draft vocabulary after training."""
-    return [kind for kind, spec in registry.specs().items() if spec.checkpoint().shortens]
-
-
-def _or(kinds: Sequence[str]) -> str:
-    return " or ".join(map(repr, kinds))
-
-
-def _shortened(source: Source) -> str:
-    """The kind of the source's draft that gets a draft vocabulary."""
-    kinds = [hf.kind(directory) for directory in source.drafts]
-    return next((kind for kind in _shortening() if kind in kinds), _shortening()[0])
-
-
-def _vocabulary(source: Source, size: int, text: Sequence[str | Path]) -> _Vocabulary:
-    """The tokens that answers have most often, for a draft of the source."""
-    from eagle_jax.text import Tokenizer
-    from eagle_jax.vocabulary import draft_vocabulary, token_counts
-
-    where = f"draft_vocabulary={size}"
-    kinds = sorted({hf.kind(directory) for directory in source.drafts})
-    if kinds and not set(kinds) & set(_shortening()):
-        raise ValueError(
-            f"{where}: is for heads of kind {_or(_shortening())}, the source has "
-            f"{', '.join(kinds)}; give such a head"
-        )
-    head = _choose(source, _shortened(source))
-    if source.target is None:
-        raise ValueError(
-            f"{where}: {head} has no tokenizer to count with; give its target with --target"
-        )
-    config, _ = hf.open_draft(head)
-    hf.check_fit(hf.open_target(source.target)[0], config, head)
-    own = vocabularies.size_of(config)
-    if own is not None:
-        raise ValueError(
-            f"{where}: {head} has a draft vocabulary of {own} tokens; give the head that it was "
-            "made from"
-        )
-    if size > config.vocab_size:
-        raise ValueError(f"{where}: the target has {config.vocab_size} tokens; use fewer")
-    tokenizer = Tokenizer.load(source.target)
-    counts = token_counts(text, tokenizer, config.vocab_size)
-    if not np.delete(counts, list(tokenizer.eos_ids)).any():
-        raise ValueError(
-            f"text={', '.join(map(str, text))}: has no words of an assistant; give conversations "
-            "with answers"
-        )
-    return _Vocabulary(*draft_vocabulary(counts, size, tokenizer.eos_ids, "draft_vocabulary"))
-
-
-def _to_hf(job: _Job, source: Source, to: Path, kind: str | None) -> dict[str, Any]:
-    chosen = source.target if kind is None else _choose(source, kind)
-    if chosen is None or not hf.is_whole(chosen):
-        draft = chosen or source.drafts[0]
-        raise ValueError(
-            f"{draft}: is a draft of kind {hf.kind(draft)!r}, format 'hf' is "
-            f"for whole models; use one of {', '.join(FORMATS[1:])}"
-        )
-    with files.staged(to) as directory:
-        written = _write_target(job, chosen, directory)
-    return {"to": str(to), "format": "hf", "kinds": [kind or "target"], "bytes": written}
-
-
-def _to_serving(
-    job: _Job, source: Source, to: Path, layout: str, kind: str | None
-) -> dict[str, Any]:
-    draft = _choose(source, kind)
-    with files.staged(to) as directory:
-        config, written = _write_draft(job, draft, directory, layout, source.target)
-    return {"to": str(to), "format": layout, "kinds": [config.kind], "bytes": written}
-
-
-def _choose(source: Source, kind: str | None) -> Path:
-    kinds = {directory: hf.kind(directory) for directory in source.drafts}
-    chosen = [directory for directory in kinds if kind in (None, kinds[directory])]
-    if len(chosen) == 1:
-        return chosen[0]
-    if not kinds:
-        raise ValueError(f"{source.target}: is a target without drafts; give the draft with --from")
-    have = ", ".join(sorted(set(kinds.values()))) or "none"
-    if kind is None:
-        raise ValueError(f"kind: the source has several drafts ({have}); choose one with --kind")
-    raise ValueError(
-        f"kind={kind!r}: the source has {len(chosen)} such drafts (all: {have}); give one directory"
-    )
-
-
-def _to_native(job: _Job, source: Source, to: Path) -> dict[str, Any]:
-    from eagle_jax.params import check_tokenizers
-
-    if source.target is None:
-        raise ValueError(
-            f"target: format 'native' holds a target and its drafts, {source.drafts[0]} is a "
-            "draft; give its target with --target"
-        )
-    target, _ = hf.open_target(source.target)
-    parts, written = {"target": "target"}, 0
-    opened = []
-    for directory in source.drafts:
-        config, _ = hf.open_draft(directory, target)
-        hf.check_fit(target, config, directory)
-        check_tokenizers(source.target, directory)
-        if config.kind in parts:
-            raise ValueError(
-                f"{directory}: is the second draft of kind {config.kind!r}; give one of each kind"
-            )
-        parts[config.kind] = config.kind
-        opened.append((config.kind, directory))
-    with files.staged(to) as root:
-        for name, directory in [("target", source.target), *opened]:
-            (root / name).mkdir()
-            if hf.is_whole(directory):
-                written += _write_target(job, directory, root / name)
-            else:
-                _, count = _write_draft(job, directory, root / name, NATIVE, source.target)
-                written += count
-        manifest.write_manifest(root, parts)
-        manifest.check(root, whole=True)
-    return {"to": str(to), "format": "native", "kinds": list(parts), "bytes": written}
-
-
-def _write_target(job: _Job, source: Path, directory: Path) -> int:
-    """A target with its own `config.json`, whatever else that says; returns the weights' bytes."""
-    config, _ = hf.open_target(source)
-    settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    settings, tensors = families.text_part(settings, files.read_tensors(source))
-    tensors = {name: tensors[name] for name, _ in on_disk(config).values()}
-    if job.dtype is not None:
-        tensors = {name: cast(name, tensor, job.dtype) for name, tensor in tensors.items()}
-        settings |= {"dtype": job.dtype, "torch_dtype": job.dtype}
-    total = export.size(tensors)
-    with job.bar(2 * total, f"{source.name} -> hf") as bar:
-        safetensors.write(directory / "model.safetensors", tensors, {"format": "pt"}, bar.update)
-        files.write_index(directory, tensors)
-        files.write_json(directory / "config.json", settings)
-        again, _ = hf.open_target(directory)
-        if again != config:
-            raise ValueError(f"{directory}: reads as {again}, not as {config}; please report this")
-        found = safetensors.stored(directory / "model.safetensors")
-        export.compare(directory, found, tensors, bar)
-    _copy_others(source, directory)
-    return total
-
-
-def _write_draft(
-    job: _Job,
-    source: Path,
-    directory: Path,
-    layout: str,
-    target: Path | None,
-) -> tuple[DraftConfig, int]:
-    """A draft in a layout of `serving`; returns the bytes of its tensors."""
-    about = None if target is None else _target(target, job.target_name)
-    config, params = hf.open_draft(source, about.config if about else None)
-    if about is not None:
-        hf.check_fit(about.config, config, source)
-    own = registry.by_config(config).checkpoint()
-    settings = families.flat(files.read_json(source / "config.json"))
-    if job.vocabulary is not None and own.shortens:
-        config, params = own.with_vocabulary(config, params, job.vocabulary.offsets)
-        settings = {**settings, **job.vocabulary.said()}
-    kept = (*_KEPT, vocabularies.COVERAGE)
-    matrix = _embedding(source, about, layout, config)
-    if layout == "official":
-        _warn(source, own.unsaid(config, about.config if about else None))
-    said = export.write(
-        directory,
-        config,
-        params,
-        layout,
-        job.dtype,
-        target=about,
-        extra={key: settings[key] for key in kept if key in settings},
-        embedding=matrix,
-        bar=lambda total: job.bar(total, f"{source.name} -> {job.layout}"),
-    )
-    size = vocabularies.size_of(config)
-    if size != vocabularies.size_of(said):
-        warnings.warn(
-            f"{source}: format {layout!r} has no place for the draft vocabulary of "
-            f"{size} tokens: the head is written without it and drafts from "
-            "all there; 'native' keeps it",
-            stacklevel=2,
-        )
-    written = export.size(files.read_tensors(directory))
-    _copy_others(source, directory)
-    return config, written
-
-
-def _target(directory: Path, name: str | None) -> ExportTarget:
-    config, params = hf.open_target(directory)
-    architectures = files.read_json(directory / "config.json").get("architectures", [])
-    if name is None:  # a path of this machine would tell others nothing
-        place = directory.resolve()
-        name = place.parent.name if place.name == "target" else place.name
-    return ExportTarget(config, params["embed_tokens.embedding"], name, architectures)
-
-
-def _embedding(
-    source: Path, target: ExportTarget | None, layout: str, config: DraftConfig
-) -> LazyTensor | None:
-    """The matrix that goes beside the weights: the target's, or else the source's own."""
-    files_of_kind = registry.by_config(config).checkpoint()
-    if not files_of_kind.shares_embedding(config):
-        return None
-    wanted, own = files_of_kind.embedding(config, layout), own_embedding(files.read_tensors(source))
-    if target is not None and own is not None and not same_matrix(own, target.embedding):
-        raise ValueError(
-            f"{source}: its {EMBEDDING} is not the target's; "
-            "give the target that the draft was trained for"
-        )
-    if wanted == "none":
-        return None
-    if wanted == "kept":
-        return own if target is None else None  # nobody has seen that it is the target's
-    if wanted == "required" and own is None and target is None:
-        raise ValueError(
-            f"{source}: has no {EMBEDDING}, without which the official code does not open "
-            "an EAGLE-1 head; give the target that has it with --target"
-        )
-    return own if target is None else target.embedding
-
-
-def _warn(source: Path, features: Sequence[str]) -> None:
-    if features:
-        warnings.warn(
-            f"{source}: the official code knows no {', '.join(features)}: this library reads the "
-            "result, the authors' drafts otherwise or not at all; other formats say it",
-            stacklevel=2,
-        )
-
-
-def _copy_others(source: Path, directory: Path) -> None:
-    for name in _OTHERS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
+        return conversion.to_hf(job, found, to, kind)
+    return conversion.to_draft(job, found, to, layout, kind)
 
 
 def inspect(path: str | Path, target: str | Path | None = None) -> dict[str, Any]:
@@ -483,7 +128,7 @@ def inspect(path: str | Path, target: str | Path | None = None) -> dict[str, Any
     from eagle_jax.params import find, own_drafts
 
     root = find(path)
-    outer = _target_of(target)
+    outer = conversion.target_of(target)
     if outer is not None and ((root / "target").is_dir() or hf.is_whole(root)):
         raise ValueError(f"target: {root} is a whole model, no head of another; leave --target out")
     if not (root / "target").is_dir():
@@ -507,7 +152,8 @@ def parser(prog: str = "python -m eagle_jax.convert") -> argparse.ArgumentParser
         ),
         epilog=(
             "formats:\n"
-            "  hf           a target, or with --kind model a small one, as transformers opens it;\n"
+            "  hf           a target, or with --kind model a small one, as transformers opens it,\n"
+            "               with the index in which the official EAGLE code finds its embedding;\n"
             "               with --draft-vocabulary a draft, for load(TARGET, draft=DIRECTORY)\n"
             "  official     a draft, as the authors of EAGLE or Medusa publish it: their names of\n"
             "               tensors, in safetensors files (Medusa: medusa_lm_head.safetensors);\n"
