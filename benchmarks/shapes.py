@@ -23,8 +23,9 @@ from eagle_jax.config import (
     TransformerConfig,
 )
 from eagle_jax.decode import Medusa
+from eagle_jax.drafters import registry
 from eagle_jax.layout import PLAIN, Layout
-from eagle_jax.models import DRAFTS, Transformer, param_shapes
+from eagle_jax.models import Transformer, param_shapes
 from eagle_jax.models.quantize import checked
 from eagle_jax.params import Draft, Params, draft_place, layout_for_decoding
 from eagle_jax.types import ParamDict
@@ -196,7 +197,9 @@ def random_params(
             own = config.draft_vocab_size or config.vocab_size
             config = dataclasses.replace(config, draft_vocab_size=own)
         place = draft_place(config, mesh)
-        weights = random_weights(DRAFTS[kind], config, 1, where=place, layout=layout)
+        weights = random_weights(
+            registry.by_kind(kind).module_class(), config, 1, where=place, layout=layout
+        )
         drafts[kind] = Draft(weights, config, layout)
     layout = layout_for_decoding(dtype, quantization)
     weights = random_weights(Transformer, target, where=mesh, layout=layout)

@@ -13,17 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from eagle_jax.checkpoint import drafts as layouts
 from eagle_jax.checkpoint import files, hf, manifest
+from eagle_jax.checkpoint import target as targets
 from eagle_jax.checkpoint.lazy_tensor import LazyTensor
-from eagle_jax.config import (
-    DraftConfig,
-    Eagle3Config,
-    EagleConfig,
-    TransformerConfig,
-)
+from eagle_jax.config import DraftConfig, TransformerConfig
+from eagle_jax.drafters import registry
+from eagle_jax.drafters.one_layer import own_embedding, same_matrix
 from eagle_jax.layout import PLAIN, Layout
-from eagle_jax.models import kernels
+from eagle_jax.models import kernels, param_names
 from eagle_jax.models import quantize as quantisation
 from eagle_jax.models.weight_layout import fuse, fused_parts
 from eagle_jax.sharding import check_tensor, replicated, weight_shardings
@@ -62,7 +59,8 @@ class Params:
 
     Attributes:
         target: the target's arrays by name.
-        drafts: by kind ("eagle", "eagle3", "medusa", "model"), at most one of each.
+        drafts: by kind ("eagle", "eagle3", "medusa", "model", or a drafter of your own), at most
+            one of each.
         target_config: the target's architecture.
         layout: how the target's arrays lie in memory; each draft has its own.
         tokenizer: the target's, or None for a model that takes token ids only.
@@ -193,17 +191,24 @@ def load(
         if directories is own and parts:
             manifest.check_kinds(root, {path.name: parts[path.name] for path in own}, found)
         for kind, (config, params) in found.items():
-            if of_drafts is not None:
-                config, params = _with_all_tokens(config, params)
-            params = layouts.with_head(config, params, target_config, target)
+            config, params = (
+                registry.by_config(config)
+                .checkpoint()
+                .for_decoding(
+                    config,
+                    params,
+                    target_config,
+                    target,
+                    untied=on_cpu,
+                    quantised=of_drafts is not None,
+                )
+            )
             layout = layout_for_decoding(dtype, of_drafts)
-            if on_cpu or of_drafts is not None:
-                config, params = _untied(config, params)
             placed = _place(params, config, layout, dtype, draft_place(config, sharding))
             drafts[kind] = Draft(placed, config, layout)
     layout = layout_for_decoding(dtype, quantization)
     if on_cpu or quantization is not None:
-        target_config, target = _untied(target_config, target)
+        target_config, target = targets.untied(target_config, target)
     return Params(
         target=_place(target, target_config, layout, dtype, sharding),
         drafts=drafts,
@@ -271,11 +276,9 @@ def _open_drafts(
 
 def _compare_embeddings(directory: Path, config: DraftConfig, embedding: LazyTensor) -> None:
     """Warns of a draft whose file has another embedding than the target; a few rows tell."""
-    if isinstance(config, EagleConfig) or (
-        isinstance(config, Eagle3Config) and config.target_hidden_size is None
-    ):
-        own = layouts.own_embedding(files.read_tensors(directory))
-        if own is not None and not layouts.close(own, embedding, sample=True):
+    if registry.by_config(config).checkpoint().shares_embedding(config):
+        own = own_embedding(files.read_tensors(directory))
+        if own is not None and not same_matrix(own, embedding, sample=True):
             warnings.warn(
                 f"{directory}: its embed_tokens.weight is not the target's, which is used; is the "
                 "draft one for this target?",
@@ -324,18 +327,6 @@ def _tokens(path: Path) -> dict[int, str]:
     return tokens | {entry["id"]: entry["content"] for entry in content.get("added_tokens", [])}
 
 
-def _with_all_tokens(
-    config: DraftConfig, params: Mapping[str, LazyTensor]
-) -> tuple[DraftConfig, Mapping[str, LazyTensor]]:
-    """EAGLE-1 with a head of its own, which can be stored otherwise than the target's: the columns
-    of a draft vocabulary that has all tokens."""
-    if not isinstance(config, EagleConfig) or config.draft_vocab_size is not None:
-        return config, params
-    size = config.vocab_size
-    table = LazyTensor((size,), np.dtype(np.int32), lambda: np.zeros(size, np.int32))
-    return dataclasses.replace(config, draft_vocab_size=size), {**params, "d2t": table}
-
-
 def layout_for_decoding(dtype: jnp.dtype, quantize: Literal["int8"] | None = None) -> Layout:
     """Returns the layout that is fastest to decode with.
 
@@ -343,26 +334,6 @@ def layout_for_decoding(dtype: jnp.dtype, quantize: Literal["int8"] | None = Non
     take a sixth longer (docs/tpu.md).
     """
     return Layout(gate_up_fused=True, qkv_fused=kernels.expected(dtype), quantize=quantize)
-
-
-def _untied(
-    config: DraftConfig, params: Mapping[str, LazyTensor]
-) -> tuple[Any, Mapping[str, LazyTensor]]:
-    """Returns a transformer with tied embeddings with its head as a matrix [d, v] of its own.
-
-    On CPUs a few rows are multiplied by it twice as fast as by the [v, d] embedding. A quantised
-    head is a copy anyway, since embeddings stay floats.
-    """
-    if not isinstance(config, TransformerConfig) or not config.tie_word_embeddings:
-        return config, params
-    embedding = params["embed_tokens.embedding"]
-    head = LazyTensor(
-        embedding.shape[::-1],
-        embedding.dtype,
-        lambda: np.ascontiguousarray(np.asarray(embedding).T),
-    )
-    config = dataclasses.replace(config, tie_word_embeddings=False)
-    return config, {**params, "lm_head.kernel": head}
 
 
 def shipped() -> list[str]:
@@ -413,12 +384,17 @@ def _place(
     sharding: Mesh | Sharding | None,
 ) -> ParamDict:
     """Reads, casts and places one array after the other, in `layout`."""
+    scales: frozenset[str] = frozenset()  # of int8 matrices; the module says which have them
+    if layout.quantize is not None:
+        module = registry.by_config(config).module_class()
+        names_there = param_names(module, config, layout)
+        scales = frozenset(name for name in names_there if name.endswith(quantisation.SCALE))
     placed = {}
     for parts in fused_parts(params, layout).values():
         names = [name for joined in parts for name in joined]
         read = {name: np.asarray(params[name]) for name in names}
         for name, array in fuse(read, config, layout).items():
-            small = layout.quantize is not None and quantisation.quantised(name)
+            small = name + quantisation.SCALE in scales
             # A table of token ids is no weight; what becomes int8 is read with all its bits.
             if not small and not np.issubdtype(array.dtype, np.integer):
                 array = array.astype(dtype, copy=False)

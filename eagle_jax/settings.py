@@ -268,11 +268,20 @@ def _where(error: Exception, path: Path) -> str:
 def _explain(error: Exception) -> str:
     """The message; a misspelt keyword of a dataclass gets the valid names."""
     found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword.*?'(\w+)'", str(error))
-    homes = [sys.modules.get(name) for name in ("eagle_jax.config", "eagle_jax.evaluate.config")]
-    owners = (getattr(home, found[1], None) for home in homes) if found else ()
-    owner = next(filter(None, owners), None)
+    owner = _named(found[1]) if found else None
     if isinstance(error, TypeError) and found and dataclasses.is_dataclass(owner):
         names = [field.name for field in dataclasses.fields(owner)]
         return _unknown(found[1], found[2], names)
     message = " ".join(str(error).split())
     return message if type(error) is ValueError else f"{type(error).__name__}: {message}"
+
+
+def _named(name: str) -> Any:
+    """The configuration class of this name, of the library or of any drafter."""
+    from eagle_jax.drafters import registry  # whose configurations import this module
+
+    homes = [sys.modules.get(name) for name in ("eagle_jax.config", "eagle_jax.evaluate.config")]
+    found = [getattr(home, name, None) for home in homes]
+    for spec in registry.specs().values():
+        found += [cls for cls in spec.config_classes() if cls.__name__ == name]
+    return next(filter(None, found), None)

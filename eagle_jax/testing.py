@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,10 @@ from eagle_jax.config import (
     MedusaConfig,
     TransformerConfig,
 )
+from eagle_jax.drafters import registry
+from eagle_jax.drafters.draft_vocabulary import size_of
 from eagle_jax.layout import PLAIN, Layout
-from eagle_jax.models import DRAFTS, Transformer, init_params
+from eagle_jax.models import Transformer, init_params
 from eagle_jax.params import Draft, Params
 from eagle_jax.types import ParamDict
 
@@ -83,16 +85,16 @@ def random_draft(
     config: DraftConfig, seed: int, scale: float = 12.0, layout: Layout = PLAIN
 ) -> Draft:
     """A draft of any kind with random arrays; its vocabulary lacks the target's first tokens."""
-    params = random_params(DRAFTS[config.kind], config, seed, scale, layout)
-    if isinstance(config, EagleConfig | Eagle3Config) and config.draft_vocab_size:
-        offset = config.vocab_size - config.draft_vocab_size
-        table = jnp.full(config.draft_vocab_size, offset, jnp.int32)
+    module = registry.by_config(config).module_class()
+    params = random_params(module, config, seed, scale, layout)
+    if size := size_of(config):
+        table = jnp.full(size, config.vocab_size - size, jnp.int32)
         params = {**params, "d2t": table}
     return Draft(params, config, layout)
 
 
 def random_params(
-    cls: type[nnx.Module],
+    cls: Callable[..., nnx.Module],
     config: Hashable,
     seed: int,
     scale: float = 12.0,

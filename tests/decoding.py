@@ -35,7 +35,8 @@ from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.method import Context, Method, Models, Prompt, Rule, Verified
 from eagle_jax.decode.sampling import perturb
 from eagle_jax.decode.tree import Proposal, chain, static_tree
-from eagle_jax.models import EagleDraft, Transformer, bind
+from eagle_jax.drafters.eagle.module import EagleDraft
+from eagle_jax.models import Transformer, bind
 from eagle_jax.models.transformer import packed_mask
 from eagle_jax.params import Draft, Params
 from eagle_jax.testing import tiny_params, tiny_target

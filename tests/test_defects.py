@@ -30,8 +30,8 @@ from eagle_jax.decode import (
     stream,
 )
 from eagle_jax.decode.batching.answer_file import answer_file
-from eagle_jax.decode.methods.medusa import Medusa
 from eagle_jax.decode.session import Options
+from eagle_jax.drafters.medusa.method import Medusa
 from eagle_jax.params import Params
 
 ASKED = [[{"role": "user", "content": text}] for text in ("Hi", "0+1", "abc")]

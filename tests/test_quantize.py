@@ -21,9 +21,10 @@ from eagle_jax.checkpoint import hf, safetensors
 from eagle_jax.decode import executables, generate
 from eagle_jax.decode.batching.answer_file import answer_file
 from eagle_jax.decode.program import Program
+from eagle_jax.drafters import registry
 from eagle_jax.evaluate import EvalConfig, agreement, metrics
 from eagle_jax.layout import PLAIN, Layout
-from eagle_jax.models import DRAFTS, Transformer, bind, cast, param_shapes, quantize
+from eagle_jax.models import Transformer, bind, cast, param_shapes, quantize
 from eagle_jax.models.linear import matmul
 from eagle_jax.models.transformer import packed_mask
 from eagle_jax.params import Draft, Params
@@ -198,7 +199,8 @@ def test_a_draft_computes_with_the_weights_it_stands_for(name) -> None:
     """Catches a matrix of a head that is left out, or multiplied without its scale."""
     config, layout = DRAFTED[name]
     params = quantize.quantize_params(random_draft(config, 2, layout=layout).params)
-    eight, cls = dataclasses.replace(layout, quantize="int8"), DRAFTS[config.kind]
+    eight = dataclasses.replace(layout, quantize="int8")
+    cls = registry.by_kind(config.kind).module_class()
     found = param_shapes(cls, config, eight)
     shapes = {name: (x.shape, x.dtype) for name, x in found.items()}
     assert shapes == {name: (x.shape, x.dtype) for name, x in params.items()}

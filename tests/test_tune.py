@@ -33,10 +33,11 @@ from eagle_jax.decode import (
 from eagle_jax.decode.__main__ import main as decode_main
 from eagle_jax.decode.batching.batcher import Batcher
 from eagle_jax.decode.prompts import encode
+from eagle_jax.drafters.eagle.tuning import Probe
 from eagle_jax.params import Params, load
 from eagle_jax.tune import Tuning, measure, tune
 from eagle_jax.tune.__main__ import main
-from eagle_jax.tune.acceptance import NOTHING, Copies, Pools, Probe, Ranks, Recorder, pooled
+from eagle_jax.tune.acceptance import NOTHING, Copies, Pools, Ranks, Recorder, pooled
 from eagle_jax.tune.predict import (
     Evidence,
     Prediction,
@@ -83,7 +84,6 @@ def evidence(passes: dict[int, float], step: float, acceptance: float) -> Eviden
     return Evidence(
         Times(passes),
         {"model": Steps({1: step}), "recycling": Steps({1: 0.0})},
-        {},
         {"model": chains(accepted, 6), "recycling": chains([0], 2)},
         [((1, 2), (3, 4, 5))],
         [Copies(np.zeros(3, int), np.zeros(3, int))],

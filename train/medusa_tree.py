@@ -17,8 +17,9 @@ from tqdm import tqdm
 import eagle_jax
 from eagle_jax import cli
 from eagle_jax.decode import best_tree, generate
+from eagle_jax.drafters.medusa.module import MedusaHeads
 from eagle_jax.evaluate.tasks import read_tasks
-from eagle_jax.models import MedusaHeads, Transformer, bind
+from eagle_jax.models import Transformer, bind
 from eagle_jax.models.transformer import packed_mask
 
 

@@ -203,7 +203,8 @@ def _decoding(config: AotConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
     from eagle_jax import sharding
     from eagle_jax.decode import Vanilla, engine
     from eagle_jax.decode.sampling import sampling
-    from eagle_jax.models import DRAFTS, Transformer, kernels
+    from eagle_jax.drafters import registry
+    from eagle_jax.models import Transformer, kernels
     from eagle_jax.params import Draft, Params, layout_for_decoding
 
     mesh = sharding.make_mesh(tensor=config.tensor, expert=config.expert, devices=where)
@@ -214,7 +215,7 @@ def _decoding(config: AotConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
     drafts = {}
     if draft is not None:
         own = dataclasses.replace(layout, quantize=config.quantize_drafts)
-        weights = _weights(mesh, DRAFTS[draft.kind], draft, own)
+        weights = _weights(mesh, registry.by_config(draft).module_class(), draft, own)
         drafts[draft.kind] = Draft(weights, draft, own)
     params = Params(_weights(mesh, Transformer, target, layout), drafts, target, layout)
     b = config.batch_size

@@ -26,7 +26,7 @@ class Models:
 
     Attributes:
         target: the target.
-        draft: the module of the kind that the method asked for (`eagle_jax.models.DRAFTS`).
+        draft: the module of the kind that the method asked for (`eagle_jax.drafters`).
     """
 
     target: Transformer

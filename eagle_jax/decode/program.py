@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Int, UInt32
 
 from eagle_jax.config import DraftConfig, TransformerConfig
 from eagle_jax.decode.method import Method, Models
+from eagle_jax.drafters import registry
 from eagle_jax.layout import PLAIN, Layout
-from eagle_jax.models import DRAFTS, Cache, Transformer, attention, bind
+from eagle_jax.models import Cache, Transformer, attention, bind
 from eagle_jax.params import Params
 from eagle_jax.types import ParamDict
 
@@ -121,7 +122,8 @@ class Program:
         """Returns the modules that hold `weights`; call it inside a compiled function."""
         draft = None
         if self.draft is not None:
-            draft = bind(DRAFTS[self.draft.kind], self.draft, weights.draft, self.draft_layout)
+            module = registry.by_config(self.draft).module_class()
+            draft = bind(module, self.draft, weights.draft, self.draft_layout)
         return Models(bind(Transformer, self.target, weights.target, self.target_layout), draft)
 
 

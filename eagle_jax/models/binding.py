@@ -46,6 +46,13 @@ def bind(
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
+def param_names(
+    cls: Callable[..., nnx.Module], config: Hashable, layout: Layout = PLAIN
+) -> frozenset[str]:
+    """Names of all parameters and tables of `cls(config, layout)`."""
+    return frozenset(_name(path) for path in _skeleton(cls, config, layout)[1])
+
+
 def param_shapes(
     cls: Callable[..., nnx.Module], config: Hashable, layout: Layout = PLAIN
 ) -> dict[str, Any]:

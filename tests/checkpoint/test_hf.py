@@ -114,7 +114,7 @@ def test_old_config_keys(target):
     edit(target, rope_theta=7, num_attention_heads=2, hidden_size=24)
     # Derived: two heads, each 12 wide, and as many for keys.
     text = message(hf.load_target, target)
-    assert "q_proj.weight has shape (32, 24), the configuration implies (24, 24)" in text
+    assert "k_proj.weight has shape (16, 24), the configuration implies (24, 24)" in text
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_old_config_keys(target):
         ({"hidden_size": "24", "head_dim": "absent"}, ["hidden_size='24': must be a whole"]),
         ({"num_attention_heads": 0, "head_dim": "absent"}, ["num_attention_heads=0: must be a"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads=3"]),
-        ({"intermediate_size": 64}, ["mlp.gate_proj.weight", "(56, 24)", "(64, 24)"]),
+        ({"intermediate_size": 64}, ["mlp.down_proj.weight", "(24, 56)", "(24, 64)"]),
         ({"num_hidden_layers": 1}, ["unexpected", "model.layers.1.", "and 5 more"]),
         ({"num_hidden_layers": 3}, ["lacks", "model.layers.2."]),
     ],

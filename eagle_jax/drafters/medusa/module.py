@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from eagle_jax.config import MedusaConfig
+from eagle_jax.drafters.medusa.config import MedusaConfig
 from eagle_jax.layout import PLAIN, Layout
 from eagle_jax.models.linear import Linear
 from eagle_jax.models.per_device import per_device

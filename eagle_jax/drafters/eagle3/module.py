@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from eagle_jax.config import Eagle3Config
+from eagle_jax.drafters.eagle.module import target_tokens
+from eagle_jax.drafters.eagle3.config import Eagle3Config
 from eagle_jax.layout import PLAIN, Layout
 from eagle_jax.models.attention import AttentionKernel
 from eagle_jax.models.cache import AXES
-from eagle_jax.models.eagle import target_tokens
 from eagle_jax.models.layers import MLP, Attention
 from eagle_jax.models.linear import Embedding, Linear, Parts, RMSNorm, join, total
 from eagle_jax.models.per_device import per_device

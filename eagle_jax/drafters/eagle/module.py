@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
-from eagle_jax.config import EagleConfig
+from eagle_jax.drafters.eagle.config import EagleConfig
 from eagle_jax.layout import PLAIN, Layout
 from eagle_jax.models.attention import AttentionKernel
 from eagle_jax.models.cache import AXES
