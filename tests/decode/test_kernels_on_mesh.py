@@ -25,7 +25,7 @@ from eagle_jax.testing import (
     tiny_target,
 )
 
-drawing = importlib.import_module("eagle_jax.decode.sampling")  # a function has that name too
+drawing = importlib.import_module("eagle_jax.decode.top_k")  # a function has that name too
 
 VOCAB, LAYERS, WIDTH, SLOTS = 64, 2, 64, 16
 SIZES = {"hidden_size": WIDTH, "intermediate_size": 96, "head_dim": 16}

@@ -42,7 +42,7 @@ from eagle_jax.testing import (
     tiny_target,
 )
 
-drawing = importlib.import_module("eagle_jax.decode.sampling")  # a function has that name too
+drawing = importlib.import_module("eagle_jax.decode.top_k")  # a function has that name too
 
 VOCAB = 64
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6}

@@ -20,7 +20,7 @@ from eagle_jax.models.linear import Parts, RMSNorm, join, matmul
 from eagle_jax.models.rotary import angles, rotary
 from eagle_jax.testing import tiny_target
 
-sampling = importlib.import_module("eagle_jax.decode.sampling")  # a function has that name too
+top = importlib.import_module("eagle_jax.decode.top_k")  # a function has that name too
 
 BFLOAT16 = jnp.bfloat16
 
@@ -360,15 +360,15 @@ def test_who_asks_for_the_largest(interpreted, monkeypatch) -> None:
     calls, largest = [], kernels.top_k.largest
     monkeypatch.setattr(kernels.top_k, "largest", lambda *a: calls.append(1) or largest(*a))
     scores = normal(2, 3, 3000, dtype=jnp.float32)
-    found, shares = sampling.top_k(scores, 10), sampling.likeliest(scores, 10)
+    found, shares = top.top_k(scores, 10), top.likeliest(scores, 10)
     equal = jnp.zeros((2, 3, 3000)).at[..., 7::500].set(1.0)
-    first, drawn = sampling.argmax(equal), sampling.argmax(scores)
+    first, drawn = top.argmax(equal), top.argmax(scores)
     assert len(calls) == 4
     monkeypatch.setattr(device, "INTERPRET", False)
-    assert np.all(first == 7) and drawn.dtype == sampling.argmax(scores).dtype
-    np.testing.assert_array_equal(drawn, sampling.argmax(scores))
-    jax.tree.map(np.testing.assert_array_equal, found, sampling.top_k(scores, 10))
-    wanted = sampling.likeliest(scores, 10)
+    assert np.all(first == 7) and drawn.dtype == top.argmax(scores).dtype
+    np.testing.assert_array_equal(drawn, top.argmax(scores))
+    jax.tree.map(np.testing.assert_array_equal, found, top.top_k(scores, 10))
+    wanted = top.likeliest(scores, 10)
     np.testing.assert_array_equal(shares[1], wanted[1])
     np.testing.assert_allclose(shares[0], wanted[0], rtol=1e-6)
 
