@@ -140,8 +140,8 @@ def _compiled(
     layers = target.layers(config.objective)
     mesh = sharding.make_mesh(config.fsdp, tensor=config.tensor, expert=config.expert)
     loop.check_attention(config, mesh)
-    ways = sharding.ways(mesh, "batch")
-    size = max(1, min(config.data.batch_size, rows_per_file) // ways) * ways
+    groups = sharding.mesh_parts(mesh, "batch")
+    size = max(1, min(config.data.batch_size, rows_per_file) // groups) * groups
     places, rows = sharding.weight_shardings(mesh, weights), sharding.batch_sharding(mesh)
     own = jnp.dtype(config.compute_dtype)
     frozen = {
