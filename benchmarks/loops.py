@@ -24,7 +24,7 @@ from eagle_jax.config import TransformerConfig
 from eagle_jax.decode import engine, executables
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.program import Program, State
-from eagle_jax.decode.sampling import sampling
+from eagle_jax.decode.sampling import Sampling, SamplingParams, Vocabulary
 from eagle_jax.decode.top_k import argmax
 from eagle_jax.decode.tree import StaticTree
 from eagle_jax.models import Cache, Transformer, bind, kernels
@@ -116,7 +116,9 @@ class Rounds:
     ) -> None:
         self.place, self.rounds, self.tau, self.calls = place, rounds, 0.0, 0
         self.program = Program.of(params, method, place.slots)
-        self.params, self.settings = params.with_draft(method.draft), sampling(temperature)
+        rows = [SamplingParams(temperature=temperature)] * place.batch
+        self.settings = Sampling.of(rows, Vocabulary(params.target_config.vocab_size))
+        self.params = params.with_draft(method.draft)
         span = round(pace * rounds)
         self.start = used - span // 2
         self.limit = place.slots - method.depth - 1

@@ -7,22 +7,23 @@ gets its name. Tensors pass through memory one at a time.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from eagle_jax import cli
 from eagle_jax.checkpoint import export, families, files, hf, inspection, manifest, safetensors
 from eagle_jax.checkpoint.lazy_tensor import LazyTensor, cast
 from eagle_jax.checkpoint.names import on_disk
-from eagle_jax.cli import run
 from eagle_jax.config import DraftConfig
 from eagle_jax.drafters import draft_vocabulary as vocabularies
 from eagle_jax.drafters import registry
@@ -493,10 +494,10 @@ def inspect(path: str | Path, target: str | Path | None = None) -> dict[str, Any
     return {**found, "manifest": "none" if listed is None else "all files as listed"}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = "python -m eagle_jax.convert") -> argparse.ArgumentParser:
     """The command line."""
-    out = argparse.ArgumentParser(
-        prog="python -m eagle_jax.convert",
+    out = cli.Parser(
+        prog=prog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
             "Convert targets and drafts between layouts, or say what a checkpoint is.\n"
@@ -516,14 +517,14 @@ def parser() -> argparse.ArgumentParser:
             "  native       a target with its drafts in one directory: eagle_jax.load(DIRECTORY)\n"
             "\n"
             "examples:\n"
-            "  python -m eagle_jax.convert --inspect EAGLE3-LLaMA3.1-Instruct-8B \\\n"
+            f"  {prog} --inspect EAGLE3-LLaMA3.1-Instruct-8B \\\n"
             "      --target Llama-3.1-8B-Instruct\n"
-            "  python -m eagle_jax.convert --from Llama-3.1-8B-Instruct \\\n"
+            f"  {prog} --from Llama-3.1-8B-Instruct \\\n"
             "      --draft EAGLE3-LLaMA3.1-Instruct-8B --to llama8b --format native\n"
-            "  python -m eagle_jax.convert --from runs/eagle3/export --target Llama-3.1-8B-Instruct"
+            f"  {prog} --from runs/eagle3/export --target Llama-3.1-8B-Instruct"
             " \\\n"
             "      --to for-vllm --format speculators\n"
-            "  python -m eagle_jax.convert --from EAGLE-LLaMA3-Instruct-8B \\\n"
+            f"  {prog} --from EAGLE-LLaMA3-Instruct-8B \\\n"
             "      --target Llama-3-8B-Instruct --to short --draft-vocabulary 16384 \\\n"
             "      --text answers.jsonl\n"
             "\n"
@@ -563,9 +564,9 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line; the last line of standard output is one JSON object."""
-    args = parser().parse_args(argv)
+def main(argv: list[str] | None = None, prog: str = "python -m eagle_jax.convert") -> None:
+    """Runs the command line; the last line of standard output is one JSON object."""
+    args = parser(prog).parse_args(argv)
     if args.inspect is not None:
         others = ("source", "to", "format", "draft", "kind", "dtype", "target_name")
         others += ("draft_vocabulary", "text")
@@ -582,7 +583,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{name}: give --{name}, or --inspect PATH (--help explains)")
     from tqdm import tqdm
 
-    with warnings.catch_warnings(record=True) as told:
+    with _ended_by_sigterm(), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
         summary = convert(
             args.source,
@@ -607,6 +608,15 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(summary))
 
 
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Lets SIGTERM raise SystemExit, so that half-written files go, as they do after Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up, as Ctrl-C does
-    run(main)
+    cli.run(main)

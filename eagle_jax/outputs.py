@@ -38,8 +38,13 @@ def check_file(field: str, path: Path) -> None:
         )
 
 
-def lock(file: IO[Any], field: str, path: Path) -> None:
+def lock(file: IO[Any], field: str, path: Path, *, wait: bool = False) -> None:
     """Locks an open file until it is closed or the process ends, however it ends.
+
+    Args:
+        file: open for writing.
+        field, path: what the user gave, for the message.
+        wait: wait for the other process, which holds the lock for a moment only.
 
     Raises:
         ValueError: another process has locked it.
@@ -47,7 +52,7 @@ def lock(file: IO[Any], field: str, path: Path) -> None:
     if fcntl is None:
         return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (BlockingIOError, PermissionError) as error:
         raise ValueError(
             f"{field}={str(path)!r}: another process is writing there; wait for it, or give "
@@ -59,24 +64,85 @@ def lock(file: IO[Any], field: str, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked_directory(field: str, directory: Path) -> Iterator[None]:
-    """Holds the lock of a directory, which must exist; its lock file is removed afterwards.
+def locked(field: str, path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds the lock of a directory (`.lock` in it), or of a file (`.NAME.lock` beside it).
+
+    The lock file is removed afterwards; what a killed process leaves of it locks nobody out.
+
+    Args:
+        field, path, wait: as in `lock`. The directory, or the one around a file, must exist.
 
     Raises:
         ValueError: another process has locked it.
     """
-    path = directory / LOCK
+    place = path / LOCK if path.is_dir() else path.with_name(f".{path.name}{LOCK}")
     while True:
-        with open(path, "a", encoding="utf-8") as file:
-            lock(file, field, directory)
-            # A process that ended has removed the file between our opening and locking it.
-            if not _is_at(file, path):
+        with _opened(place, path) as file:
+            lock(file, field, path, wait=wait)
+            # A process that ended may have removed the file between our opening and locking it.
+            if not _is_at(file, place):
                 continue
             try:
                 yield
             finally:
-                path.unlink(missing_ok=True)
+                place.unlink(missing_ok=True)
             return
+
+
+@contextlib.contextmanager
+def claimed(field: str, directory: Path) -> Iterator[None]:
+    """A directory to write into: made if missing, and locked by the first process.
+
+    Raises:
+        ValueError: another program is writing there, or `directory` is a file.
+        OSError: it cannot be made.
+    """
+    from eagle_jax import distributed  # which needs JAX; the rest of this module does not
+
+    with contextlib.ExitStack() as stack:
+        error: ValueError | None = None
+        if distributed.first():
+            try:
+                check_directory(field, directory)
+                directory.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(field, directory))
+            except ValueError as found:
+                error = found
+        distributed.raise_together(error, f"{field}={str(directory)!r}")
+        yield
+
+
+def check_directory(field: str, directory: str | Path) -> None:
+    """Raises ValueError unless `directory` is one, or a name that can become one."""
+    name = str(directory)
+    if not name or "\0" in name:
+        raise ValueError(f"{field}={name!r}: is no name of a directory; give one")
+    if Path(name).expanduser().exists() and not Path(name).expanduser().is_dir():
+        raise ValueError(f"{field}={name!r}: is not a directory; give another name")
+
+
+@contextlib.contextmanager
+def closing(file: IO[str], path: Path) -> Iterator[IO[str]]:
+    """Closes a file after the block; an error of the last write, which closing does, names it."""
+    try:
+        yield file
+    finally:
+        with naming(path):
+            file.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file; an error names it."""
+    with naming(path):
+        path.write_text(text, encoding="utf-8")
+
+
+def _opened(place: Path, path: Path) -> IO[str]:
+    """The lock file of `path`; an error names `path`, since nobody asked for a lock file."""
+    try:
+        return open(place, "a", encoding="utf-8")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _is_at(file: IO[Any], path: Path) -> bool:

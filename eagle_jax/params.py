@@ -16,6 +16,7 @@ from jax.sharding import Mesh, Sharding
 from eagle_jax.checkpoint import files, hf, manifest
 from eagle_jax.checkpoint import target as targets
 from eagle_jax.checkpoint.lazy_tensor import LazyTensor
+from eagle_jax.checks import short
 from eagle_jax.config import DraftConfig, TransformerConfig
 from eagle_jax.drafters import registry
 from eagle_jax.drafters.one_layer import own_embedding, same_matrix
@@ -168,6 +169,13 @@ def load(
     Warns:
         UserWarning: a draft's file has another embedding than the target.
     """
+    check_path("model", name_or_path)
+    given = _directories(draft)
+    if sharding is not None and not isinstance(sharding, Mesh | Sharding):
+        raise ValueError(
+            f"sharding={short(sharding)}: give a mesh of eagle_jax.sharding.make_mesh, a "
+            "jax.sharding.Sharding, or None"
+        )
     quantization = quantisation.checked("quantize", quantize)
     of_drafts = quantisation.checked("quantize_drafts", quantize_drafts)
     root = find(name_or_path)
@@ -175,7 +183,6 @@ def load(
     on_cpu = jax.default_backend() == "cpu"
     dtype = _dtype(dtype if dtype is not None else ("float32" if on_cpu else "bfloat16"))
 
-    given = _directories(draft)
     replaced = {hf.kind(directory) for directory in given}
     parts = manifest.parts(root) or {}
     own = own_drafts(root)
@@ -245,8 +252,18 @@ def own_drafts(root: Path) -> list[Path]:
 
 
 def _directories(draft: str | Path | Sequence[str | Path] | None) -> list[Path]:
-    given = [draft] if isinstance(draft, str | Path) else draft or []
+    if draft is None:
+        return []
+    given: list[Any] = list(draft) if isinstance(draft, list | tuple) else [draft]
+    for directory in given:
+        check_path("draft", directory)
     return [Path(directory).expanduser() for directory in given]
+
+
+def check_path(field: str, value: Any) -> None:
+    """Raises ValueError unless `value` can be the name of a directory."""
+    if not isinstance(value, str | Path) or "\0" in str(value):
+        raise ValueError(f"{field}={short(value)}: give the name of a directory, as a string")
 
 
 def _open_drafts(
@@ -350,8 +367,8 @@ def _dtype(dtype: Any) -> jnp.dtype:
     if str(dtype) not in ("float32", "bfloat16", "float16"):
         try:
             dtype = jnp.dtype(dtype).name
-        except TypeError:
-            dtype = str(dtype)
+        except (TypeError, ValueError):
+            dtype = short(dtype)
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={dtype!r}: use float32, bfloat16 or float16")
     return jnp.dtype(dtype)

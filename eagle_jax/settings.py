@@ -12,6 +12,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import math
 import re
 import runpy
 import sys
@@ -21,6 +22,8 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from eagle_jax.checks import short
 
 T = TypeVar("T")
 
@@ -160,7 +163,7 @@ def _parse(text: str, hint: Any, key: str) -> Any:
     """`text` as a literal if that fits the field, else as it stands: 007 can name a directory."""
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return _fit(text, hint, key)
     with contextlib.suppress(ValueError):
         return _fit(value, hint, key)
@@ -183,7 +186,7 @@ def _fit(value: Any, hint: Any, key: str) -> Any:
     try:
         return _convert(value, hint)
     except TypeError:
-        raise ValueError(f"{key}={value!r}: must be {_describe(hint)}") from None
+        raise ValueError(f"{key}={short(value)}: must be {_describe(hint)}") from None
 
 
 def _convert(value: Any, hint: Any) -> Any:
@@ -200,8 +203,9 @@ def _convert(value: Any, hint: Any) -> Any:
     elif origin is tuple:
         if isinstance(value, tuple | list):
             return _convert_tuple(tuple(value), arguments)
-    elif hint is float and type(value) is int:
-        return float(value)
+    elif hint is float:
+        if type(value) in (int, float) and math.isfinite(value):
+            return float(value)
     elif isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
     raise TypeError
@@ -223,6 +227,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(argument) for argument in arguments)
     if hint is types.NoneType:
         return "None"
+    if hint is float:
+        return "a finite number"
     if origin is tuple:
         return f"a tuple such as ({_describe(arguments[0])}, ...)"
     return hint.__name__
@@ -234,7 +240,10 @@ def _run(path: Path) -> dict[str, Any]:
         with _importing_from(path.parent.resolve()):
             return runpy.run_path(str(path))
     except SyntaxError as error:
-        raise ValueError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
+        # Python names neither file nor line where the file holds a NUL byte.
+        where = error.filename or path
+        line = "" if error.lineno is None else f", line {error.lineno}"
+        raise ValueError(f"{where}{line}: {error.msg or error}") from error
     except Exception as error:
         raise ValueError(f"{_where(error, path)}: {_explain(error)}") from error
 

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from eagle_jax.checks import check_whole
 from eagle_jax.config import DraftConfig
 
 T = TypeVar("T")
@@ -82,7 +83,8 @@ def make_mesh(
     devices = jax.devices() if devices is None else devices
     sizes = {FSDP: fsdp, EXPERT: expert, TENSOR: tensor}
     for name, size in sizes.items():
-        if size < 1 or len(devices) % size:
+        check_whole(name, size)
+        if len(devices) % size:
             raise ValueError(f"{name}={size}: must divide the number of devices, {len(devices)}")
     group = fsdp * expert * tensor
     if len(devices) % group:
@@ -100,6 +102,8 @@ def decoding_mesh(tensor: int, expert: int = 1) -> Mesh | None:
 
     Several processes always decode together.
     """
+    check_whole("tensor", tensor, 0)
+    check_whole("expert", expert)
     if not tensor and expert == 1 and jax.process_count() == 1:
         return None
     return make_mesh(tensor=max(tensor, 1), expert=expert)
@@ -247,7 +251,7 @@ def on_each_device(
 ) -> Any:
     """Runs `function` on each device of the mesh in use and returns its results put together.
 
-    Each device gets its own parts of the arrays, and sends nothing but by `all_reduce`. An axis that
+    Each device gets its own parts of the arrays and sends nothing but by `all_reduce`. An axis that
     its mesh axes do not divide stays whole, and so do all other axes which these would cut.
 
     Args:

@@ -8,16 +8,16 @@ A tokenizer is a directory in Hugging Face's layout: `tokenizer.json`, and besid
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+
+from eagle_jax.inputs import one_line, parse_json, read_lines, read_object
 
 Message = dict[str, str]
 
@@ -27,6 +27,7 @@ ROLES = ("system", "user", "assistant")
 _MARK = "\ufdd0"
 _ESCAPED = re.compile(f"{_MARK}(\\d+){_MARK}")
 _INCOMPLETE = "\ufffd"
+_DOWNLOAD = "download the file again, or correct it"
 
 
 class Tokenizer:
@@ -61,11 +62,14 @@ class Tokenizer:
             source: text of `tokenizer.json`.
             tokenizer_config: content of `tokenizer_config.json`.
             generation_config: content of `generation_config.json`.
+
+        Raises:
+            ValueError: `source` is not a tokenizer, or a key of the others has a wrong type.
         """
         config = tokenizer_config or {}
         # Two views of one vocabulary, because the switch is a property of the object.
-        self._template = tokenizers.Tokenizer.from_str(source)
-        self._plain = tokenizers.Tokenizer.from_str(source)
+        self._template = _from_json(source)
+        self._plain = _from_json(source)
         self._plain.encode_special_tokens = True
         for tokenizer in (self._template, self._plain):
             tokenizer.no_truncation()
@@ -78,7 +82,7 @@ class Tokenizer:
         self._unsafe = re.compile("|".join(map(re.escape, self._escapes)))
 
         self._strings = {
-            name: _token_text(config.get(name))
+            name: _token_text(name, config.get(name))
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         }
         self.vocab_size = self._template.get_vocab_size(with_added_tokens=True)
@@ -86,8 +90,16 @@ class Tokenizer:
         self.eos_ids = self._find_eos(generation_config or {})
         self.chat_template = _template_text(config.get("chat_template"))
         self._compiled = None
-        content = source.encode() + b"\0" + (self.chat_template or "").encode()
+        try:
+            content = source.encode() + b"\0" + (self.chat_template or "").encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"chat_template: holds a lone surrogate ({error})") from error
         self.digest = hashlib.sha256(content).hexdigest()
+
+    def __repr__(self) -> str:
+        ends = ", ".join(map(str, self.eos_ids)) or "none"
+        chat = "with" if self.chat_template else "without"
+        return f"Tokenizer({self.vocab_size} tokens, ends: {ends}, {chat} chat template)"
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -102,18 +114,15 @@ class Tokenizer:
             raise ValueError(
                 f"tokenizer={str(path)!r}: not found; give a directory with tokenizer.json"
             )
-        config = _read_json(file.parent / "tokenizer_config.json")
+        config = read_object(file.parent / "tokenizer_config.json", _DOWNLOAD)
         template = file.parent / "chat_template.jinja"
         if template.is_file():
-            config["chat_template"] = template.read_text(encoding="utf-8")
-        generation = _read_json(file.parent / "generation_config.json")
-        source = file.read_text(encoding="utf-8")
+            config["chat_template"] = _read_text(template)
+        generation = read_object(file.parent / "generation_config.json", _DOWNLOAD)
         try:
-            return cls(source, config, generation)
-        except Exception as error:  # the tokenizers package raises bare Exception
-            if type(error) is not Exception:
-                raise
-            raise ValueError(f"tokenizer={str(file)!r}: not a tokenizer.json ({error})") from error
+            return cls(_read_text(file), config, generation)
+        except ValueError as error:
+            raise ValueError(f"tokenizer={str(file)!r}: {error}; {_DOWNLOAD}") from error
 
     def __eq__(self, other: object) -> bool:
         """Whether both give the same ids, and end answers alike."""
@@ -191,7 +200,14 @@ class Tokenizer:
             ids = self._token_id(self._strings["eos_token"])
         if ids is None:
             return ()
-        return (ids,) if isinstance(ids, int) else tuple(ids)
+        found = tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+        for token in found:
+            if type(token) is not int or not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"eos_token_id={_short(ids)} in generation_config.json: must be a token id, or "
+                    f"a list of them, from 0 to {self.vocab_size - 1}"
+                )
+        return found
 
     def _escape(self, messages: Sequence[Message]) -> list[Message]:
         def mark(match: re.Match[str]) -> str:
@@ -209,10 +225,13 @@ class Tokenizer:
             return self._compiled.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **strings
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template may fail in any way that an expression can
             roles = ", ".join(message["role"] for message in messages)
+            said = one_line(error)
+            if not isinstance(error, jinja2.TemplateError):
+                said = f"{type(error).__name__}: {said}"
             raise ValueError(
-                f"messages with roles ({roles}): the chat template refuses them: {error}"
+                f"messages with roles ({roles}): the chat template refuses them: {said}"
             ) from error
 
     def _render_answers(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
@@ -358,7 +377,7 @@ def read_conversations(path: str | Path) -> Iterator[list[Message]]:
         ValueError: the file is missing or a line is not a conversation with an assistant turn;
             names the file and the line, counted from 1.
     """
-    for where, messages in _read_messages(path):
+    for where, messages, _ in _read_records(path):
         if all(message["role"] != "assistant" for message in messages):
             raise ValueError(f"{where}: no assistant turn to learn from; add one or drop the line")
         yield messages
@@ -387,44 +406,43 @@ def read_prompts(path: str | Path) -> Iterator[list[Message]]:
     Raises:
         ValueError: as `read_conversations`; a conversation without a user message.
     """
-    for where, messages in _read_messages(path):
+    for _, messages, _ in read_requests(path):
+        yield messages
+
+
+def read_requests(path: str | Path) -> Iterator[tuple[str, list[Message], dict[str, Any]]]:
+    """Reads what is to be answered, with `file:line` and the whole record of every line.
+
+    Raises:
+        ValueError: as `read_prompts`.
+    """
+    for where, messages, record in _read_records(path):
         users = [i for i, message in enumerate(messages) if message["role"] == "user"]
         if not users:
             raise ValueError(f"{where}: no user message to answer; add one or drop the line")
-        yield messages[: users[-1] + 1]
+        yield where, messages[: users[-1] + 1], record
 
 
-def _read_messages(path: str | Path) -> Iterator[tuple[str, list[Message]]]:
-    """`file:line` and the checked messages of every line."""
+def _read_records(path: str | Path) -> Iterator[tuple[str, list[Message], dict[str, Any]]]:
+    """`file:line`, the checked messages and the whole record of every line."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"conversations={str(path)!r}: no such file; give a .jsonl or .jsonl.gz")
-    number = 0
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    where = f"{path}:{number}"
-                    yield where, _parse_messages(line, where)
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise ValueError(
-                f"{path}:{number + 1}: damaged gzip ({error}); copy it anew"
-            ) from error
+    for number, line in read_lines(path):
+        where = f"{path}:{number}"
+        record = _parse_record(line, where)
+        yield where, record["messages"], record
 
 
-def _parse_messages(line: bytes, where: str) -> list[Message]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error}); write one object a line") from error
+def _parse_record(line: bytes, where: str) -> dict[str, Any]:
+    record = parse_json(line, where, "write one object a line")
     if not isinstance(record, dict) or "messages" not in record:
         raise ValueError(f'{where}: no "messages"; write {{"messages": [...]}} on every line')
-    messages = record["messages"]
     try:
-        check_messages(messages)
+        check_messages(record["messages"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return messages
+    return record
 
 
 def _compile_template(template: str | None) -> Any:
@@ -443,8 +461,8 @@ def _compile_template(template: str | None) -> Any:
     environment.globals["raise_exception"] = raise_exception
     try:
         return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"chat_template: not a Jinja template ({error})") from error
+    except (jinja2.TemplateError, ValueError, RecursionError) as error:
+        raise ValueError(f"chat_template: not a Jinja template ({one_line(error)})") from error
 
 
 def _before(token: tuple[int, int, int], first: int) -> bool:
@@ -452,24 +470,39 @@ def _before(token: tuple[int, int, int], first: int) -> bool:
     return start < first and end <= first
 
 
-def _template_text(template: Any) -> str | None:
-    if isinstance(template, list):  # several, by name
-        named = {entry["name"]: entry["template"] for entry in template}
-        return named.get("default")
-    return template
-
-
-def _token_text(token: Any) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def _from_json(source: str) -> tokenizers.Tokenizer:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+        return tokenizers.Tokenizer.from_str(source)
+    except Exception as error:  # the package raises bare Exception
+        raise ValueError(f"not a tokenizer.json ({one_line(error)})") from error
+
+
+def _template_text(template: Any) -> str | None:
+    found = template
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
+        # Several, by name.
+        found = next((e.get("template") for e in template if e.get("name") == "default"), None)
+    if found is not None and not isinstance(found, str):
+        raise ValueError(
+            f"chat_template={_short(template)} in tokenizer_config.json: must be a string"
+        )
+    return found
+
+
+def _token_text(name: str, token: Any) -> str | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is None and not isinstance(token, dict):
+        return None
+    if not isinstance(text, str):
+        raise ValueError(f"{name}={_short(token)} in tokenizer_config.json: must be a string")
+    return text
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error}); {_DOWNLOAD}") from error
 
 
 def _short(value: Any) -> str:

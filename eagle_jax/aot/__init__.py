@@ -202,7 +202,7 @@ def _decoding(config: AotConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
 
     from eagle_jax import sharding
     from eagle_jax.decode import Vanilla, engine
-    from eagle_jax.decode.sampling import sampling
+    from eagle_jax.decode.sampling import Sampling, SamplingParams, Vocabulary
     from eagle_jax.drafters import registry
     from eagle_jax.models import Transformer, kernels
     from eagle_jax.params import Draft, Params, layout_for_decoding
@@ -224,10 +224,13 @@ def _decoding(config: AotConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
     def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 
-    drawn = jax.tree.map(lambda x: array(x.shape, x.dtype), sampling(temperature=1.0))
+    rows = [SamplingParams(temperature=1.0)] * b
+    drawn = jax.tree.map(
+        lambda x: array(x.shape, x.dtype), Sampling.of(rows, Vocabulary(target.vocab_size))
+    )
     for name, method in (("vanilla", Vanilla()), (type(config.method).__name__, config.method)):
         slots = capacity(config.prompt, config.new_tokens, method.depth)
-        program = Program.of(params, method, slots, eos=(0,))
+        program = Program.of(params, method, slots)
         arrays = program.weights(params)
 
         def on_mesh(function: Callable[..., Any], program: Any = program) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from eagle_jax import outputs
 from eagle_jax.checkpoint import safetensors, torch_bin
 from eagle_jax.checkpoint.lazy_tensor import LazyTensor, cast, lazily
 from eagle_jax.checkpoint.names import Shape, disk_shapes, on_disk, shapes
@@ -146,13 +147,15 @@ def staged(directory: str | Path) -> Iterator[Path]:
     temporary = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.tmp"
     made = _make_parents(directory.parent)
     done = False
-    for path in directory.parent.glob(f".{glob.escape(directory.name)}.{'[0-9a-f]' * 8}.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
     try:
-        temporary.mkdir()
-        yield temporary
-        temporary.replace(directory)
-        done = True
+        with outputs.locked("output", directory):
+            leftovers = f".{glob.escape(directory.name)}.{'[0-9a-f]' * 8}.tmp"
+            for path in directory.parent.glob(leftovers):
+                shutil.rmtree(path, ignore_errors=True)
+            temporary.mkdir()
+            yield temporary
+            temporary.replace(directory)
+            done = True
     except OSError as error:
         told = _of_place(error, temporary, directory)
         if told is None:
@@ -167,7 +170,7 @@ def staged(directory: str | Path) -> Iterator[Path]:
 def _of_place(error: OSError, temporary: Path, directory: Path) -> OSError | None:
     """An error of our own files, told of the place that the user gave, with a remedy."""
     for name in map(str, (error.filename2, error.filename)):
-        if name.startswith(str(temporary)):
+        if name.startswith(str(temporary)) or name == str(directory):
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             remedy = "make room there" if full else "make it writable"
             where = name.replace(str(temporary), str(directory), 1)

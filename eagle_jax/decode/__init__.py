@@ -9,23 +9,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from eagle_jax import lazy
 from eagle_jax.decode.acceptance import Exact, Rejection, Typical
 from eagle_jax.decode.batching.batcher import Batcher, Piece
 from eagle_jax.decode.generate import generate, stream
+from eagle_jax.decode.generation import Generation, Statistics, TokenLogprob
 from eagle_jax.decode.methods.lookahead import Lookahead
 from eagle_jax.decode.methods.prompt_lookup import PromptLookup
 from eagle_jax.decode.methods.recycling import Recycling
 from eagle_jax.decode.methods.vanilla import Vanilla
 from eagle_jax.decode.registry import METHODS
-from eagle_jax.decode.session import Generation, Session, Statistics
-from eagle_jax.decode.tree import (
-    DynamicTree,
-    StaticTree,
-    best_tree,
-    chain,
-    named_tree,
-    static_tree,
-)
+from eagle_jax.decode.sampling.params import SamplingParams
+from eagle_jax.decode.session import Session
+from eagle_jax.decode.tree import DynamicTree, StaticTree, best_tree, chain, named_tree, static_tree
 from eagle_jax.drafters.spec import resolve
 
 if TYPE_CHECKING:
@@ -48,10 +44,12 @@ __all__ = [
     "PromptLookup",
     "Recycling",
     "Rejection",
+    "SamplingParams",
     "Session",
     "Speculative",
     "StaticTree",
     "Statistics",
+    "TokenLogprob",
     "Typical",
     "Vanilla",
     "best_tree",
@@ -76,4 +74,8 @@ _DRAFTING = {
 def __getattr__(name: str) -> Any:
     if name in _DRAFTING:
         return resolve(_DRAFTING[name])
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return lazy.submodule(__name__, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*lazy.names(__name__), *_DRAFTING})

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from eagle_jax import sharding
+from eagle_jax import progress, sharding
 from eagle_jax.decode.engine import decode, insert, prefill, widen
+from eagle_jax.decode.method import Method
+from eagle_jax.decode.method_cli import spell
 from eagle_jax.decode.program import Program, State, bucket_prompt
 from eagle_jax.decode.sampling import Sampling
 from eagle_jax.models import kernels
@@ -76,7 +78,9 @@ def _compiled(
             full = args[0].target["embed_tokens.embedding"].dtype == jnp.float32
             with jax.default_matmul_precision("highest" if full else "default"):
                 jitted = jax.jit(bound, donate_argnums=donate, out_shardings=places)
-                run = jitted.lower(*args).compile()
+                lowered = jitted.lower(*args)
+                with progress.compiling(lambda: f"{_name(program.method)} {function.__name__}"):
+                    run = lowered.compile()
             clock.compile += time.perf_counter() - start
         with _executables_lock:
             _executables[key] = run
@@ -85,6 +89,12 @@ def _compiled(
             while len(_executables) > _KEPT:
                 _executables.popitem(last=False)
         return run
+
+
+def _name(method: Method) -> str:
+    """The word after `--method` of a built-in method, else its class."""
+    words = spell(method).split()
+    return words[1] if words[0] == "--method" else type(method).__name__
 
 
 def _on(mesh: Mesh | None, function: Callable[..., State]) -> Callable[..., State]:
@@ -187,6 +197,11 @@ def prepare(program: Program, params: Params, state: State, settings: Sampling) 
     _compiled(decode, program, _bounded(program, params, state, settings), Clock())
 
 
+def placed(params: Params, sampling: Sampling) -> Sampling:
+    """`sampling` on the devices of `params`."""
+    return sharding.put(sharding.mesh_of(params.target), sampling)
+
+
 def _bounded(
     program: Program,
     params: Params,
@@ -237,6 +252,14 @@ def replace_rows(
     state = jax.block_until_ready(run(*args))
     clock.prefill += time.perf_counter() - begin
     return state
+
+
+def end_rows(state: State, rows: list[int]) -> State:
+    """`state` with these rows done, so that the loop no longer waits for them."""
+    done = np.array(state.done)
+    done[rows] = True
+    # Placed as it was, so that the same program goes on.
+    return dataclasses.replace(state, done=jax.device_put(done, state.done.sharding))
 
 
 @functools.cache

@@ -27,8 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         default="eagle",
-        help=f"{', '.join(METHODS)} (default: eagle); auto: what python -m eagle_jax.tune found "
-        "the fastest",
+        help=f"{', '.join(METHODS)} (default: eagle); auto: what eagle-jax tune found the fastest",
     )
     parser.add_argument(
         "--tree",

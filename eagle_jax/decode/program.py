@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
-from jaxtyping import Array, Bool, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from eagle_jax.config import DraftConfig, TransformerConfig
 from eagle_jax.decode.method import Method, Models
@@ -29,6 +29,22 @@ EXACT_DEPTH = attention.SPAN
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Logprobs:
+    """Log-probabilities of committed tokens under the target's own logits, before any setting.
+
+    Attributes:
+        chosen: [b, c] of the token at each position; those of the prompt are meaningless.
+        ids: [b, c, m] the likeliest tokens there, best first.
+        top: [b, c, m] their log-probabilities.
+    """
+
+    chosen: Float[Array, "b c"]
+    ids: Int[Array, "b c m"]
+    top: Float[Array, "b c m"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class State:
     """Everything that changes between rounds; fixed shapes, resumable.
 
@@ -42,6 +58,9 @@ class State:
         method: the method's own state.
         rounds: [b] target passes so far, one a round.
         accepted: [b, n] rounds that committed this many drafted tokens.
+        drafted: [b, c] whether a committed token was a draft that the target accepted; False for
+            bonus tokens and for the prompt.
+        logprobs: of the committed tokens; None unless the program reports them.
     """
 
     tokens: Int[Array, "b c"]
@@ -53,6 +72,8 @@ class State:
     method: Any
     rounds: Int[Array, " b"]
     accepted: Int[Array, "b n"]
+    drafted: Bool[Array, "b c"]
+    logprobs: Logprobs | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -77,8 +98,8 @@ class Program:
         method: the proposer.
         target, draft: the architectures; draft is None if the method has none.
         slots: c, capacity for committed tokens and for caches.
-        eos: token ids that end an answer.
         exact: every target pass has the same shape and order of summation, whatever the method.
+        logprobs: alternatives per token whose log-probabilities are reported; None reports none.
         target_layout, draft_layout: how the weights of each lie in memory.
     """
 
@@ -86,8 +107,8 @@ class Program:
     target: TransformerConfig
     draft: DraftConfig | None
     slots: int
-    eos: tuple[int, ...]
     exact: bool = False
+    logprobs: int | None = None
     target_layout: Layout = PLAIN
     draft_layout: Layout = PLAIN
 
@@ -97,8 +118,8 @@ class Program:
         params: Params,
         method: Method,
         slots: int,
-        eos: tuple[int, ...] = (),
         exact: bool = False,
+        logprobs: int | None = None,
     ) -> Program:
         """Returns the program of a method for the models of `params`, as they lie in memory."""
         draft = None if method.draft is None else params.drafts[method.draft]
@@ -107,8 +128,8 @@ class Program:
             params.target_config,
             None if draft is None else draft.config,
             slots,
-            eos,
             exact,
+            logprobs,
             params.layout,
             PLAIN if draft is None else draft.layout,
         )

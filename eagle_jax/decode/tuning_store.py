@@ -1,4 +1,4 @@
-"""What `python -m eagle_jax.tune` found to be the fastest method: stored, and found again.
+"""What `eagle-jax tune` found to be the fastest method: stored, and found again.
 
 `tuning.json` lies beside the model, or in the user's cache where that cannot be written. It has an
 entry per device, dtype, batch size (rounded up to a power of two), greedy or sampled decoding, and
@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from eagle_jax import fingerprint, sharding
+from eagle_jax import fingerprint, outputs, sharding
 from eagle_jax.checkpoint import files
 from eagle_jax.decode import method_cli
 from eagle_jax.decode.method import Method
@@ -25,7 +25,7 @@ from eagle_jax.params import Params, shipped_name
 
 FILE = "tuning.json"
 _FORMAT = {"format": "eagle_jax tuning", "version": 1}
-_COMMAND = "python -m eagle_jax.tune"
+_COMMAND = "eagle-jax tune"
 
 Entry = dict[str, Any]
 
@@ -130,8 +130,9 @@ def store(params: Params, added: list[Entry]) -> Path:
 
 def _write(path: Path, added: list[Entry]) -> Path:
     keys = [entry["key"] for entry in added]
-    kept = [entry for entry in entries(path) if entry["key"] not in keys]
-    files.write_json(path, {**_FORMAT, "entries": [*kept, *added]})
+    with outputs.locked("tuning", path, wait=True):  # of two that tune, neither loses an entry
+        kept = [entry for entry in entries(path) if entry["key"] not in keys]
+        files.write_json(path, {**_FORMAT, "entries": [*kept, *added]})
     return path
 
 
@@ -201,7 +202,7 @@ def _missing(params: Params, rows: int, temperature: float) -> str:
 def command(params: Params, rows: int, temperature: float) -> str:
     """The command line that tunes `params`; of drafts given by `draft=` it cannot know."""
     where = "MODEL" if params.directory is None else shipped_name(params.directory)
-    words = f"{_COMMAND} --params {where} --temperature {temperature:g}"
+    words = f"{_COMMAND} --model {where} --temperature {temperature:g}"
     words += f" --batch-size {rows}" if rows > 1 else ""
     words += f" --quantize {params.quantize}" if params.quantize else ""
     words += f" --quantize-drafts {params.quantize_drafts}" if params.quantize_drafts else ""

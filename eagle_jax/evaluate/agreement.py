@@ -21,9 +21,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from eagle_jax import cli
+from eagle_jax.checks import check_whole
 from eagle_jax.decode import executables, generate
 from eagle_jax.decode.program import bucket_prompt
-from eagle_jax.decode.session import Options
 from eagle_jax.evaluate import tasks
 from eagle_jax.models import Transformer, bind
 from eagle_jax.models.quantize import QUANTIZATIONS
@@ -112,7 +112,7 @@ def answers(params: Params, prompts: Sequence[str], new: int) -> list[tuple[list
     """
     if params.tokenizer is None:
         raise ValueError("model: has no tokenizer; prompts are text")
-    Options(max_new_tokens=new, method="vanilla").check(params)
+    check_whole("max_new_tokens", new)
     out = []
     for prompt in prompts:
         ids = list(params.tokenizer.chat([{"role": "user", "content": prompt}]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from eagle_jax.settings import check
@@ -78,16 +79,18 @@ class EvalConfig:
     def __post_init__(self) -> None:
         check(self)
         at_least = {
-            **dict.fromkeys(("limit", "longest_prompt", "seed"), 0),
+            **dict.fromkeys(("limit", "longest_prompt", "seed", "tensor"), 0),
             **dict.fromkeys(("new_tokens", "repeats", "batch_size", "compile_threads"), 1),
-            "step_prompts": 1,
+            **dict.fromkeys(("step_prompts", "expert"), 1),
         }
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
         if not self.output_dir:
             raise ValueError("output_dir='': empty; give a directory")
-        if not self.temperatures or min(self.temperatures) < 0:
+        if self.seed >= 2**32:
+            raise ValueError(f"seed={self.seed}: must be at least 0 and below 2**32")
+        if not self.temperatures or not all(0 <= t < math.inf for t in self.temperatures):
             raise ValueError(f"temperatures={self.temperatures}: give numbers of 0 or more")
         if self.step_times and min(self.step_times) < 1:
             raise ValueError(f"step_times={self.step_times}: give numbers of nodes, 1 or more")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eagle_jax import outputs
 from eagle_jax.evaluate.config import BASELINE
 
 Row = dict[str, Any]
@@ -78,7 +79,8 @@ def _speedup(image: Path, rows: Sequence[Row], title: str) -> None:
         axes.grid(alpha=0.3)
     panels[0][1].invert_yaxis()  # the first method on top; panels share the axis
     _legend(figure, panels, len(tasks))
-    figure.savefig(image, dpi=120)
+    with outputs.naming(image):
+        figure.savefig(image, dpi=120)
 
 
 def _acceptance(image: Path, rows: Sequence[Row], title: str) -> None:
@@ -100,7 +102,8 @@ def _acceptance(image: Path, rows: Sequence[Row], title: str) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     _legend(figure, panels, len(names))
-    figure.savefig(image, dpi=120)
+    with outputs.naming(image):
+        figure.savefig(image, dpi=120)
 
 
 def _legend(figure: Any, panels: list[Any], entries: int) -> None:
@@ -120,4 +123,5 @@ def _step_time(image: Path, steps: Sequence[Row], title: str) -> None:
     axes.set_xticks(nodes, [str(n) for n in nodes])
     axes.set(xlabel="tokens of one target pass", ylabel="ms", ylim=(0, None))
     axes.grid(alpha=0.3)
-    figure.savefig(image, dpi=120)
+    with outputs.naming(image):
+        figure.savefig(image, dpi=120)

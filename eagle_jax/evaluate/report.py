@@ -8,15 +8,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from eagle_jax import outputs
+
 Row = dict[str, Any]
 
 
 def write(folder: Path, result: dict[str, Any]) -> None:
     """results.json with everything, results.csv with the rows (lists in JSON)."""
     text = json.dumps(result, indent=1)
-    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
-    rows = result["rows"]
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+    outputs.write_text(folder / "results.json", text + "\n")
+    rows, table = result["rows"], folder / "results.csv"
+    with outputs.naming(table), table.open("w", newline="", encoding="utf-8") as file:
         out = csv.DictWriter(file, list(rows[0]))
         out.writeheader()
         for row in rows:

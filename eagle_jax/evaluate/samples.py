@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eagle_jax import distributed
+from eagle_jax import distributed, outputs
 
 SAMPLES = "samples.jsonl"
 WRITTEN = (
@@ -46,7 +46,7 @@ class Samples:
         distributed.wait_for_all("samples")
         if not found and writes:
             header = json.dumps({"eagle_jax_evaluation": 1, "settings": settings})
-            self.path.write_text(header + "\n", encoding="utf-8")
+            outputs.write_text(self.path, header + "\n")
         self._file = open(self.path if writes else os.devnull, "a", encoding="utf-8")
 
     def get(self, key: str) -> dict[str, Any] | None:
@@ -56,13 +56,15 @@ class Samples:
     def add(self, key: str, record: Mapping[str, Any]) -> dict[str, Any]:
         """Stores `record` at once and returns it as a later run will read it."""
         line = json.dumps({"key": key, **record})
-        self._file.write(line + "\n")
-        self._file.flush()
+        with outputs.naming(self.path):
+            self._file.write(line + "\n")
+            self._file.flush()
         self._records[key] = json.loads(line)
         return self._records[key]
 
     def close(self) -> None:
-        self._file.close()
+        with outputs.naming(self.path):
+            self._file.close()
 
     def _read(self, settings: dict[str, Any], writes: bool) -> bool:
         """Takes over what is there; false if there is nothing."""
@@ -77,8 +79,10 @@ class Samples:
                 raise ValueError
             found = json.loads(first)["settings"]
             records = [json.loads(line) for line in lines]
+            if not isinstance(found, dict) or not all(map(_is_record, records)):
+                raise ValueError
             self._records = {record["key"]: record for record in records}
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(
                 f"{here}: its {SAMPLES} is damaged or not ours; give another --output"
             ) from None
@@ -86,6 +90,23 @@ class Samples:
         if writes and len(whole) < len(data):
             os.truncate(self.path, len(whole))
         return True
+
+
+# What the records of each kind hold; the kind is the first word of a key.
+_NUMBERS = ("compile", "prefill", "decode")
+_LISTS = ("new_tokens", "rounds", "accepted", "tokens")
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a line is what `Samples.add` writes of a run, a frozen answer or a compilation."""
+    kind = json.loads(record["key"])[0]
+    numbers = {"run": _NUMBERS, "compile": ("seconds",)}.get(kind, ())
+    lists = {"run": _LISTS, "frozen": ("tokens",)}.get(kind, ())
+    return (
+        kind in ("run", "frozen", "compile")
+        and all(isinstance(record.get(name), int | float) for name in numbers)
+        and all(isinstance(record.get(name), list) for name in lists)
+    )
 
 
 def _compare(found: dict[str, Any], settings: dict[str, Any], here: str) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from eagle_jax.evaluate.prompts import OWN
+from eagle_jax.inputs import parse_json, read_lines
 
 PUBLIC = ("mt_bench", "humaneval", "gsm8k", "alpaca")
 _SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -85,7 +83,7 @@ def _own() -> list[Question]:
 
 def _read(task: str, path: Path) -> Iterator[Question]:
     seen: dict[str, int] = {}
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         where = f"{path}:{number}"
         question = _parse(task, line, number, where)
         if question.id in seen:
@@ -98,22 +96,8 @@ def _read(task: str, path: Path) -> Iterator[Question]:
         raise ValueError(f"{path}: empty; write one question a line")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    number = 0
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, line
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path}:{number + 1}: damaged gzip ({error}); copy it anew") from None
-
-
 def _parse(task: str, line: bytes, number: int, where: str) -> Question:
-    try:
-        record: Any = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error}); write one object a line") from None
+    record = parse_json(line, where, "write one object a line")
     turns = record.get("turns") if isinstance(record, dict) else None
     if not isinstance(turns, list) or not turns:
         raise ValueError(f'{where}: no "turns"; write {{"turns": ["question", ...]}}')

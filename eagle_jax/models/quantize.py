@@ -46,7 +46,7 @@ def checked(name: str, method: Any) -> Quantization | None:
     Raises:
         ValueError: it is unknown; lists those that there are.
     """
-    if method is not None and method not in QUANTIZATIONS:
+    if method is not None and (not isinstance(method, str) or method not in QUANTIZATIONS):
         raise ValueError(
             f"{name}={method!r}: unknown; use {', '.join(map(repr, QUANTIZATIONS))}, or None for "
             "weights as they are"

@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eagle_jax import cli, settings, sharding
+from eagle_jax import cli, outputs, settings, sharding
 from eagle_jax.checkpoint import files, hf
 from eagle_jax.checkpoint.lazy_tensor import LazyTensor
 from eagle_jax.config import NextToken, TrainConfig, TransformerConfig
@@ -184,7 +184,7 @@ def _write_file(
             tokens = np.count_nonzero(batch["segment_ids"], axis=1)[: numbers.stop - first]
             yield tokens.tolist(), compute(batch)
 
-    with _replacing(path) as add:
+    with outputs.locked("output", path), _replacing(path) as add:
         for tokens, arrays in _one_behind(batches()):
             host = jax.device_get(arrays)
             for row, count in enumerate(tokens):

@@ -29,10 +29,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from eagle_jax import distributed, hardware, sharding
+from eagle_jax import distributed, hardware, outputs, sharding
 from eagle_jax.config import OptimConfig, TrainConfig
 from eagle_jax.models import cast
 from eagle_jax.train import data, divergence, metrics, objectives, offline
+from eagle_jax.train.checks import check_config
 from eagle_jax.train.objectives import Batch, Objective
 from eagle_jax.train.preemption import Preemption
 from eagle_jax.types import ParamDict
@@ -325,7 +326,7 @@ def run(config: TrainConfig, *, restart: bool = False, dry_run: bool = False) ->
             none of its checkpoints can be read, training diverged, or the disk is full.
         SystemExit: stopped by SIGTERM (status 143) or Ctrl-C (130), with the step in flight saved.
     """
-    _check_config(config)
+    check_config(config)
     began = time.perf_counter()
     _prepare(config)
     stored = offline.find(config)
@@ -345,15 +346,26 @@ def run(config: TrainConfig, *, restart: bool = False, dry_run: bool = False) ->
         validation = functools.partial(map, trainer.put, batches)
         if not features:  # which are large, and read whenever they are due: tokens stay put
             validation = functools.partial(iter, list(validation()))
+    output = Path(config.output_dir).expanduser()
+    with outputs.claimed("output_dir", output):
+        if distributed.first() and restart:
+            _clear(output)
+        distributed.wait_for_all("output_dir")
+        step, report, exported = _run(trainer, iterator, validation, stored, output)
+    return _result(trainer, step, report, exported, began)
+
+
+def _run(
+    trainer: Trainer,
+    iterator: Any,
+    validation: Callable[[], Iterable[Batch]],
+    stored: Mapping[str, Any],
+    output: Path,
+) -> tuple[int, metrics.Report, Path]:
+    """Trains from the newest checkpoint in `output` on, and exports; the last step, its report."""
     from eagle_jax.checkpoint.train_state import Checkpoints, telling_full_disk
 
-    output = Path(config.output_dir).expanduser()
-    saved = output / _CHECKPOINTS
-    if distributed.first():
-        output.mkdir(parents=True, exist_ok=True)
-        if restart:
-            _clear(output)
-    distributed.wait_for_all("output_dir")
+    config, saved = trainer.config, output / _CHECKPOINTS
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trainer.abstract))
     with telling_full_disk(saved, config, size):
         opened = functools.partial(Checkpoints, saved, config, offline.contents(stored))
@@ -378,7 +390,7 @@ def run(config: TrainConfig, *, restart: bool = False, dry_run: bool = False) ->
         if distributed.first():
             metrics.plot(output / metrics.TRACE, output / metrics.CURVE)
         exported = _export(trainer, state.params, output)
-    return _result(trainer, step, report, exported, began)
+    return step, report, exported
 
 
 def _prepare(config: TrainConfig) -> None:
@@ -439,25 +451,6 @@ def _validate(trainer: Trainer, state: TrainState, batches: Iterable[Batch]) -> 
     total = jax.tree.map(lambda *x: float(np.sum(np.asarray(x, np.float64))), *sums)
     total["count"] = max(total["count"], 1.0)
     return {name: float(value) for name, value in objectives.means(total).items()}
-
-
-def _check_config(config: TrainConfig) -> None:
-    for name, value, least in (
-        ("optim.steps", config.optim.steps, 1),
-        ("checkpoint_every", config.checkpoint_every, 1),
-        ("keep_checkpoints", config.keep_checkpoints, 1),
-        ("eval_every", config.eval_every, 0),
-        ("eval_batches", config.eval_batches, 1),
-        ("optim.warmup_steps", config.optim.warmup_steps, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name}={value}: must be at least {least}")
-    if config.stop_on_spike and not config.stop_on_spike > 1:
-        raise ValueError(
-            f"stop_on_spike={config.stop_on_spike}: must be above 1, or 0 for no check"
-        )
-    if not config.optim.learning_rate > 0:
-        raise ValueError(f"optim.learning_rate={config.optim.learning_rate}: must be above 0")
 
 
 def _clear(output: Path) -> None:

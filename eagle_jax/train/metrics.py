@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from eagle_jax import outputs
+
 TRACE, EVENTS, CURVE = "metrics.jsonl", "events", "loss.png"
 
 
@@ -53,33 +55,47 @@ class Trace:
     def __init__(self, path: Path, step: int) -> None:
         kept = [json.dumps(line) + "\n" for line in read_trace(path) if line["step"] <= step]
         fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(kept), encoding="utf-8")
+        outputs.write_text(fresh, "".join(kept))
         fresh.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        with outputs.naming(self._path):
+            self._file.write(json.dumps(line) + "\n")
 
     def sync(self) -> None:
         """Have everything on disk: a checkpoint must not be ahead of its trace."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with outputs.naming(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with outputs.naming(self._path):
+            self._file.close()
 
 
 def read_trace(path: Path) -> list[dict[str, Any]]:
-    """Lines of a trace in order, up to a torn last one; none if there is no file."""
+    """Lines of a trace in order, up to the first torn or damaged one; none if there is no file."""
     lines: list[dict[str, Any]] = []
     if not path.is_file():
         return lines
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             break
+        if not _is_line(line):
+            break
+        lines.append(line)
     return lines
+
+
+def _is_line(line: Any) -> bool:
+    """Whether it is what `Report` writes: a step with a loss, or with a validation."""
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        return False
+    values = line.get("validation", line)
+    return isinstance(values, dict) and isinstance(values.get("loss"), int | float)
 
 
 class Report:
@@ -201,7 +217,8 @@ def plot(trace: Path, image: Path) -> None:
     _curves(accuracies, training, validation, ("top1", "top3"))
     losses.set(title="loss", xlabel="step", ylabel="loss")
     accuracies.set(title="accuracy", xlabel="step", ylabel="share of assistant tokens")
-    figure.savefig(image, dpi=120)
+    with outputs.naming(image):
+        figure.savefig(image, dpi=120)
 
 
 def _curves(

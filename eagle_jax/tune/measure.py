@@ -10,20 +10,21 @@ import collections
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from eagle_jax import sharding
+from eagle_jax import interrupts, sharding
 from eagle_jax.decode import Recycling, Vanilla, best_tree, executables
 from eagle_jax.decode.instrument import FixedTree, wide_pass
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.methods import recycling
 from eagle_jax.decode.program import bucket_prompt
-from eagle_jax.decode.session import Options
+from eagle_jax.decode.sampling import Sampling, SamplingParams, Vocabulary
+from eagle_jax.decode.session import make_program
 from eagle_jax.drafters import DrafterSpec, registry
 from eagle_jax.evaluate import metrics
 from eagle_jax.params import Params
@@ -103,11 +104,14 @@ class Bench:
         """Decodes a unit; all runs of fixed trees share one compiled prefill."""
         timed_pass = isinstance(method, FixedTree)
         new = min(_STEP_TOKENS, self.new_tokens) if timed_pass else self.new_tokens
-        options = Options(method, new, temperature, ignore_eos=timed_pass)
-        settings, _ = options.check(self.params)
         longest = max(map(len, unit.prompts))
-        program = options.program(self.params, method, longest)
-        first = options.program(self.params, _NARROWEST, longest) if timed_pass else program
+        program = make_program(self.params, method, longest, new)
+        first = program
+        if timed_pass:
+            first = make_program(self.params, _NARROWEST, longest, new)
+        drawn = SamplingParams(temperature=temperature, ignore_eos=timed_pass)
+        rows = [drawn] * len(unit.prompts)
+        settings = Sampling.of(rows, Vocabulary.of(self.params))
         context = self.params.target_config.max_position_embeddings
         prompts = [np.array(prompt, np.int32) for prompt in unit.prompts]
         limits = [min(len(prompt) + new, context) for prompt in prompts]
@@ -128,15 +132,12 @@ class Bench:
         self, methods: Sequence[Method], units: Sequence[Unit], temperature: float, what: str
     ) -> list[list[Run]]:
         """[units][methods] runs in turn, after every method has been compiled and run once."""
-        with ThreadPoolExecutor(sharding.at_a_time(self.params.target, _THREADS)) as pool:
+        threads = sharding.at_a_time(self.params.target, _THREADS)
+        with interrupts.thread_pool(threads) as pool:
             # First the prefill that all fixed trees share.
             runs = [pool.submit(self.run, m, units[0], temperature) for m in methods]
-            try:
-                for run in self.bar(as_completed(runs), len(runs), f"compiling, {what}"):
-                    run.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            for run in self.bar(as_completed(runs), len(runs), f"compiling, {what}"):
+                run.result()
         out = []
         for unit in self.bar(units, len(units), what):
             out.append([self.run(method, unit, temperature) for method in methods])

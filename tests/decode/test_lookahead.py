@@ -13,7 +13,6 @@ from eagle_jax.decode import Lookahead, Vanilla, executables, generate
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.methods.lookahead import Pool, insert
 from eagle_jax.decode.program import Program
-from eagle_jax.decode.sampling import sampling
 from eagle_jax.testing import tiny_params
 
 SETTINGS: dict[str, dict] = {
@@ -188,7 +187,9 @@ def test_rounds_equal_plain_lookahead(name: str, method: Lookahead) -> None:
         assert set(window.flat) <= set(prompt)
     assert len(set(windows[3].flat)) > 1  # from all over the prompt
     for _ in range(rounds):
-        state = executables.advance(program, bare, state, sampling(**SETTINGS[name]), clock, 1)
+        state = executables.advance(
+            program, bare, state, decoding.sampling(**SETTINGS[name]), clock, 1
+        )
         recorded = jax.device_get(state.method)
         for row, expected in enumerate(plain):
             assert recorded.tokens[row].tolist() == expected.round()

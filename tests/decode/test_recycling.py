@@ -13,7 +13,6 @@ from eagle_jax.decode import Recycling, Vanilla, chain, executables, generate, s
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.methods.recycling import store
 from eagle_jax.decode.program import Program
-from eagle_jax.decode.sampling import sampling
 from eagle_jax.testing import tiny_params
 
 SETTINGS: dict[str, dict] = {
@@ -91,7 +90,9 @@ def test_matrix_equals_a_plain_one_round_by_round(name: str, coupled: bool) -> N
     bare = pair.with_draft(None)
     state = executables.start(program, bare, prompts, limits, decoding.SEEDS, clock)
     for _ in range(rounds):
-        state = executables.advance(program, bare, state, sampling(**SETTINGS[name]), clock, 1)
+        state = executables.advance(
+            program, bare, state, decoding.sampling(**SETTINGS[name]), clock, 1
+        )
         recorded = jax.device_get(state.method)
         for row, expected in enumerate(plain):
             drafted = expected.round()

@@ -28,6 +28,7 @@ from eagle_jax.decode import (
 from eagle_jax.decode.batching import schedule as stages
 from eagle_jax.decode.batching.batcher import Batcher
 from eagle_jax.decode.program import capacity
+from eagle_jax.decode.sampling import SamplingParams
 from eagle_jax.layout import Layout
 from eagle_jax.models import param_shapes
 from eagle_jax.models.transformer import Transformer
@@ -42,6 +43,7 @@ from eagle_jax.testing import (
     tiny_target,
 )
 
+HOT = SamplingParams(temperature=1.0)
 drawing = importlib.import_module("eagle_jax.decode.top_k")  # a function has that name too
 
 VOCAB = 64
@@ -117,6 +119,20 @@ def test_devices_change_no_text(method, tensor, devices):
     assert texts(params, method, 0.0, prompts)[:4] == alone(method, 0.0)
 
 
+@pytest.mark.parametrize("method", ["vanilla", "eagle2"])
+def test_settings_on_several_devices(method):
+    """Catches counts, masks or biases of one part of the vocabulary only."""
+    rows = [
+        SamplingParams(temperature=1.0, repetition_penalty=1.5, frequency_penalty=0.5, seed=3),
+        SamplingParams(logit_bias={3: 2.0, 60: 1.0}, bad_words=[[9], [3, 60]], presence_penalty=1),
+        SamplingParams(temperature=0.8, allowed_token_ids=range(20, 50), min_p=0.02, top_k=9),
+        SamplingParams(temperature=1.2, top_p=0.9, min_tokens=9, stop_token_ids=[5, 40]),
+    ]
+    options = {"method": METHODS[method], "max_new_tokens": 20, "sampling": rows}
+    wanted = generate(pair(), PROMPTS, **options)
+    assert generate(placed(pair(), mesh(tensor=2, devices=4)), PROMPTS, **options) == wanted
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_rows_that_no_group_divides(rows):
     """Catches a batch that is padded with another row's text, or refused."""
@@ -137,7 +153,7 @@ def test_experts_on_different_devices(method):
 def test_rows_are_replaced_on_a_mesh(rows):
     """Catches a row that is put into one group's part only, and a program that is made twice."""
     params = placed(pair(), mesh(tensor=4))
-    options = {"max_prompt": 20, "max_new_tokens": 20, "temperature": 1.0, "chunk": 4}
+    options = {"max_prompt": 20, "max_new_tokens": 20, "sampling": HOT, "chunk": 4}
     batcher = Batcher(params, method=METHODS["eagle"], rows=rows, **options)
     numbers = [batcher.submit(prompt, seed=3 + i) for i, prompt in enumerate(PROMPTS)]
     found: dict[int, list[int]] = {number: [] for number in numbers}
@@ -156,7 +172,7 @@ def test_batch_sizes_on_a_mesh(monkeypatch):
     monkeypatch.setattr(stages, "MOVE", 1)
     params = placed(pair(), mesh(tensor=4))
     table = {1: METHODS["eagle"], 3: "vanilla", 4: METHODS["eagle"]}
-    options = {"max_prompt": 20, "max_new_tokens": 20, "temperature": 1.0, "chunk": 2}
+    options = {"max_prompt": 20, "max_new_tokens": 20, "sampling": HOT, "chunk": 2}
     batcher = Batcher(params, method=table, rows=4, **options)
     batcher.warm_up()
     made = len(executables.executables())

@@ -318,7 +318,8 @@ class Eagle:
             if (ids := models.draft.tokens()) is not None:
                 noise = noise[:, ids]
             noise = jnp.broadcast_to(noise[:, None, :], scores.shape)
-            scores = process(scores, context.sampling) * self.confidence + noise
+            scores = process(scores, context.sampling)
+            scores = context.sampling.choose(scores * self.confidence, scores) + noise
         return scores
 
     def _likeliest(
@@ -329,7 +330,7 @@ class Eagle:
         assert isinstance(self.tree, DynamicTree)
         scores = self._scores(models, context, feature, depth)
         if self.coupled and context.noise is not None:
-            scores = scores * self.sharpness
+            scores = context.sampling.choose(scores * self.sharpness, scores)
         log, index = likeliest(scores, self.tree.k)
         return log, self._known(models, index)
 
