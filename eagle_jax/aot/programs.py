@@ -127,7 +127,8 @@ def _training(config: AotConfig, run: TrainConfig, where: list[Any]) -> Iterator
 
     from eagle_jax import sharding
     from eagle_jax.models import Transformer, param_shapes
-    from eagle_jax.train import loop, objectives
+    from eagle_jax.train import objectives
+    from eagle_jax.train.trainer import assemble
 
     if not isinstance(run.objective, NextToken) and run.objective.features:
         raise ValueError(
@@ -149,7 +150,7 @@ def _training(config: AotConfig, run: TrainConfig, where: list[Any]) -> Iterator
         return np.zeros(draft.draft_vocab_size, np.int32), None
 
     objective = objectives.assemble(run, target, frozen, vocabulary)
-    trainer = loop.assemble(run, objective, mesh, frozen)
+    trainer = assemble(run, objective, mesh, frozen)
     shape, rows = (run.data.batch_size, run.data.sequence_length), sharding.batch_sharding(mesh)
     dtypes = dict.fromkeys(("tokens", "positions", "segment_ids"), jnp.int32)
     batch = {
