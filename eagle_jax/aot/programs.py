@@ -42,7 +42,8 @@ def _decoding(config: AotConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
     from eagle_jax.decode.sampling import Sampling, SamplingParams, Vocabulary
     from eagle_jax.drafters import registry
     from eagle_jax.models import Transformer, kernels
-    from eagle_jax.params import Draft, Params, layout_for_decoding
+    from eagle_jax.params import Draft, Params
+    from eagle_jax.placement import layout_for_decoding
 
     mesh = sharding.make_mesh(tensor=config.tensor, expert=config.expert, devices=where)
     with kernels.tracing_for(where[0]):
