@@ -39,7 +39,6 @@ from loops import Passes, Rounds, Slots
 from eagle_jax.decode import (
     DynamicTree,
     Eagle,
-    Exact,
     Lookahead,
     Medusa,
     PromptLookup,
@@ -47,9 +46,9 @@ from eagle_jax.decode import (
     Speculative,
     Vanilla,
 )
-from eagle_jax.decode.method import Accepted, Context, Method, Rule
+from eagle_jax.decode.instrument import FixedTree, WithRule
+from eagle_jax.decode.method import Accepted, Context, Method
 from eagle_jax.decode.tree import MC_SIM_7B_63, Proposal, StaticTree
-from eagle_jax.evaluate.runner import Star
 from eagle_jax.params import Params
 
 _EAGLE2 = DynamicTree(depth=6, k=10, drafted=59)
@@ -70,17 +69,6 @@ def fixed_tree(nodes: int, depth: int) -> StaticTree:
     """A chain of `depth` nodes, the others children of the root."""
     chain = tuple((0,) * d for d in range(1, depth + 1))
     return StaticTree(tuple(sorted((*chain, *((r,) for r in range(1, nodes - depth))), key=len)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Fixed(Star):
-    """A tree of a method's size, always the same and hardly ever right: a round without draft."""
-
-    depth: int = 1
-    rule: Rule = Exact()
-
-    def tree(self) -> StaticTree:
-        return fixed_tree(self.nodes, self.depth)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +96,10 @@ def jobs_of(
     place = jobs["vanilla"].place
     sizes = {(m.nodes, m.depth) for m in methods.values() if m.nodes > 1}
     for size in sorted(sizes) if not args.no_parts else ():
-        jobs["fixed", *size] = make(Fixed(*size))
-        jobs["bare", *size] = make(Fixed(*size, rule=Nothing()))
-        jobs["pass", *size] = Passes(params, fixed_tree(*size), place, args.used, args.rounds)
+        tree = fixed_tree(*size)
+        jobs["fixed", *size] = make(FixedTree(tree))
+        jobs["bare", *size] = make(WithRule(FixedTree(tree), Nothing()))
+        jobs["pass", *size] = Passes(params, tree, place, args.used, args.rounds)
     return jobs
 
 

@@ -27,7 +27,8 @@ from eagle_jax.drafters import registry
 from eagle_jax.layout import PLAIN, Layout
 from eagle_jax.models import Transformer, param_shapes
 from eagle_jax.models.quantize import checked
-from eagle_jax.params import Draft, Params, draft_place, layout_for_decoding
+from eagle_jax.params import Draft, Params
+from eagle_jax.placement import draft_place, layout_for_decoding
 from eagle_jax.types import ParamDict
 
 _DRAFT_VOCABULARY = 32000  # of published EAGLE-3 heads

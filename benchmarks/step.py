@@ -20,8 +20,8 @@ import shapes
 from loops import Rounds, Slots
 
 from eagle_jax.decode import Vanilla
+from eagle_jax.decode.instrument import wide_pass
 from eagle_jax.evaluate.metrics import weight_bytes
-from eagle_jax.evaluate.runner import Star
 
 
 def main() -> None:
@@ -43,7 +43,9 @@ def main() -> None:
     for slots in args.cache:
         place = Slots(params.target_config, slots, args.batch, mesh)
         jobs = {
-            (t, used): Rounds(params, Star(t) if t > 1 else Vanilla(), place, used, args.rounds)
+            (t, used): Rounds(
+                params, wide_pass(t) if t > 1 else Vanilla(), place, used, args.rounds
+            )
             for t in args.tokens
             for used in args.used
             if used + args.rounds + 2 < slots or len(args.cache) == 1

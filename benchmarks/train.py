@@ -37,7 +37,8 @@ from eagle_jax.config import (
     TransformerConfig,
 )
 from eagle_jax.models import Transformer
-from eagle_jax.train import loop, objectives
+from eagle_jax.train import objectives
+from eagle_jax.train.trainer import assemble, check_attention
 
 _BATCHES = 4  # different ones, in turn
 
@@ -70,7 +71,7 @@ class Steps:
         self, config: TrainConfig, target: TransformerConfig, frozen: Mapping[str, Any], steps: int
     ) -> None:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        loop.check_attention(config, mesh)
+        check_attention(config, mesh)
         if isinstance(config.objective, NextToken):
             objective, frozen = objectives.build(config), {}
         else:
@@ -81,7 +82,7 @@ class Steps:
                 frozen,
                 lambda draft, _: (shapes.offsets(draft.vocab_size, draft.draft_vocab_size), None),
             )
-        self.trainer = loop.assemble(config, objective, mesh, frozen)
+        self.trainer = assemble(config, objective, mesh, frozen)
         self.state, self.steps, self.done = self.trainer.init(), steps, 0
         shape = config.data.batch_size, config.data.sequence_length
         rng = np.random.default_rng(0)

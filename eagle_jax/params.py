@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,9 @@ from eagle_jax.config import DraftConfig, TransformerConfig
 from eagle_jax.drafters import registry
 from eagle_jax.drafters.one_layer import own_embedding, same_matrix
 from eagle_jax.layout import PLAIN, Layout
-from eagle_jax.models import kernels, param_names
 from eagle_jax.models import quantize as quantisation
-from eagle_jax.models.weight_layout import fuse, fused_parts
-from eagle_jax.sharding import check_tensor, replicated, weight_shardings
+from eagle_jax.placement import draft_place, layout_for_decoding, place
+from eagle_jax.sharding import check_tensor
 from eagle_jax.text import Tokenizer
 from eagle_jax.types import ParamDict
 
@@ -211,13 +210,13 @@ def load(
                 )
             )
             layout = layout_for_decoding(dtype, of_drafts)
-            placed = _place(params, config, layout, dtype, draft_place(config, sharding))
+            placed = place(params, config, layout, dtype, draft_place(config, sharding))
             drafts[kind] = Draft(placed, config, layout)
     layout = layout_for_decoding(dtype, quantization)
     if on_cpu or quantization is not None:
         target_config, target = targets.untied(target_config, target)
     return Params(
-        target=_place(target, target_config, layout, dtype, sharding),
+        target=place(target, target_config, layout, dtype, sharding),
         drafts=drafts,
         target_config=target_config,
         layout=layout,
@@ -344,15 +343,6 @@ def _tokens(path: Path) -> dict[int, str]:
     return tokens | {entry["id"]: entry["content"] for entry in content.get("added_tokens", [])}
 
 
-def layout_for_decoding(dtype: jnp.dtype, quantize: Literal["int8"] | None = None) -> Layout:
-    """Returns the layout that is fastest to decode with.
-
-    q, k and v are joined only where our kernels read them: compiled for TPUs, a tree's round would
-    take a sixth longer (docs/tpu.md).
-    """
-    return Layout(gate_up_fused=True, qkv_fused=kernels.expected(dtype), quantize=quantize)
-
-
 def shipped() -> list[str]:
     """Names of the pairs that come with the package."""
     return sorted(path.name for path in _SHIPPED.iterdir() if (path / "target").is_dir())
@@ -391,64 +381,3 @@ def find(name_or_path: str | Path) -> Path:
             f"({', '.join(shipped())}); give a folder with config.json and model.safetensors"
         )
     return path
-
-
-def _place(
-    params: Mapping[str, LazyTensor],
-    config: DraftConfig,
-    layout: Layout,
-    dtype: jnp.dtype,
-    sharding: Mesh | Sharding | None,
-) -> ParamDict:
-    """Reads, casts and places one array after the other, in `layout`."""
-    scales: frozenset[str] = frozenset()  # of int8 matrices; the module says which have them
-    if layout.quantize is not None:
-        module = registry.by_config(config).module_class()
-        names_there = param_names(module, config, layout)
-        scales = frozenset(name for name in names_there if name.endswith(quantisation.SCALE))
-    placed = {}
-    for parts in fused_parts(params, layout).values():
-        names = [name for joined in parts for name in joined]
-        read = {name: np.asarray(params[name]) for name in names}
-        for name, array in fuse(read, config, layout).items():
-            small = name + quantisation.SCALE in scales
-            # A table of token ids is no weight; what becomes int8 is read with all its bits.
-            if not small and not np.issubdtype(array.dtype, np.integer):
-                array = array.astype(dtype, copy=False)
-            placed[name] = jax.device_put(array, _sharding(name, array, sharding))
-            if small:
-                placed |= _quantised(name, placed[name], sharding)
-            # Waited for, so that the host's copy of one is gone before the next is read.
-            jax.block_until_ready(placed[name])
-    return placed
-
-
-def _quantised(name: str, kernel: jax.Array, sharding: Mesh | Sharding | None) -> ParamDict:
-    """A matrix and its scales, made on the devices that hold it."""
-    names, axis = (name, name + quantisation.SCALE), quantisation.input_axis(name)
-    shapes = jax.eval_shape(lambda x: quantisation.quantize(x, axis), kernel)
-    where: Any = sharding
-    if isinstance(sharding, Mesh):
-        places = weight_shardings(sharding, dict(zip(names, shapes, strict=True)), stored=False)
-        where = tuple(places[name] for name in names)
-    run = jax.jit(quantisation.quantize, static_argnames="axis", out_shardings=where)
-    return dict(zip(names, run(kernel, axis=axis), strict=True))
-
-
-def draft_place(config: DraftConfig, sharding: Mesh | Sharding | None) -> Mesh | Sharding | None:
-    """A small draft that the mesh does not divide is whole on every device."""
-    if isinstance(sharding, Mesh):
-        try:
-            check_tensor(sharding, [config])
-        except ValueError:
-            return replicated(sharding)
-    return sharding
-
-
-def _sharding(name: str, array: np.ndarray, sharding: Mesh | Sharding | None) -> Sharding | None:
-    if not isinstance(sharding, Mesh):
-        return sharding
-    if np.issubdtype(array.dtype, np.integer):
-        return replicated(sharding)
-    leaf = {name: jax.ShapeDtypeStruct(array.shape, array.dtype)}
-    return weight_shardings(sharding, leaf, stored=False)[name]

@@ -133,24 +133,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def ways(mesh: Mesh | AbstractMesh, logical: str) -> int:
-    """Parts that a logical axis is cut into."""
+def mesh_parts(mesh: Mesh | AbstractMesh, logical: str) -> int:
+    """Returns how many parts a mesh cuts a logical axis into."""
     return int(np.prod([mesh.shape[axis] for axis in RULES[logical]]))
 
 
 def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
     """The leading axis over data and fsdp groups; `rows` that they do not divide, whole."""
-    if rows is not None and rows % ways(mesh, "batch"):
+    if rows is not None and rows % mesh_parts(mesh, "batch"):
         return replicated(mesh)
     return NamedSharding(mesh, spec("batch"))
 
 
 def check_batch(mesh: Mesh, batch_size: int) -> None:
     """Raise ValueError unless every group of devices gets the same number of rows."""
-    if batch_size % ways(mesh, "batch"):
+    if batch_size % mesh_parts(mesh, "batch"):
         raise ValueError(
-            f"batch_size={batch_size}: must be a multiple of {ways(mesh, 'batch')}, the groups of "
-            "devices with rows of their own"
+            f"batch_size={batch_size}: must be a multiple of {mesh_parts(mesh, 'batch')}, the "
+            "groups of devices with rows of their own"
         )
 
 
@@ -161,7 +161,7 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     Raises:
         ValueError: the processes' parts are not equal slices of the batch.
     """
-    groups = ways(mesh, "batch")
+    groups = mesh_parts(mesh, "batch")
     places = batch_sharding(mesh).addressable_devices_indices_map((groups,))
     own = sorted({range(groups)[index[0]].start for index in places.values() if index})
     count = groups // max(1, len(own))
@@ -228,15 +228,15 @@ def _fitting(
     mesh: Mesh | AbstractMesh, shape: tuple[int, ...], logical: tuple[str | None, ...]
 ) -> P:
     fitting = [
-        name if name is not None and size % ways(mesh, name) == 0 else None
+        name if name is not None and size % mesh_parts(mesh, name) == 0 else None
         for name, size in zip(logical, shape, strict=False)  # names of leading axes
     ]
     return spec(*fitting)
 
 
-def ways_of(logical: str, size: int) -> int:
-    """Parts that XLA cuts an axis of this size into, over the mesh in use, if any."""
-    parts = ways(jax.sharding.get_abstract_mesh(), logical) if over_several() else 1
+def parts_of(logical: str, size: int) -> int:
+    """Returns how many parts the mesh in use cuts an axis of this size into; 1 without a mesh."""
+    parts = mesh_parts(jax.sharding.get_abstract_mesh(), logical) if over_several() else 1
     return 1 if size % parts else parts
 
 
@@ -249,10 +249,10 @@ def on_each_device(
     weights: Mapping[str, jax.Array] | None = None,
     sizes: Mapping[str, int] | None = None,
 ) -> Any:
-    """`function` by each device of the mesh in use, of its own parts, and its results together.
+    """Runs `function` on each device of the mesh in use and returns its results put together.
 
-    Nothing is sent but by `summed`. An axis that its part of the mesh does not divide is whole, and
-    so are all others which that part would cut.
+    Each device gets its own parts of the arrays and sends nothing but by `all_reduce`. An axis that
+    its mesh axes do not divide stays whole, and so do all other axes which these would cut.
 
     Args:
         function: of `args`, after `weights` if they are given; returns a tree of arrays, or, for
@@ -274,7 +274,7 @@ def on_each_device(
     whole: set[str] = set()
     for shape, names in known:
         for size, name in zip(shape, names, strict=False):
-            if name is not None and size % ways(mesh, name):
+            if name is not None and size % mesh_parts(mesh, name):
                 whole |= set(RULES[name])
 
     def place(names: Logical) -> P:
@@ -294,8 +294,8 @@ def on_each_device(
     return run(*args)
 
 
-def summed(x: T, logical: str) -> T:
-    """In `on_each_device`: the sum over the devices among which this axis is cut."""
+def all_reduce(x: T, logical: str) -> T:
+    """Returns, within `on_each_device`, the sum over the devices that hold parts of this axis."""
     return jax.lax.psum(x, RULES[logical])
 
 
@@ -314,7 +314,7 @@ def check_tensor(mesh: Mesh, configs: Iterable[DraftConfig]) -> None:
         if getattr(config, "num_experts", 0):
             needed |= {"num_experts": "experts"}
         for field, logical in needed.items():
-            size, parts = getattr(config, field, 0), ways(mesh, logical)
+            size, parts = getattr(config, field, 0), mesh_parts(mesh, logical)
             if size % parts:
                 axes = " x ".join(RULES[logical])
                 raise ValueError(
@@ -339,16 +339,16 @@ def _weight(mesh: Mesh, name: str, leaf: Any, *, stored: bool) -> NamedSharding:
     axis left that divides, the first of equals."""
     axes = list(_logical(name, leaf))
     for i, (logical, size) in enumerate(zip(axes, leaf.shape, strict=True)):
-        if logical == "vocab" and size % ways(mesh, logical):
+        if logical == "vocab" and size % mesh_parts(mesh, logical):
             axes[i] = None  # vocabularies have odd sizes; all else is made to be cut
-        elif logical is not None and size % ways(mesh, logical):
+        elif logical is not None and size % mesh_parts(mesh, logical):
             raise ValueError(
                 f"{name}: axis {i} of {tuple(leaf.shape)} cannot be cut into "
-                f"{ways(mesh, logical)} equal parts ({' x '.join(RULES[logical])} of the mesh); "
-                "make the mesh's axis a divisor of it"
+                f"{mesh_parts(mesh, logical)} equal parts ({' x '.join(RULES[logical])} of the "
+                "mesh); make the mesh's axis a divisor of it"
             )
-    axes = [name if name is not None and ways(mesh, name) > 1 else None for name in axes]
-    parts = ways(mesh, "shard")
+    axes = [name if name is not None and mesh_parts(mesh, name) > 1 else None for name in axes]
+    parts = mesh_parts(mesh, "shard")
     free = [i for i, n in enumerate(leaf.shape) if axes[i] is None and n % parts == 0 and n > 0]
     if stored and parts > 1 and free:
         axes[max(free, key=lambda i: (leaf.shape[i], -i))] = "shard"

@@ -32,6 +32,7 @@ from eagle_jax.decode import (
     Vanilla,
 )
 from eagle_jax.decode.acceptance import Exact
+from eagle_jax.decode.instrument import Wrapper
 from eagle_jax.decode.method import Context, Method, Models, Prompt, Rule, Verified
 from eagle_jax.decode.sampling import Sampling, SamplingParams, Vocabulary, perturb
 from eagle_jax.decode.tree import Proposal, chain, static_tree
@@ -233,29 +234,8 @@ class Recorded:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recording:
+class Recording(Wrapper):
     """Any method; its state also holds the tokens and parents of the tree proposed last."""
-
-    inner: Method
-
-    @property
-    def nodes(self) -> int:
-        return self.inner.nodes
-
-    @property
-    def depth(self) -> int:
-        return self.inner.depth
-
-    @property
-    def draft(self) -> str | None:
-        return self.inner.draft
-
-    @property
-    def rule(self) -> Rule:
-        return self.inner.rule
-
-    def check(self, params: Params) -> None:
-        self.inner.check(params)
 
     def init(self, models: Models, prompt: Prompt, slots: int) -> Recorded:
         tokens = jnp.zeros((prompt.tokens.shape[0], self.nodes), jnp.int32)

@@ -17,6 +17,7 @@ import pytest
 import tiny_pair
 
 from eagle_jax import aot, settings, sharding
+from eagle_jax.aot import programs, topology
 from eagle_jax.drafters.eagle.module import EagleDraft
 from eagle_jax.models import kernels
 from eagle_jax.testing import tiny_draft, tiny_target
@@ -86,7 +87,7 @@ def test_arguments_of_a_draft_vocabulary():
     mesh = sharding.make_mesh(tensor=4, devices=jax.devices()[:4])
     draft = tiny_draft(tiny_target(64), draft_vocab_size=40, num_key_value_heads=4)
     draft = dataclasses.replace(draft, num_attention_heads=4)
-    found = aot._weights(mesh, EagleDraft, draft)
+    found = programs.abstract_weights(mesh, EagleDraft, draft)
     table, head = found["d2t"], found["lm_head.kernel"]
     assert (table.shape, table.dtype) == ((40,), jnp.int32) and table.sharding.is_fully_replicated
     assert (head.shape, head.dtype) == ((32, 40), jnp.bfloat16)
@@ -123,7 +124,7 @@ def test_programs_for_a_device_that_is_not_there():
 
 
 needs_cuda = pytest.mark.skipif(
-    not aot._installed("jax_plugins.xla_cuda13"),
+    not topology.installed("jax_plugins.xla_cuda13"),
     reason="JAX's CUDA plugin is not installed here (pip install 'eagle-jax[cuda]')",
 )
 

@@ -25,7 +25,7 @@ from eagle_jax.drafters import registry
 from eagle_jax.evaluate import EvalConfig, agreement, metrics
 from eagle_jax.layout import PLAIN, Layout
 from eagle_jax.models import Transformer, bind, cast, param_shapes, quantize
-from eagle_jax.models.linear import matmul
+from eagle_jax.models.matmul import matmul
 from eagle_jax.models.transformer import packed_mask
 from eagle_jax.params import Draft, Params
 from eagle_jax.testing import (

@@ -34,7 +34,7 @@ from eagle_jax.decode.__main__ import main as decode_main
 from eagle_jax.decode.batching.batcher import Batcher
 from eagle_jax.decode.prompts import encode
 from eagle_jax.decode.sampling import SamplingParams
-from eagle_jax.drafters.eagle.tuning import Probe
+from eagle_jax.drafters.eagle.tuning import PoolRecorder
 from eagle_jax.params import Params, load
 from eagle_jax.tune import Tuning, measure, tune
 from eagle_jax.tune.__main__ import main
@@ -166,7 +166,7 @@ def test_a_record_says_what_the_method_itself_gets_accepted(temperature) -> None
     units = [measure.Unit(((7, 1, 2), (3, 9)), (5, 6)), measure.Unit(((1, 2), (4,)), (7, 8))]
     bench = measure.Bench(pair, units, decoding.NEW, quiet=True)
     tree = DynamicTree(depth=3, k=3, drafted=9)
-    wide = [bench.run(Probe(tree, rounds=decoding.NEW), u, temperature) for u in units]
+    wide = [bench.run(PoolRecorder(Eagle(tree), decoding.NEW), u, temperature) for u in units]
     pools = Pools.of([run.state for run in wide], tree)
     tau = sum(run.tokens for run in wide) / sum(run.rounds for run in wide)
     # Rounds that the limit cut short committed no bonus token.

@@ -15,10 +15,9 @@ import random
 from pathlib import Path
 
 import eagle_jax
-from eagle_jax import cli
+from eagle_jax import cli, fingerprint
 from eagle_jax.checkpoint import files
 from eagle_jax.decode.batching.answer_file import answer_file
-from eagle_jax.decode.tuning_store import fingerprint
 from eagle_jax.text import read_prompts
 
 # Temperature, and the first prompt's seed.
@@ -46,7 +45,7 @@ def main() -> None:
     random.Random(0).shuffle(kept)
     text = "".join(json.dumps({"messages": turns}) + "\n" for turns in kept)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    own = {"weights": fingerprint(params.with_draft(None)), "prompts": digest}
+    own = {"weights": fingerprint.of_params(params.with_draft(None)), "prompts": digest}
     if made.exists() and files.read_json(made) != own:
         raise ValueError(
             f"{made}: the answers there are another model's, or to other prompts; give another "

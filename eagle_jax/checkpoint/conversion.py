@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from eagle_jax.checkpoint import export, families, files, hf, manifest, safetensors
+from eagle_jax.checkpoint import config_json, export, files, hf, manifest, safetensors
 from eagle_jax.checkpoint.lazy_tensor import LazyTensor, cast
 from eagle_jax.checkpoint.names import on_disk
 from eagle_jax.config import DraftConfig
@@ -280,7 +280,7 @@ def _write_target(job: Job, source: Path, directory: Path) -> int:
     """A target with its own `config.json`, whatever else that says; returns the weights' bytes."""
     config, _ = hf.open_target(source)
     settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    settings, tensors = families.text_part(settings, files.read_tensors(source))
+    settings, tensors = config_json.text_part(settings, files.read_tensors(source))
     tensors = {name: tensors[name] for name, _ in on_disk(config).values()}
     if job.dtype is not None:
         tensors = {name: cast(name, tensor, job.dtype) for name, tensor in tensors.items()}
@@ -312,7 +312,7 @@ def _write_draft(
     if about is not None:
         hf.check_fit(about.config, config, source)
     own = registry.by_config(config).checkpoint()
-    settings = families.flat(files.read_json(source / "config.json"))
+    settings = config_json.flat(files.read_json(source / "config.json"))
     if job.vocabulary is not None and own.shortens:
         config, params = own.with_vocabulary(config, params, job.vocabulary.offsets)
         settings = {**settings, **job.vocabulary.said()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import hashlib
 import json
 import math
 import re
@@ -31,8 +30,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 _SAFETENSORS, _TORCH = "model.safetensors", "pytorch_model.bin"
 _ENDINGS = (".safetensors", ".bin", ".pt")
-# Of a fingerprint, in bytes: files up to this are read whole, of others a part of every step.
-_WHOLE, _STEP, _PART = 64 * 2**20, 2**20, 4096
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -298,28 +295,6 @@ def arrays(
         name: tensors[disk].T if transposed else tensors[disk]
         for name, (disk, transposed) in on_disk(config).items()
     }
-
-
-def fingerprint(directory: Path) -> str:
-    """A hash that tells weights apart without reading all of them.
-
-    Files above 64 MiB count with their size and 4 KiB of every MiB, others whole: training changes
-    every tensor. One changed byte of a large file, as damage leaves it, may go unnoticed.
-
-    Args:
-        directory: of a model.
-    """
-    found = sorted(path for end in _ENDINGS for path in directory.glob(f"*{end}"))
-    digest = hashlib.sha256()
-    for path in found:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            step, part = (_STEP, _PART) if size > _WHOLE else (_STEP, _STEP)
-            for start in range(0, size, step):
-                file.seek(start)
-                digest.update(file.read(part))
-    return digest.hexdigest()
 
 
 def in_memory(params: Mapping[str, LazyTensor | np.ndarray]) -> Arrays:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from eagle_jax.checkpoint import families, files
+from eagle_jax.checkpoint import config_json, files
 from eagle_jax.checkpoint import target as targets
 from eagle_jax.checkpoint.names import shapes
 from eagle_jax.config import DraftConfig, TransformerConfig
@@ -179,8 +179,8 @@ def recognise(directory: Path) -> tuple[DrafterSpec, dict[str, Any], files.LazyT
     Raises:
         ValueError: a file is missing or corrupt.
     """
-    settings = families.flat(files.read_json(directory / "config.json"))
-    settings, tensors = families.text_part(settings, files.read_tensors(directory))
+    settings = config_json.flat(files.read_json(directory / "config.json"))
+    settings, tensors = config_json.text_part(settings, files.read_tensors(directory))
     return registry.recognise(settings, list(tensors)), settings, tensors
 
 

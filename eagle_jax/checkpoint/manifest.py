@@ -7,11 +7,11 @@ without a manifest is read as well; then only the files themselves can be checke
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from eagle_jax import fingerprint
 from eagle_jax.checkpoint import files
 
 MANIFEST = "eagle_jax.json"
@@ -35,7 +35,7 @@ def write_manifest(root: Path, parts: Mapping[str, str]) -> None:
             name: {
                 "kind": kind,
                 "files": {
-                    path.name: {"size": path.stat().st_size, "sha256": _sha256(path)}
+                    path.name: {"size": path.stat().st_size, "sha256": fingerprint.of_file(path)}
                     for path in sorted((root / name).iterdir())
                 },
             }
@@ -132,10 +132,5 @@ def _check_file(path: Path, expected: Mapping[str, Any], whole: bool) -> None:
             f"{path}: has {size} bytes, {MANIFEST} says {expected['size']}: truncated or changed; "
             f"{remedy}"
         )
-    if (whole or size <= _QUICK) and _sha256(path) != expected["sha256"]:
+    if (whole or size <= _QUICK) and fingerprint.of_file(path) != expected["sha256"]:
         raise ValueError(f"{path}: differs from the file that {MANIFEST} lists; {remedy}")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from eagle_jax.checkpoint import families, files
+from eagle_jax.checkpoint import config_json, families, files
 from eagle_jax.checkpoint.lazy_tensor import LazyTensor, equal
 from eagle_jax.checkpoint.names import Shape, module_shapes, renamed_leaf
 from eagle_jax.config import TransformerConfig
@@ -83,7 +83,7 @@ def settings(
     eos_token_id: int | Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The content of `config.json`, as transformers reads it."""
-    return families.to_json(config, families.family_of(config), dtype) | {
+    return config_json.to_json(config, families.family_of(config), dtype) | {
         "num_hidden_layers": config.num_hidden_layers,
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
@@ -103,7 +103,7 @@ def read(
     """
     counts = ("num_hidden_layers", "num_experts", "num_local_experts")
     files.check_counts(directory, settings, counts, tensors)
-    config = families.from_json(directory, settings)
+    config = config_json.from_json(directory, settings)
     tied = ["lm_head.weight"] if config.tie_word_embeddings else []
     head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if tied and head is not None and embedding is not None and not equal(head, embedding):

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from eagle_jax import fingerprint
 from eagle_jax.config import TrainConfig
 
 # Fields that leave the computed function as it is: a run may go on with other values. Sharding,
@@ -54,6 +54,8 @@ _FREE = {
     "remat",
     "stop_on_spike",
 }
+# Fields that configurations had in version 0.1, of which training knew the default only.
+_LAYOUT_FIELDS = ("fused", "fused_qkv", "quantize")
 _UNREADABLE = ".unreadable"  # ends the name of a checkpoint that was set aside
 
 
@@ -102,6 +104,7 @@ def check_same(
     """
     new, old = {**flatten(config), **(contents or {})}, {**_defaults(config), **old}
     free = _FREE | ({"optim.steps"} if config.optim.schedule == "constant" else set())
+    free |= {name for name in old if name.rpartition(".")[2] in _LAYOUT_FIELDS}
     for name in [*new, *(name for name in old if name not in new)]:
         if name not in free and old.get(name) != new.get(name):
             raise ValueError(
@@ -152,19 +155,6 @@ def _reason(error: BaseException) -> str:
     return ": ".join(text.splitlines()[0].split(" [")[0].split(": ")[-2:])
 
 
-@jax.jit
-def _fingerprint(state: Any) -> jax.Array:
-    """Sum of all 32-bit words modulo 2**32: one changed word changes it, no sharding does."""
-
-    def total(x: jax.Array) -> jax.Array:
-        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-        return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).sum(dtype=jnp.uint32)
-
-    leaves = jax.tree.leaves(state)  # odd factors: leaves that changed places count as changed
-    terms = [total(x) * jnp.uint32(2 * i + 1) for i, x in enumerate(leaves)]
-    return functools.reduce(jnp.add, terms)
-
-
 def _everywhere(ok: bool) -> bool:
     """Whether `ok` in every process; all have to ask."""
     if jax.process_count() == 1:
@@ -199,7 +189,7 @@ class Checkpoints:
         metadata = {
             "config": flatten(self._config) | dict(self._contents),
             "data": _pack(data_state),
-            "fingerprint": int(_fingerprint(state)),
+            "fingerprint": fingerprint.of_arrays(state),
         }
         self._pending = self._checkpointer.save_async(
             step, state, force=True, custom_metadata=metadata
@@ -274,7 +264,7 @@ class Checkpoints:
         check_same(metadata["config"], self._config, self._directory.parent, self._contents)
         with _reading():
             state = jax.block_until_ready(self._checkpointer.load(step, abstract))
-            if metadata.get("fingerprint") not in (None, int(_fingerprint(state))):
+            if metadata.get("fingerprint") not in (None, fingerprint.of_arrays(state)):
                 raise ValueError("its weights are not those that were saved")
         return state, data_state
 

@@ -50,7 +50,7 @@ def _cut(scores: Float[Array, "*lead v"], k: int) -> bool:
     """Whether each device of a mesh searches its own entries: those of a vocabulary, not of the few
     candidates that a tree chooses from, which every device has."""
     vocab = scores.shape[-1]
-    parts = sharding.ways_of("vocab", vocab)
+    parts = sharding.parts_of("vocab", vocab)
     return parts > 1 and vocab > k * max(_CHUNK, parts)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import hashlib
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -17,19 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from eagle_jax import outputs, sharding
+from eagle_jax import fingerprint, outputs, sharding
 from eagle_jax.checkpoint import files
 from eagle_jax.decode import method_cli
 from eagle_jax.decode.method import Method
-from eagle_jax.layout import Layout
 from eagle_jax.params import Params, shipped_name
-from eagle_jax.types import ParamDict
 
 FILE = "tuning.json"
 _FORMAT = {"format": "eagle_jax tuning", "version": 1}
-_CORNER = 64  # values of every matrix that tell weights apart
 _COMMAND = "eagle-jax tune"
 
 Entry = dict[str, Any]
@@ -43,7 +38,7 @@ def key(params: Params, rows: int, temperature: float) -> dict[str, Any]:
         "dtype": "+".join(sorted(dtypes)),  # two or more where weights are quantised
         "rows": 1 << (rows - 1).bit_length(),
         "decoding": "sampled" if temperature > 0 else "greedy",
-        "weights": fingerprint(params),
+        "weights": fingerprint.of_params(params),
     }
 
 
@@ -73,39 +68,11 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def fingerprint(params: Params) -> str:
-    """Hashes target and drafts: configurations, layouts, all vectors, a corner of every matrix."""
-    digest = hashlib.sha256()
-    models: list[tuple[str, Any, Layout, ParamDict]] = [
-        ("target", params.target_config, params.layout, params.target),
-        *(
-            (kind, draft.config, draft.layout, draft.params)
-            for kind, draft in sorted(params.drafts.items())
-        ),
-    ]
-    for kind, config, layout, arrays in models:
-        digest.update(f"{kind} {config} {layout}".encode())
-        for name, array in sorted(_samples(arrays).items()):
-            digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _samples(arrays: ParamDict) -> dict[str, np.ndarray]:
-    vectors = {name: array for name, array in arrays.items() if array.ndim == 1}
-    if jax.process_count() > 1:  # what of a matrix lies in other processes cannot be read
-        return jax.device_get(vectors)
-    matrices = {name: array for name, array in arrays.items() if array.ndim > 1}
-    if jax.default_backend() == "cpu":  # numpy reads there what JAX would compile slices for
-        matrices = {name: np.asarray(array) for name, array in matrices.items()}
-    corners = {name: array[(0,) * (array.ndim - 1)][:_CORNER] for name, array in matrices.items()}
-    return jax.device_get({**vectors, **corners})
-
-
 def places(params: Params) -> list[Path]:
     """Files that may hold the model's tuning, the preferred one first."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     own = [] if params.directory is None else [params.directory / FILE]
-    return [*own, cache / "eagle_jax" / "tuning" / f"{fingerprint(params)}.json"]
+    return [*own, cache / "eagle_jax" / "tuning" / f"{fingerprint.of_params(params)}.json"]
 
 
 def entries(path: Path) -> list[Entry]:

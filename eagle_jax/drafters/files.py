@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from eagle_jax.checkpoint import families, files
+from eagle_jax.checkpoint import config_json, files
 from eagle_jax.checkpoint.files import Arrays, LazyTensors
 from eagle_jax.checkpoint.lazy_tensor import LazyTensor
 from eagle_jax.checkpoint.names import Shape, module_shapes, renamed_leaf
@@ -145,7 +145,7 @@ class DraftFiles:
         """
         del target
         cls, tensors = self.spec.config_class(), dict(tensors)
-        config = families.build(directory, cls, lambda: _fields(cls, settings))
+        config = config_json.build(directory, cls, lambda: _fields(cls, settings))
         found = draft_vocabulary.pop_tables(tensors)
         params = files.arrays(directory, config, tensors)
         if draft_vocabulary.size_of(config) is not None:

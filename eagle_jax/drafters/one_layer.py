@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from eagle_jax.checkpoint import families
+from eagle_jax.checkpoint import config_json
 from eagle_jax.checkpoint.files import LazyTensors
 from eagle_jax.checkpoint.lazy_tensor import LazyTensor
 from eagle_jax.config import TransformerConfig
@@ -26,7 +26,7 @@ class OneLayerFiles(DraftFiles):
     rotates = True
 
     def settings(self, config: Any, dtype: str, coverage: float | None = None) -> dict[str, Any]:
-        settings = families.draft_json(config, dtype) | {
+        settings = config_json.draft_json(config, dtype) | {
             "num_hidden_layers": 1,
             "qkv_bias": config.attention_bias,
         }

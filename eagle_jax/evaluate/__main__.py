@@ -6,11 +6,10 @@ import argparse
 import dataclasses
 import json
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
-from eagle_jax import cli, compilation_cache, distributed, outputs, settings
+from eagle_jax import cli, compilation_cache, distributed, fingerprint, outputs, settings
 from eagle_jax.evaluate.config import EvalConfig
 
 # Of the environment, what the samples of a directory have in common.
@@ -237,7 +236,7 @@ def _fixed(config: EvalConfig, params: Any, around: dict[str, Any]) -> dict[str,
             for name, method in with_baseline(config.methods).items()
         },
         **{name: around[name] for name in _AROUND},
-        "weights": _fingerprint(params),
+        "weights": fingerprint.of_params(params),
     }
 
 
@@ -251,19 +250,6 @@ def _settings(method: Any, params: Any, rows: int) -> str:
         return spell(method)
     found = [tuning_store.find(params, rows, temperature) for temperature in (0.0, 1.0)]
     return f"auto: {[entry and entry['method'] for entry in found]}"
-
-
-def _fingerprint(params: Any) -> str:
-    """Of every vector of weights: retrained weights in the same place are other weights."""
-    import jax
-
-    total = 0
-    for model in (params.target, *(draft.params for _, draft in sorted(params.drafts.items()))):
-        arrays = [array for _, array in sorted(model.items())]
-        vectors = [array for array in arrays if array.ndim == 1]
-        for array in jax.device_get(vectors or [min(arrays, key=lambda array: array.nbytes)]):
-            total = zlib.crc32(array.tobytes(), total)
-    return f"{total:08x}"
 
 
 def _plot(folder: Path, result: dict[str, Any]) -> None:

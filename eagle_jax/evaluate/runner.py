@@ -15,18 +15,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import as_completed
 from typing import Any
 
-import jax.numpy as jnp
 from tqdm import tqdm
 
 from eagle_jax import interrupts, sharding
 from eagle_jax.checks import check_whole
 from eagle_jax.decode import Vanilla, generate, tuning_store
-from eagle_jax.decode.method import Context, Method, Models
+from eagle_jax.decode.instrument import wide_pass
+from eagle_jax.decode.method import Method
 from eagle_jax.decode.program import bucket_prompt
 from eagle_jax.decode.registry import AUTO
 from eagle_jax.decode.sampling import SamplingParams
 from eagle_jax.decode.session import check_method
-from eagle_jax.decode.tree import Proposal, StaticTree
 from eagle_jax.evaluate.config import BASELINE, EvalConfig
 from eagle_jax.evaluate.samples import Samples
 from eagle_jax.evaluate.tasks import Question
@@ -34,28 +33,6 @@ from eagle_jax.params import Params
 
 STEP_TASK = "step time"
 _STEP_TOKENS = 32  # rounds of one run of that measurement, about
-
-
-@dataclasses.dataclass(frozen=True)
-class Star(Vanilla):
-    """Not a method to decode with: vanilla whose root has children that are all token 0.
-
-    One round is the target's pass over `nodes` tokens, at least 2, without any draft.
-    """
-
-    nodes: int = 2
-    depth: int = dataclasses.field(default=1, init=False)
-
-    def propose(
-        self, models: Models, context: Context, state: tuple[()]
-    ) -> tuple[Proposal, tuple[()]]:
-        del models
-        root = context.root()
-        tokens = jnp.zeros((root.shape[0], self.nodes), root.dtype).at[:, 0].set(root)
-        return Proposal(tokens, self.tree().shape(root.shape[0])), state
-
-    def tree(self) -> StaticTree:
-        return StaticTree(tuple((rank,) for rank in range(self.nodes - 1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +123,7 @@ class Runner:
         new = min(new, _STEP_TOKENS)
         for unit in units[: self.config.step_prompts if self.config.step_times else 0]:
             unit = dataclasses.replace(unit, task=STEP_TASK, temperature=0.0)
-            sizes = [(n, Vanilla() if n == 1 else Star(n)) for n in self.config.step_times]
+            sizes = [(n, Vanilla() if n == 1 else wide_pass(n)) for n in self.config.step_times]
             out.append([Job(f"step {n}", method, unit, new, True) for n, method in sizes])
         return out
 

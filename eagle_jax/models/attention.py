@@ -1,4 +1,8 @@
-"""Attention over a cache and a fresh block: a fast one, and one that rounds alike for all trees."""
+"""Attention over a cache and a fresh block. Which of its implementations runs is decided here.
+
+`two_segment_attention` is the usual one, by our kernel or by XLA; `aligned_attention` rounds alike
+whatever tokens are verified together; cuDNN's serves training.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,69 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from eagle_jax.models import kernels
+from eagle_jax.models.heads import Heads, UnsplitHeads, split
 from eagle_jax.types import KeyValue
 
 AttentionKernel = Literal["xla", "cudnn", "aligned"]
 
 # Positions of a span of `aligned_attention`; no tree that is verified by it may be deeper.
 SPAN = 32
+
+
+def attention(
+    heads: Heads | UnsplitHeads,
+    mask: Bool[Array, "b t u"],
+    positions: Int[Array, "b t"],
+    *,
+    prefix: KeyValue | None = None,
+    lengths: Int[Array, " b"] | None = None,
+    before: KeyValue | None = None,
+    kernel: AttentionKernel = "xla",
+    oldest: Int[Array, "b t"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> tuple[Float[Array, "b t h e"], KeyValue]:
+    """Returns the attended values, and the block's keys and values [b, k, t, e].
+
+    Args:
+        heads: rotated query and keys, and values, of the block.
+        mask: which fresh tokens each token sees: those of `before`, then the block's own.
+        positions: of the block's tokens.
+        prefix, lengths: the cache and its used slots, or none.
+        before: keys and values of earlier blocks of the same round.
+        kernel: "xla" takes our kernel where it fits; "cudnn" is for training, without a cache;
+            "aligned" is `aligned_attention`, with one.
+        oldest, scale, softcap: as in `two_segment_attention`.
+
+    Raises:
+        ValueError: cuDNN's kernel has no soft cap.
+    """
+    bounds = {"oldest": oldest, "scale": scale, "softcap": softcap}
+    if isinstance(heads, UnsplitHeads):
+        plain = kernel == "xla" and before is None and prefix is not None and lengths is not None
+        if plain and kernels.attention.splits(heads, prefix):
+            return kernel_attention(heads, None, mask, prefix, lengths, **bounds)
+        heads = split(heads)
+    query, keys, values = heads
+    if kernel == "cudnn":
+        if softcap is not None:
+            raise ValueError(
+                f"attention='cudnn': attn_logit_softcapping={softcap} is beyond this kernel; use "
+                "attention='xla'"
+            )
+        mixed = jax.nn.dot_product_attention(
+            query, keys, values, mask=mask[:, None], scale=scale, implementation="cudnn"
+        )
+    block = (keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3))
+    if kernel == "aligned":
+        assert before is None and prefix is not None and lengths is not None
+        mixed = aligned_attention(query, block, mask, positions, prefix, lengths, **bounds)
+    if kernel == "xla":
+        seen = block
+        if before is not None:
+            seen = jax.tree.map(lambda a, c: jnp.concatenate([a, c], axis=2), before, block)
+        mixed = two_segment_attention(query, seen, mask, prefix, lengths, **bounds)
+    return mixed, block
 
 
 def two_segment_attention(
@@ -67,7 +128,7 @@ def two_segment_attention(
     def score(keys: jax.Array, visible: jax.Array) -> jax.Array:
         scores = jnp.einsum("bkqe,bkse->bkqs", grouped, keys, preferred_element_type=jnp.float32)
         if softcap is not None:
-            scores = bend(scores, softcap)
+            scores = soft_cap(scores, softcap)
         return jnp.where(visible, scores, -jnp.inf)
 
     visible = jnp.repeat(mask, h // k, axis=1)[:, None]
@@ -88,7 +149,7 @@ def two_segment_attention(
 
 
 def kernel_attention(
-    query: Float[Array, "b k q e"] | kernels.attention.Joined,
+    query: Float[Array, "b k q e"] | UnsplitHeads,
     block: KeyValue | None,
     mask: Bool[Array, "b t u"],
     prefix: KeyValue,
@@ -98,8 +159,13 @@ def kernel_attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> tuple[Float[Array, "b t h e"], KeyValue]:
-    """`two_segment_attention` by the kernel: of queries by key head (t g rows each) and a block, or
-    of the product that both are in, without one; the mixed values, and the block."""
+    """Returns what `two_segment_attention` does, by our kernel, and the block's keys and values.
+
+    Args:
+        query: by key head, t g rows each; or the product that queries, keys and values are in.
+        block: as there; None if it is in that product.
+        mask, prefix, lengths, oldest, scale, softcap: as there.
+    """
     (_, _, q, e), t = query.shape, mask.shape[1]
     of_rows = jnp.repeat(mask, q // t, axis=1)
     edges = None if oldest is None else jnp.repeat(oldest, q // t, axis=1)
@@ -163,7 +229,7 @@ def aligned_attention(
     def score(spelled: str, keys: jax.Array, visible: Bool[Array, "b t s"]) -> jax.Array:
         scores = jnp.einsum(spelled, grouped, keys, preferred_element_type=jnp.float32)
         if softcap is not None:
-            scores = bend(scores, softcap)
+            scores = soft_cap(scores, softcap)
         return jnp.where(visible[:, None, :, None, :], scores, -jnp.inf)
 
     keys, values = (near(old, new) for old, new in zip(prefix, block, strict=True))
@@ -177,6 +243,6 @@ def aligned_attention(
     return mixed.transpose(0, 2, 1, 3, 4).reshape(b, t, h, e)
 
 
-def bend(x: Float[Array, "*lead o"], cap: float) -> Float[Array, "*lead o"]:
-    """cap tanh(x / cap): nearly x where it is small, never beyond ± cap."""
+def soft_cap(x: Float[Array, "*lead o"], cap: float) -> Float[Array, "*lead o"]:
+    """Returns cap tanh(x / cap): nearly x where it is small, never beyond ± cap."""
     return jnp.tanh(x / jnp.asarray(cap, x.dtype)) * jnp.asarray(cap, x.dtype)

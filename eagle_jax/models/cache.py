@@ -17,7 +17,7 @@ from eagle_jax.types import KeyValue
 # Per layer (keys, values), each [b, k, s, e].
 Cache = tuple[KeyValue, ...]
 AXES = ("batch", "heads")  # of those, what a mesh cuts
-_FEW = 64  # slots that the kernel writes at once
+_KERNEL_SLOTS = 64  # the kernel writes at most so many slots at once
 
 
 def empty(
@@ -38,7 +38,7 @@ def write(cache: Cache, block: Cache, start: Int[Array, " b"]) -> Cache:
     """
     t = jax.tree.leaves(block)[0].shape[2]
     every = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (start.shape[0], t))
-    if t <= _FEW and (written := _launched(cache, block, every, start)) is not None:
+    if t <= _KERNEL_SLOTS and (written := _launched(cache, block, every, start)) is not None:
         return written
     written = jax.tree.map(lambda old, new: place(old, new, start, axis=1), cache, block)
     return constrain(written, *AXES)

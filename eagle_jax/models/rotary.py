@@ -72,5 +72,5 @@ def rotary(
     both = angles(positions, x.shape[-1] // 2, theta, scaling)
     cos, sin = (turn[:, :, None] for turn in both)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

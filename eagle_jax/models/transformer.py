@@ -15,15 +15,16 @@ from jaxtyping import Array, Bool, Int
 
 from eagle_jax.config import TransformerConfig
 from eagle_jax.layout import PLAIN, Layout
-from eagle_jax.models.attention import AttentionKernel, bend
-from eagle_jax.models.cache import AXES, Cache
+from eagle_jax.models.attention import AttentionKernel, soft_cap
+from eagle_jax.models.cache import Cache
 from eagle_jax.models.layers import DecoderLayer
-from eagle_jax.models.linear import Embedding, Linear, RMSNorm, join
-from eagle_jax.models.per_device import per_device
+from eagle_jax.models.linear import Embedding, Linear
+from eagle_jax.models.norm import RMSNorm, add_norm
+from eagle_jax.models.per_device import CACHE, ROWS, per_device
 from eagle_jax.sharding import constrain
 from eagle_jax.types import Hidden, Logits
 
-SCORES = ("batch", None, "vocab")  # of those, what a mesh cuts
+SCORES = ("batch", None, "vocab")  # logical axes of vocabulary scores
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +36,7 @@ class Output:
         features: [b, t, d] after the final norm: what the head reads, and what EAGLE-1 regresses.
         residuals: [b, t, d] entering each layer, and leaving the last (Hugging Face's
             `hidden_states` before the final norm): EAGLE-3 fuses some of these.
-        block: keys and values [b, k, t, e] of the tokens at hand, per layer; not yet in any cache.
+        block: keys and values [b, k, t, e] of the block's tokens, per layer; not yet in any cache.
     """
 
     features: Hidden
@@ -82,68 +83,71 @@ class Transformer(nnx.Module):
         kernel: AttentionKernel = "xla",
         remat: bool = False,
     ) -> Output:
-        """One pass over a block of tokens.
+        """Runs the model over a block of tokens.
 
         Args:
             tokens: the block: a prompt, a packed training sequence, or the nodes of a tree.
             positions: rotary position of each token; nodes of equal depth share one.
             mask: which block tokens each block token sees (itself included).
-            cache: read-only keys and values of earlier tokens, each in the slot of its position;
-                all used slots are seen, by sliding layers those within the window.
+            cache: read-only keys and values of earlier tokens, each in the slot of its position.
+                Every layer sees all used slots, a sliding layer those within its window.
             lengths: used slots of the cache, per row.
             kernel: attention kernel; "cudnn" only without cache, "aligned" only with one.
             remat: recompute each layer in the backward pass.
         """
 
-        def run(own, x, positions, mask, cache, lengths):
-            residuals, block, added = [], [], None
+        def decoder(own, x, positions, mask, cache, lengths):
+            residuals, block, update = [], [], None
             for i, layer in enumerate(own["layers"]):
                 prefix = None if cache is None else cache[i]
 
-                def apply(layer, x, added, prefix=prefix):  # bind the loop's variable for remat
-                    more = {"prefix": prefix, "lengths": lengths, "kernel": kernel}
-                    return layer.step(x, added, positions, mask, **more)
+                def step(layer, x, update, prefix=prefix):  # bind the loop's variable for remat
+                    cached = {"prefix": prefix, "lengths": lengths, "kernel": kernel}
+                    return layer.step(x, update, positions, mask, **cached)
 
-                entered, x, added, pair = (nnx.remat(apply) if remat else apply)(layer, x, added)
+                entered, x, update, pair = (nnx.remat(step) if remat else step)(layer, x, update)
                 residuals.append(entered)
                 block.append(pair)
-            assert added is not None  # there is a layer
-            x, features = join(x, added, own["norm"])
+            assert update is not None  # there is a layer
+            x, features = add_norm(x, update, own["norm"])
             residuals.append(constrain(x, "batch"))
             return features, tuple(residuals), tuple(block)
 
         x = constrain(self.embed_tokens(tokens), "batch")
-        own = {"layers": self.layers, "norm": self.norm}
-        args = (x, positions, mask, cache, lengths)
         plain = kernel == "xla" and not any(layer.has_experts for layer in self.layers)
-        rows, heads = ("batch",), self.layers[0].self_attn.k_heads
-        axes = (rows, rows, rows, AXES, rows)
-        found = per_device(run, own, args, axes, (rows, rows, AXES), possible=plain, heads=heads)
-        return Output(*found)
+        features, residuals, block = per_device(
+            decoder,
+            {"layers": self.layers, "norm": self.norm},
+            (x, positions, mask, cache, lengths),
+            (ROWS, ROWS, CACHE),
+            possible=plain,
+            heads=self.layers[0].self_attn.k_heads,
+        )
+        return Output(features, residuals, block)
 
     def logits(self, features: Hidden) -> Logits:
-        """The vocabulary head, float32 out."""
+        """Returns the vocabulary head's scores [b, t, v] in float32."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         return self.finish(vocabulary_head(head, features))
 
     def finish(self, logits: Logits) -> Logits:
-        """What follows the head's product, of all its columns or of some."""
+        """Returns scores with the soft cap, of all tokens or of a draft vocabulary."""
         logits = constrain(logits, *SCORES)
-        return logits if self.softcap is None else bend(logits, self.softcap)
+        return logits if self.softcap is None else soft_cap(logits, self.softcap)
 
 
 def vocabulary_head(head: Linear | Embedding, x: Hidden) -> Logits:
-    """Scores [b, t, v] in float32 by a head, of all tokens or of some, or by the embedding."""
+    """Returns scores [b, t, v] in float32 by a head or by the embedding, before any soft cap."""
     name = "embed_tokens" if isinstance(head, Embedding) else "lm_head"
 
     def run(own, x):
         return own[name].product(x, jnp.float32)
 
-    return per_device(run, {name: head}, (x,), (("batch",),), (SCORES,))
+    return per_device(run, {name: head}, (x,), (SCORES,))
 
 
 def packed_mask(segment_ids: Int[Array, "b t"]) -> Bool[Array, "b t t"]:
-    """Causal mask of packed sequences: a token sees earlier tokens of its own segment.
+    """Returns the causal mask of packed sequences: a token sees its own segment up to itself.
 
     segments 1 1 2    token 0  x
                       token 1  x x

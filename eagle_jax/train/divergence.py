@@ -15,7 +15,7 @@ from eagle_jax.config import TrainConfig
 from eagle_jax.train import data
 
 BATCH = "diverged.jsonl"
-_WINDOW, _LEAST = 100, 20  # steps of the median, and how many it takes to trust it
+_WINDOW, _TRUSTED_FROM = 100, 20  # steps of the median, and from how many on it is trusted
 _SHOWN = 8  # rows named in an error
 
 
@@ -42,7 +42,7 @@ class Guard:
                     "optim.clip_norm"
                 )
         factor, loss = self._config.stop_on_spike, values["loss"]
-        if factor and len(self._losses) >= _LEAST:
+        if factor and len(self._losses) >= _TRUSTED_FROM:
             median = statistics.median(self._losses)
             if loss > factor * median:
                 raise ValueError(

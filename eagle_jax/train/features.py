@@ -40,8 +40,9 @@ from eagle_jax import cli, outputs, settings, sharding
 from eagle_jax.checkpoint import files, hf
 from eagle_jax.checkpoint.lazy_tensor import LazyTensor
 from eagle_jax.config import NextToken, TrainConfig, TransformerConfig
-from eagle_jax.train import data, loop, objectives, offline
+from eagle_jax.train import data, objectives, offline
 from eagle_jax.train.objectives import target
+from eagle_jax.train.trainer import check_attention, check_tokens
 
 # Rows -> `target.compress` of their features, on the devices.
 Compute = Callable[[data.Batch], dict[str, jax.Array]]
@@ -139,9 +140,9 @@ def _compiled(
     assert not isinstance(config.objective, NextToken)
     layers = target.layers(config.objective)
     mesh = sharding.make_mesh(config.fsdp, tensor=config.tensor, expert=config.expert)
-    loop.check_attention(config, mesh)
-    ways = sharding.ways(mesh, "batch")
-    size = max(1, min(config.data.batch_size, rows_per_file) // ways) * ways
+    check_attention(config, mesh)
+    groups = sharding.mesh_parts(mesh, "batch")
+    size = max(1, min(config.data.batch_size, rows_per_file) // groups) * groups
     places, rows = sharding.weight_shardings(mesh, weights), sharding.batch_sharding(mesh)
     own = jnp.dtype(config.compute_dtype)
     frozen = {
@@ -158,7 +159,7 @@ def _compiled(
     compiled = jax.jit(features, in_shardings=(places, rows), out_shardings=rows)
 
     def compute(batch: data.Batch) -> dict[str, jax.Array]:
-        loop.check_tokens(config, target_config.vocab_size, batch)
+        check_tokens(config, target_config.vocab_size, batch)
         names = ("tokens", "positions", "segment_ids")
         return compiled(frozen, {name: jax.device_put(batch[name], rows) for name in names})
 

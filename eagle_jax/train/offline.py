@@ -13,7 +13,6 @@ and its hash becomes a part of the run's: a run cannot go on with other features
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from eagle_jax import fingerprint
 from eagle_jax.checkpoint import files, hf
 from eagle_jax.config import NextToken, TrainConfig
 from eagle_jax.train import data
@@ -63,7 +63,7 @@ def manifest(
         "text": text,
         "rows": len(rows),
         "rows_per_file": rows_per_file,
-        "weights": files.fingerprint(directory),
+        "weights": fingerprint.of_weight_files(directory),
         "target": json.loads(json.dumps(target_config)),  # as it reads when it comes back
         "layers": list(target.layers(settings)),
         "dtype": dtype,
@@ -73,7 +73,7 @@ def manifest(
 
 def digest(made: Manifest) -> str:
     """Hash of a manifest."""
-    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+    return fingerprint.of_json(made)
 
 
 def paths(folder: Path, made: Manifest) -> list[Path]:

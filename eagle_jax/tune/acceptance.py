@@ -1,10 +1,9 @@
 """How many drafted tokens any tree would get accepted, from what one wide tree was seen to get.
 
-A `Recorder` is a method that decodes as the one it holds does and keeps a record of every round:
-which nodes were accepted. EAGLE's `Probe` (`eagle_jax.drafters.eagle.tuning`) also records the
-scores of a dynamic tree's whole pool. From these a smaller tree's acceptance follows by counting.
-What is copied from the text itself is
-counted on finished answers, without a model.
+A `Recorder` is a method that decodes as the one it holds does and records which nodes every round
+accepted. EAGLE's `PoolRecorder` (`eagle_jax.drafters.eagle.tuning`) also records the scores of a
+dynamic tree's whole pool. From these a smaller tree's acceptance follows by counting. What is
+copied from the text itself is counted on finished answers, without a model.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from eagle_jax.decode.method import Context, Method, Models, Prompt, Rule, Verified
+from eagle_jax.decode.instrument import Wrapper
+from eagle_jax.decode.method import Context, Method, Models, Prompt, Verified
 from eagle_jax.decode.methods.prompt_lookup import lookup
 from eagle_jax.decode.tree import DynamicTree, Proposal, StaticTree, chain
-from eagle_jax.params import Params
 
 NOTHING = -1  # where no drafted token was accepted
 LONGEST_COPY = 16  # tokens of a copied draft that are counted
@@ -80,42 +79,22 @@ def noted(state: Record, verified: Verified, nodes: Array, scores: Array, inner:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recorder:
-    """Any method; its record has the accepted nodes of up to `rounds` rounds a row."""
+class Recorder(Wrapper):
+    """A method with a record of its accepted nodes, of up to `rounds` rounds a row."""
 
-    inner: Any
-    rounds: int
-
-    @property
-    def nodes(self) -> int:
-        return self.inner.nodes
-
-    @property
-    def depth(self) -> int:
-        return self.inner.depth
-
-    @property
-    def draft(self) -> str | None:
-        return self.inner.draft
-
-    @property
-    def rule(self) -> Rule:
-        return self.inner.rule
-
-    def check(self, params: Params) -> None:
-        self.inner.check(params)
+    rounds: int = 64
 
     def init(self, models: Models, prompt: Prompt, slots: int) -> Record:
         rows = prompt.tokens.shape[0]
-        inner = self.inner.init(models, prompt, slots)
+        inner = super().init(models, prompt, slots)
         return empty_record(inner, (), rows, self.rounds, self.depth, 0)
 
     def propose(self, models: Models, context: Context, state: Record) -> tuple[Proposal, Record]:
-        proposal, inner = self.inner.propose(models, context, state.inner)
+        proposal, inner = super().propose(models, context, state.inner)
         return proposal, dataclasses.replace(state, inner=inner)
 
     def update(self, models: Models, state: Record, verified: Verified) -> Record:
-        inner = self.inner.update(models, state.inner, verified)
+        inner = super().update(models, state.inner, verified)
         none = jnp.zeros((state.count.shape[0], 0), jnp.float32)
         return noted(state, verified, verified.path[:, 1:], none, inner)
 

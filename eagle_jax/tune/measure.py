@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from eagle_jax import interrupts, sharding
 from eagle_jax.decode import Recycling, Vanilla, best_tree, executables
+from eagle_jax.decode.instrument import FixedTree, wide_pass
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.methods import recycling
 from eagle_jax.decode.program import bucket_prompt
@@ -26,7 +27,6 @@ from eagle_jax.decode.sampling import Sampling, SamplingParams, Vocabulary
 from eagle_jax.decode.session import check_method, make_program
 from eagle_jax.drafters import DrafterSpec, registry
 from eagle_jax.evaluate import metrics
-from eagle_jax.evaluate.runner import Star
 from eagle_jax.params import Params
 from eagle_jax.tune.acceptance import Copies, Record, Recorder
 from eagle_jax.tune.drafts import DraftTuning
@@ -34,8 +34,8 @@ from eagle_jax.tune.predict import RECYCLING, Evidence, Prediction, Steps, Times
 
 VANILLA = Vanilla()
 SIZES = (1, 2, 4, 8, 16, 32, 64)
-_STAR = Star(2)
-_STEP_TOKENS = 24  # rounds of one run of a star
+_NARROWEST = wide_pass(2)
+_STEP_TOKENS = 24  # rounds of one run that times the target's pass
 _THREADS = 4  # programs compiled at a time, as in eagle_jax.evaluate
 
 
@@ -101,14 +101,16 @@ class Bench:
     quiet: bool = False
 
     def run(self, method: Method, unit: Unit, temperature: float) -> Run:
-        """Decode; a star goes on where any star's prefill ends, which then is compiled once."""
-        star = isinstance(method, Star)
-        new = min(_STEP_TOKENS, self.new_tokens) if star else self.new_tokens
+        """Decodes a unit; all runs of fixed trees share one compiled prefill."""
+        timed_pass = isinstance(method, FixedTree)
+        new = min(_STEP_TOKENS, self.new_tokens) if timed_pass else self.new_tokens
         check_method(self.params, method, len(unit.prompts), temperature)
         longest = max(map(len, unit.prompts))
         program = make_program(self.params, method, longest, new)
-        first = make_program(self.params, _STAR, longest, new) if star else program
-        drawn = SamplingParams(temperature=temperature, ignore_eos=star)
+        first = program
+        if timed_pass:
+            first = make_program(self.params, _NARROWEST, longest, new)
+        drawn = SamplingParams(temperature=temperature, ignore_eos=timed_pass)
         rows = [drawn] * len(unit.prompts)
         settings = Sampling.of(rows, Vocabulary.of(self.params))
         context = self.params.target_config.max_position_embeddings
@@ -133,7 +135,7 @@ class Bench:
         """[units][methods] runs in turn, after every method has been compiled and run once."""
         threads = sharding.at_a_time(self.params.target, _THREADS)
         with interrupts.thread_pool(threads) as pool:
-            # A star's prefill first, for all of them.
+            # First the prefill that all fixed trees share.
             runs = [pool.submit(self.run, m, units[0], temperature) for m in methods]
             for run in self.bar(as_completed(runs), len(runs), f"compiling, {what}"):
                 run.result()
@@ -148,7 +150,7 @@ class Bench:
 
 def pass_times(bench: Bench, units: Sequence[Unit]) -> dict[int, float]:
     """Seconds of the target's pass over `SIZES` tokens, greedy."""
-    methods: list[Method] = [VANILLA, *(Star(size) for size in SIZES[1:])]
+    methods: list[Method] = [VANILLA, *(wide_pass(size) for size in SIZES[1:])]
     runs = bench.interleaved(methods, units, 0.0, "target's pass")
     base = float(np.median([row[0].seconds / row[0].passes for row in runs]))
     times = {size: base * _relative(runs, i) for i, size in enumerate(SIZES)}

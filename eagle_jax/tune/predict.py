@@ -23,7 +23,7 @@ RECYCLING = "recycling"
 # A round cannot commit more than its tree is deep, and hardly ever does that: passes that take
 # longer than so many single ones are not worth their tree.
 _WORTH = 3.0
-_LEAST = 4  # nodes that are tried anyway
+_ALWAYS_TRIED = 4  # trees of up to so many nodes are tried on every device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Times:
     def most(self) -> int:
         """The largest measured tree that can be worth its pass."""
         limit = _WORTH * self.of(1)
-        return max(_LEAST, *(size for size in self.passes if self.passes[size] <= limit))
+        return max(_ALWAYS_TRIED, *(size for size in self.passes if self.passes[size] <= limit))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ import re
 import decoding
 import pytest
 
-from eagle_jax.decode import DynamicTree, Eagle, generate, static_tree, tuning_store
+from eagle_jax import fingerprint
+from eagle_jax.decode import DynamicTree, Eagle, generate, static_tree
 from eagle_jax.decode.method import Method
 from eagle_jax.params import Params
 
@@ -77,4 +78,4 @@ def test_trees_that_are_too_wide(method: Method, said: str) -> None:
 def test_a_tuning_is_of_one_vocabulary() -> None:
     """Catches a tuning that is used for other tokens: their acceptance is another."""
     others = [None, SOME, (*SOME[:5], 6), ALL]
-    assert len({tuning_store.fingerprint(pair(tokens)) for tokens in others}) == len(others)
+    assert len({fingerprint.of_params(pair(tokens)) for tokens in others}) == len(others)

@@ -15,7 +15,8 @@ from eagle_jax.layout import Layout
 from eagle_jax.models import Transformer, bind, cast, kernels, quantize
 from eagle_jax.models import cache as caches
 from eagle_jax.models.kernels import device
-from eagle_jax.params import Draft, Params, draft_place
+from eagle_jax.params import Draft, Params
+from eagle_jax.placement import draft_place
 from eagle_jax.testing import (
     random_draft,
     random_params,

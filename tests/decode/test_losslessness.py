@@ -30,7 +30,8 @@ from eagle_jax.decode import (
     static_tree,
 )
 from eagle_jax.decode.acceptance import Exact
-from eagle_jax.decode.method import Method, Rule
+from eagle_jax.decode.instrument import WithRule
+from eagle_jax.decode.method import Method
 from eagle_jax.decode.program import Program
 from eagle_jax.decode.sampling import position_noise, value
 from eagle_jax.params import Params
@@ -313,50 +314,18 @@ class Unprocessed(Exact):
         return dataclasses.replace(accepted, emitted=emitted)
 
 
-@dataclasses.dataclass(frozen=True)
-class Broken:
-    """Any method under a rule that is not its own."""
-
-    inner: Method
-    rule: Rule
-
-    @property
-    def nodes(self) -> int:
-        return self.inner.nodes
-
-    @property
-    def depth(self) -> int:
-        return self.inner.depth
-
-    @property
-    def draft(self) -> str | None:
-        return self.inner.draft
-
-    def check(self, params):
-        self.inner.check(params)
-
-    def init(self, models, prompt, slots):
-        return self.inner.init(models, prompt, slots)
-
-    def propose(self, models, context, state):
-        return self.inner.propose(models, context, state)
-
-    def update(self, models, state, verified):
-        return self.inner.update(models, state, verified)
-
-
 @pytest.mark.usefixtures("unpadded")
 @pytest.mark.parametrize("name", ["eagle plain", "medusa", "prompt lookup", "lookahead", "eagle2"])
 def test_lenient_acceptance_would_be_rejected(name: str) -> None:
     """The power again: a drafted token taken where the target wanted another."""
-    assert p_value(draw(Broken(LAW[name], Lenient()))) < 1e-9
+    assert p_value(draw(WithRule(LAW[name], Lenient()))) < 1e-9
 
 
 @pytest.mark.usefixtures("unpadded")
 @pytest.mark.parametrize("name", ["eagle", "eagle plain", "eagle2", "eagle3"])
 def test_an_unprocessed_bonus_token_would_be_rejected(name: str) -> None:
     """The power again: the bug that published EAGLE code had until 2025."""
-    assert p_value(draw(Broken(LAW[name], Unprocessed()))) < 1e-9
+    assert p_value(draw(WithRule(LAW[name], Unprocessed()))) < 1e-9
 
 
 @pytest.mark.usefixtures("unpadded")

@@ -13,7 +13,7 @@ import pytest
 from model_directories import assert_same, edit, message
 
 import eagle_jax
-from eagle_jax.checkpoint import hf, safetensors
+from eagle_jax.checkpoint import config_json, hf, safetensors
 from eagle_jax.config import RopeScaling, TransformerConfig
 from eagle_jax.decode.methods.prompt_lookup import PromptLookup
 from eagle_jax.layout import PLAIN, Layout
@@ -475,9 +475,8 @@ def test_packed_sequences_keep_their_windows() -> None:
 
 def test_written_keys_are_plain() -> None:
     """Catches a key that older transformers would read as another model than newer ones."""
-    from eagle_jax.checkpoint import families
 
-    settings = families.to_json(CASES["gemma3 scaled"][1], "gemma3_text", "float32")
+    settings = config_json.to_json(CASES["gemma3 scaled"][1], "gemma3_text", "float32")
     assert settings["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
     assert settings["rope_theta"] == 1000.0 and settings["rope_local_base_freq"] == 50.0
     assert json.loads(json.dumps(settings)) == settings

@@ -16,11 +16,12 @@ from eagle_jax.models import Transformer, bind, cast, init_params, kernels, quan
 from eagle_jax.models import cache as caches
 from eagle_jax.models.attention import kernel_attention, two_segment_attention
 from eagle_jax.models.kernels import device
-from eagle_jax.models.linear import Parts, RMSNorm, join, matmul
+from eagle_jax.models.matmul import PartialSums, matmul
+from eagle_jax.models.norm import RMSNorm, add_norm
 from eagle_jax.models.rotary import angles, rotary
 from eagle_jax.testing import tiny_target
 
-sampling = importlib.import_module("eagle_jax.decode.top_k")  # a function has that name too
+top = importlib.import_module("eagle_jax.decode.top_k")  # a function has that name too
 
 BFLOAT16 = jnp.bfloat16
 
@@ -153,7 +154,7 @@ def test_matmul_chooses_the_kernel(interpreted, monkeypatch) -> None:
     assert len(calls) == 2
     np.testing.assert_allclose(exact(got), exact(quantize.product(x, quantized, scale)), rtol=0.01)
     embedding = normal(48, 64, seed=2)
-    got = matmul(x, embedding, jnp.float32, turned=True)
+    got = matmul(x, embedding, jnp.float32, transposed=True)
     assert len(calls) == 3 and got.shape == (2, 3, 48)
     np.testing.assert_allclose(got, exact(x) @ exact(embedding).T, atol=1e-3, rtol=1e-4)
     for other, matrix in (
@@ -170,7 +171,7 @@ def test_a_turned_kernel_by_xla(monkeypatch, lead) -> None:
     """Catches the row that is put beside a single one on GPUs, and outputs of another matrix."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     x, kernel = normal(*lead, 64), normal(2, 48, 64, seed=1)
-    got = matmul(x, kernel, jnp.float32, turned=True)
+    got = matmul(x, kernel, jnp.float32, transposed=True)
     assert got.shape == (*lead, 2, 48)
     wanted = np.einsum("bti,goi->btgo", exact(x), exact(kernel))
     np.testing.assert_allclose(got, wanted, atol=1e-3, rtol=1e-4)
@@ -189,7 +190,7 @@ def test_norm(interpreted, n: int, d: int, count: int, unit_offset: bool) -> Non
     x, parts = normal(1, n, d), normal(count, n, d, seed=1, dtype=jnp.float32)
     module = RMSNorm(d, 1e-5, unit_offset=unit_offset, rngs=nnx.Rngs(0))
     module.scale = nnx.Param(normal(d, seed=2))
-    joined, normed = join(x, Parts(parts, x.shape, x.dtype), module)
+    joined, normed = add_norm(x, PartialSums(parts, x.shape, x.dtype), module)
     total = x + jnp.sum(parts, axis=0).astype(BFLOAT16)[None]
     np.testing.assert_array_equal(joined, total)
     np.testing.assert_allclose(exact(normed), exact(module(total)), rtol=0.02, atol=1e-6)
@@ -276,7 +277,7 @@ def test_attention_that_splits_a_product(interpreted, b, t, k, g, window) -> Non
     length = jnp.asarray([17, 0][:b])
     places = length[:, None] + jnp.arange(t)[None]
     turn, heads = angles(places, e // 2, 1e4, None), (k, g + 2, e)
-    joined = kernels.attention.Joined(parts, *turn, heads, jnp.dtype(BFLOAT16))
+    joined = kernels.attention.UnsplitHeads(parts, *turn, heads, jnp.dtype(BFLOAT16))
     prefix = (normal(b, k, slots, e, seed=3), normal(b, k, slots, e, seed=4))
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (b, t, t))
     oldest = None if window is None else places - window
@@ -360,15 +361,15 @@ def test_who_asks_for_the_largest(interpreted, monkeypatch) -> None:
     calls, largest = [], kernels.top_k.largest
     monkeypatch.setattr(kernels.top_k, "largest", lambda *a: calls.append(1) or largest(*a))
     scores = normal(2, 3, 3000, dtype=jnp.float32)
-    found, shares = sampling.top_k(scores, 10), sampling.likeliest(scores, 10)
+    found, shares = top.top_k(scores, 10), top.likeliest(scores, 10)
     equal = jnp.zeros((2, 3, 3000)).at[..., 7::500].set(1.0)
-    first, drawn = sampling.argmax(equal), sampling.argmax(scores)
+    first, drawn = top.argmax(equal), top.argmax(scores)
     assert len(calls) == 4
     monkeypatch.setattr(device, "INTERPRET", False)
-    assert np.all(first == 7) and drawn.dtype == sampling.argmax(scores).dtype
-    np.testing.assert_array_equal(drawn, sampling.argmax(scores))
-    jax.tree.map(np.testing.assert_array_equal, found, sampling.top_k(scores, 10))
-    wanted = sampling.likeliest(scores, 10)
+    assert np.all(first == 7) and drawn.dtype == top.argmax(scores).dtype
+    np.testing.assert_array_equal(drawn, top.argmax(scores))
+    jax.tree.map(np.testing.assert_array_equal, found, top.top_k(scores, 10))
+    wanted = top.likeliest(scores, 10)
     np.testing.assert_array_equal(shares[1], wanted[1])
     np.testing.assert_allclose(shares[0], wanted[0], rtol=1e-6)
 

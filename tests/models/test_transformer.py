@@ -12,7 +12,7 @@ from eagle_jax.checkpoint import hf
 from eagle_jax.config import TransformerConfig
 from eagle_jax.models import Transformer, bind, init_params
 from eagle_jax.models import cache as caches
-from eagle_jax.models.linear import matmul
+from eagle_jax.models.matmul import matmul
 from eagle_jax.models.transformer import packed_mask
 from eagle_jax.params import Params
 from eagle_jax.testing import tiny_target

@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from eagle_jax.config import DataConfig
 from eagle_jax.text import Tokenizer
 from eagle_jax.train import data
+from eagle_jax.train.data import prepared
 
 LENGTH = 32
 SPECIALS = ["<|user|>", "<|assistant|>", "<|end|>"]
@@ -110,7 +111,7 @@ def equal(a: data.Batch, b: data.Batch) -> bool:
 
 
 def row_count(config) -> int:
-    return len(data._open(data.prepare(config.train, config)))
+    return len(prepared.open_rows(data.prepare(config.train, config)))
 
 
 def test_validation_holds_every_token_once(config, folder):
@@ -257,18 +258,18 @@ def _modified(folder: Path) -> dict[Path, int]:
 
 def test_interrupted_preparation_is_not_taken_for_finished(config, tmp_path, monkeypatch):
     config = dataclasses.replace(config, cache_dir=str(tmp_path))
-    write = data._write
+    write = prepared.write_rows
 
     def killed(rows, length, folder):
         write(rows, length, folder)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "_write", killed)
+    monkeypatch.setattr(prepared, "write_rows", killed)
     with pytest.raises(KeyboardInterrupt):
         data.prepare(config.validation, config)
     assert list(tmp_path.iterdir()) == []
     # What a killed process leaves, since it cannot clean up.
-    monkeypatch.setattr(data.shutil, "rmtree", lambda *args, **kwargs: None)
+    monkeypatch.setattr(prepared.shutil, "rmtree", lambda *args, **kwargs: None)
     with pytest.raises(KeyboardInterrupt):
         data.prepare(config.validation, config)
     assert len(list(tmp_path.iterdir())) == 1

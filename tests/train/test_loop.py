@@ -20,6 +20,7 @@ from eagle_jax.checkpoint import hf
 from eagle_jax.checkpoint.train_state import check_same, flatten
 from eagle_jax.config import OptimConfig
 from eagle_jax.train import divergence, loop, metrics, objectives
+from eagle_jax.train.trainer import build, optimizer, schedule
 
 TESTS = str(Path(tiny_run.__file__).parent)
 
@@ -195,7 +196,7 @@ def test_command_line(target, folder):
 
 def losses(config, devices, steps=3):
     """Losses of the first steps on some devices, from the objective's own start."""
-    trainer = loop.build(config, objectives.build(config), devices)
+    trainer = build(config, objectives.build(config), devices)
     iterator = loop.data.train_iterator(config.data)
     state, found = trainer.init(), []
     for _ in range(steps):
@@ -227,7 +228,7 @@ def test_cudnn_needs_a_gpu(target):
 
 
 def rate(config, count):
-    return float(np.asarray(loop.schedule(config)(count)))
+    return float(np.asarray(schedule(config)(count)))
 
 
 def test_schedule():
@@ -244,7 +245,7 @@ def test_schedule():
 def update(config, gradient, params):
     """One step of the optimizer: updates, and the largest first moment of a matrix."""
     with jax.numpy_dtype_promotion("standard"):
-        transform = loop.optimizer(config)
+        transform = optimizer(config)
         updates, state = transform.update(gradient, transform.init(params), params)
     first = [np.asarray(x).max() for x in jax.tree.leaves(state) if np.ndim(x) == 2]
     return jax.tree.map(np.asarray, updates), max(first)
@@ -314,7 +315,7 @@ def test_divergence_names_the_step(name, target, tmp_path):
 
 def test_foreign_tokens_are_refused(target):
     config = target[0]
-    trainer = loop.build(config, objectives.build(config))
+    trainer = build(config, objectives.build(config))
     with pytest.raises(ValueError, match="gave token 9999, but the model has vocab_size"):
         trainer.put({"tokens": np.full((8, 4), 9999, np.int32)})
 

@@ -24,7 +24,9 @@ from orbax.checkpoint._src.path import atomicity
 
 from eagle_jax.checkpoint.train_state import Checkpoints, telling_full_disk
 from eagle_jax.train import data, divergence, loop, metrics, objectives
+from eagle_jax.train.data import prepared
 from eagle_jax.train.preemption import Preemption
+from eagle_jax.train.trainer import build
 
 TESTS = Path(tiny_run.__file__).parent
 ONE_DEVICE = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
@@ -52,7 +54,7 @@ def copy(finished, tmp_path):
 
 @pytest.fixture(scope="module")
 def abstract(finished):
-    return loop.build(finished, objectives.build(finished)).abstract
+    return build(finished, objectives.build(finished)).abstract
 
 
 def steps_of(config):
@@ -356,7 +358,7 @@ def test_divergence_names_its_batch(finished, folder):
 @pytest.mark.parametrize("shards", [1, 2])
 def test_step_rows_are_those_of_the_batch(shards, finished):
     config = finished.data
-    source = data._open(data.prepare(config.train, config))
+    source = prepared.open_rows(data.prepare(config.train, config))
     iterators = [
         data.train_iterator(config, shard_index=i, shard_count=shards) for i in range(shards)
     ]

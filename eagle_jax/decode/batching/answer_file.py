@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -21,10 +20,8 @@ from typing import IO, Any, Unpack
 
 from tqdm import tqdm
 
-from eagle_jax import distributed, outputs
-from eagle_jax.checkpoint import files
+from eagle_jax import distributed, fingerprint, outputs
 from eagle_jax.checks import check_whole
-from eagle_jax.decode import tuning_store
 from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.batching.batcher import Batcher, Piece
 from eagle_jax.decode.method import Method
@@ -164,13 +161,11 @@ def model_fingerprint(params: Params) -> str:
     """
     root = params.directory
     if root is None or not root.is_dir():
-        return tuning_store.fingerprint(params.with_draft(None))
+        return fingerprint.of_params(params.with_draft(None))
     directory = root / "target" if (root / "target").is_dir() else root
-    digest = hashlib.sha256(files.fingerprint(directory).encode())
-    for name in _TEXT_FILES:
-        path = directory / name
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    return digest.hexdigest()[:32]
+    texts = [directory / name for name in _TEXT_FILES]
+    contents = [path.read_bytes() if path.is_file() else b"" for path in texts]
+    return fingerprint.of_texts(fingerprint.of_weight_files(directory), *contents)
 
 
 def _target_changes(params: Params, method: str | Method) -> dict[str, Any]:
@@ -182,7 +177,7 @@ def _target_changes(params: Params, method: str | Method) -> dict[str, Any]:
     if isinstance(method, Method) and rule != Exact():
         # The answers then depend on what is drafted, too.
         changes["method"] = spell(method)
-        changes["drafts"] = tuning_store.fingerprint(params.with_draft(method.draft))
+        changes["drafts"] = fingerprint.of_params(params.with_draft(method.draft))
     return changes
 
 

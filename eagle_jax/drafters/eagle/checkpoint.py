@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from eagle_jax.checkpoint import families, files
+from eagle_jax.checkpoint import config_json, files
 from eagle_jax.checkpoint.files import LazyTensors
 from eagle_jax.checkpoint.lazy_tensor import LazyTensor, lazily
 from eagle_jax.checkpoint.names import Shape
@@ -59,7 +59,7 @@ class EagleFiles(OneLayerFiles):
         del target
         tensors = dict(tensors)
         settings = {"bias": "fc.bias" in tensors, **self.biases(settings, tensors)}
-        config = families.draft_from_json(directory, EagleConfig, settings)
+        config = config_json.draft_from_json(directory, EagleConfig, settings)
         if config.draft_vocab_size == config.vocab_size and "d2t" not in tensors:
             config = dataclasses.replace(config, draft_vocab_size=None)
         if config.draft_vocab_size is None:

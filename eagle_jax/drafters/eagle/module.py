@@ -20,10 +20,9 @@ from jaxtyping import Array, Bool, Int
 from eagle_jax.drafters.eagle.config import EagleConfig
 from eagle_jax.layout import PLAIN, Layout
 from eagle_jax.models.attention import AttentionKernel
-from eagle_jax.models.cache import AXES
 from eagle_jax.models.layers import DecoderLayer
 from eagle_jax.models.linear import Linear
-from eagle_jax.models.per_device import per_device
+from eagle_jax.models.per_device import CACHE, ROWS, per_device
 from eagle_jax.models.transformer import Output, Transformer, vocabulary_head
 from eagle_jax.types import Hidden, KeyValue, Logits
 
@@ -68,16 +67,18 @@ class EagleDraft(nnx.Module):
         """
 
         def run(own, x, positions, mask, prefix, lengths, before):
-            more = {"prefix": prefix, "lengths": lengths, "before": before, "kernel": kernel}
-            return own["layers"][0](own["fc"](x), positions, mask, **more)
+            cached = {"prefix": prefix, "lengths": lengths, "before": before, "kernel": kernel}
+            return own["layers"][0](own["fc"](x), positions, mask, **cached)
 
-        own = {"fc": self.fc, "layers": self.layers}
         x = jnp.concatenate([embeddings, features], axis=-1)
-        args = (x, positions, mask, prefix, lengths, before)
-        rows, heads = ("batch",), self.layers[0].self_attn.k_heads
-        axes = (rows, rows, rows, AXES, rows, AXES)
-        plain = kernel == "xla"
-        return per_device(run, own, args, axes, (rows, AXES), possible=plain, heads=heads)
+        return per_device(
+            run,
+            {"fc": self.fc, "layers": self.layers},
+            (x, positions, mask, prefix, lengths, before),
+            (ROWS, CACHE),
+            possible=kernel == "xla",
+            heads=self.layers[0].self_attn.k_heads,
+        )
 
     def features(self, output: Output) -> Hidden:
         """What is kept of a target pass: its features."""

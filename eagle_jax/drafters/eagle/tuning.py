@@ -23,7 +23,7 @@ from eagle_jax.decode.tree import (
     static_tree,
 )
 from eagle_jax.drafters.eagle.method import Eagle, EagleState
-from eagle_jax.tune.acceptance import Pools, Record, empty_record, noted
+from eagle_jax.tune.acceptance import Pools, Record, Recorder, empty_record, noted
 from eagle_jax.tune.drafts import DraftTuning, fitted
 from eagle_jax.tune.predict import Evidence, Prediction, Steps, copier, copy_lengths
 
@@ -31,34 +31,37 @@ _CHAIN = 3  # tokens of the chain that tells what a draft's step costs
 
 
 @dataclasses.dataclass(frozen=True)
-class Probe(Eagle):
-    """EAGLE with a dynamic tree; its record has accepted candidates and all scores of the pool.
+class PoolRecorder(Recorder):
+    """EAGLE with a dynamic tree, and a record of accepted candidates and of the pool's scores.
 
     Nodes of the record are indices into the pool.
+
+    Attributes:
+        inner: an `Eagle` with a `DynamicTree`.
     """
 
-    tree: DynamicTree = DynamicTree()
-    rounds: int = 64
-
-    def init(self, models: Models, prompt: Prompt, slots: int) -> Any:
-        inner = super().init(models, prompt, slots)
-        rows, tree = prompt.tokens.shape[0], self.tree
+    def init(self, models: Models, prompt: Prompt, slots: int) -> Record:
+        inner = self.inner.init(models, prompt, slots)
+        rows, tree = prompt.tokens.shape[0], self.inner.tree
         now = (
             jnp.zeros((rows, tree.drafted), jnp.int32),
             jnp.zeros((rows, tree.pool), jnp.float32),
         )
         return empty_record(inner, now, rows, self.rounds, tree.depth, tree.pool)
 
-    def propose(self, models: Models, context: Context, state: Any) -> tuple[Proposal, Any]:
-        feature, inner = self.catch_up(models, context, state.inner)
-        pool = self.pool(self.tree, models, context, inner, feature)
+    def propose(self, models: Models, context: Context, state: Record) -> tuple[Proposal, Record]:
+        eagle: Eagle = self.inner
+        tree = eagle.tree
+        assert isinstance(tree, DynamicTree)
+        feature, inner = eagle.catch_up(models, context, state.inner)
+        pool = eagle.pool(tree, models, context, inner, feature)
         scores = pool[1].astype(jnp.float32)
-        chosen = jax.vmap(functools.partial(kept, tree=self.tree))(pool[1])
-        proposal = rerank(*pool, context.root(), self.tree)
+        chosen = jax.vmap(functools.partial(kept, tree=tree))(pool[1])
+        proposal = rerank(*pool, context.root(), tree)
         return proposal, dataclasses.replace(state, inner=inner, now=(chosen, scores))
 
-    def update(self, models: Models, state: Any, verified: Verified) -> Any:
-        inner: EagleState = super().update(models, state.inner, verified)
+    def update(self, models: Models, state: Record, verified: Verified) -> Record:
+        inner: EagleState = self.inner.update(models, state.inner, verified)
         chosen, scores = state.now
         node = jnp.maximum(verified.path[:, 1:] - 1, 0)
         found = jnp.take_along_axis(chosen, node, axis=1, mode="clip").astype(jnp.int32)
@@ -89,19 +92,19 @@ class EagleTuning(DraftTuning):
         slow = most < 32 or jax.default_backend() == "cpu"
         depth, k = (4, 4) if slow else (self.deepest, 10)
         tree = DynamicTree(depth, k, min(drafted, 59, k + (depth - 1) * k * k))
-        return Probe(tree, head=self.spec.kind, rounds=rounds)
+        return PoolRecorder(Eagle(tree, head=self.spec.kind), rounds)
 
     def beside(self) -> Method:
         return Eagle(chain(_CHAIN), head=self.spec.kind)
 
     def learn(self, records: Sequence[Record], probe: Any) -> Pools:
-        return Pools.of(records, probe.tree)
+        return Pools.of(records, probe.inner.tree)
 
     def steps(self, probe: Any, whole: float, beside: float | None) -> Steps:
         assert beside is not None
         one = beside / _CHAIN
         wide = (whole - one) / max(probe.depth - 1, 1)
-        return Steps({1: one, probe.tree.k: max(wide, one)})
+        return Steps({1: one, probe.inner.tree.k: max(wide, one)})
 
     def candidates(self, evidence: Evidence) -> list[Method]:
         pools: Pools = evidence.learned[self.spec.kind]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from eagle_jax.checkpoint import families, files
+from eagle_jax.checkpoint import config_json, files
 from eagle_jax.checkpoint.files import Arrays, LazyTensors
 from eagle_jax.config import TransformerConfig
 from eagle_jax.drafters import draft_vocabulary
@@ -85,7 +85,7 @@ class Eagle3Files(OneLayerFiles):
         tensors = {_official(name): array for name, array in tensors.items()}
         settings = self.biases(settings, tensors)
         fixed = ("norm_before_residual", "norm_before_fc", "tie_word_embeddings")
-        families.check_fixed(path, settings, dict.fromkeys(fixed, False))
+        config_json.check_fixed(path, settings, dict.fromkeys(fixed, False))
         head = tensors.get("lm_head.weight")
         if "d2t" not in tensors and head is not None:
             if head.shape[0] == settings.get("vocab_size"):
@@ -96,7 +96,7 @@ class Eagle3Files(OneLayerFiles):
             "fc_norm": settings.get("fc_norm", "fc_norm.0.weight" in tensors),
             "target_hidden_size": None if width == settings.get("hidden_size") else width,
         }
-        config = families.draft_from_json(directory, Eagle3Config, {**settings, **own})
+        config = config_json.draft_from_json(directory, Eagle3Config, {**settings, **own})
         found = draft_vocabulary.pop_tables(tensors)
         copies = (EMBEDDING,) if self.shares_embedding(config) else ()
         params = files.arrays(directory, config, tensors, *copies)

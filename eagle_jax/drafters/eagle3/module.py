@@ -15,10 +15,11 @@ from eagle_jax.drafters.eagle.module import target_tokens
 from eagle_jax.drafters.eagle3.config import Eagle3Config
 from eagle_jax.layout import PLAIN, Layout
 from eagle_jax.models.attention import AttentionKernel
-from eagle_jax.models.cache import AXES
 from eagle_jax.models.layers import MLP, Attention
-from eagle_jax.models.linear import Embedding, Linear, Parts, RMSNorm, join, total
-from eagle_jax.models.per_device import per_device
+from eagle_jax.models.linear import Embedding, Linear
+from eagle_jax.models.matmul import Product, as_array
+from eagle_jax.models.norm import RMSNorm, add_norm
+from eagle_jax.models.per_device import CACHE, ROWS, per_device
 from eagle_jax.models.transformer import Output, Transformer, vocabulary_head
 from eagle_jax.types import Hidden, KeyValue
 
@@ -38,10 +39,10 @@ class Eagle3Layer(nnx.Module):
         """What attention projects."""
         return jnp.concatenate([self.input_layernorm(embeddings), self.hidden_norm(state)], axis=-1)
 
-    def leave(self, state: Hidden, mixed: Hidden | Parts) -> Hidden:
-        """The layer's output, given what attention mixed; the residual is the state as it came."""
-        state, normed = join(state, mixed, self.post_attention_layernorm)
-        return total(state, self.mlp(normed))
+    def leave(self, state: Hidden, mixed: Product) -> Hidden:
+        """Returns the layer's output, given what attention adds to the state as it came."""
+        state, normed = add_norm(state, mixed, self.post_attention_layernorm)
+        return state + as_array(self.mlp(normed))
 
 
 class Eagle3Draft(nnx.Module):
@@ -83,7 +84,7 @@ class Eagle3Draft(nnx.Module):
         def run(own, features):
             return own["fc"](features)
 
-        return per_device(run, {"fc": self.fc}, (features,), (("batch",),), (("batch",),))
+        return per_device(run, {"fc": self.fc}, (features,), (ROWS,))
 
     def __call__(
         self,
@@ -100,17 +101,20 @@ class Eagle3Draft(nnx.Module):
         """The next state [b, t, d], and the block's keys and values; arguments as `EagleDraft`."""
 
         def run(own, embeddings, state, positions, mask, prefix, lengths, before):
-            more = {"prefix": prefix, "lengths": lengths, "before": before, "kernel": kernel}
+            cached = {"prefix": prefix, "lengths": lengths, "before": before, "kernel": kernel}
             layer = own["midlayer"]
             read = layer.read(embeddings, state)
-            mixed, block = layer.self_attn(read, positions, mask, **more)
+            mixed, block = layer.self_attn(read, positions, mask, **cached)
             return layer.leave(state, mixed), block
 
-        own = {"midlayer": self.midlayer}
-        args = (embeddings, state, positions, mask, prefix, lengths, before)
-        rows, heads, plain = ("batch",), self.midlayer.self_attn.k_heads, kernel == "xla"
-        axes = (rows, rows, rows, rows, AXES, rows, AXES)
-        state, block = per_device(run, own, args, axes, (rows, AXES), possible=plain, heads=heads)
+        state, block = per_device(
+            run,
+            {"midlayer": self.midlayer},
+            (embeddings, state, positions, mask, prefix, lengths, before),
+            (ROWS, CACHE),
+            possible=kernel == "xla",
+            heads=self.midlayer.self_attn.k_heads,
+        )
         return self.feed_back(state), block
 
     def feed_back(self, state: Hidden) -> Hidden:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eagle_jax.checkpoint import families, files
+from eagle_jax.checkpoint import config_json, files
 from eagle_jax.checkpoint.files import LazyTensors
 from eagle_jax.config import TransformerConfig
 from eagle_jax.drafters.files import DraftFiles
@@ -78,7 +78,7 @@ class MedusaFiles(DraftFiles):
                 found[name] = settings[key]
             elif name not in found:
                 raise ValueError(f"{directory / 'config.json'}: has no {key}; add it")
-        config = families.build(directory, MedusaConfig, lambda: found)
+        config = config_json.build(directory, MedusaConfig, lambda: found)
         return config, files.arrays(directory, config, tensors)
 
     def export_files(self, layout: str) -> tuple[str, ...]:

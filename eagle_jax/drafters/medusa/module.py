@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from eagle_jax.drafters.medusa.config import MedusaConfig
 from eagle_jax.layout import PLAIN, Layout
 from eagle_jax.models.linear import Linear
-from eagle_jax.models.per_device import per_device
+from eagle_jax.models.per_device import ROWS, per_device
 from eagle_jax.models.transformer import Output, Transformer, vocabulary_head
 from eagle_jax.types import Hidden
 
@@ -64,7 +64,7 @@ class MedusaHeads(nnx.Module):
         def run(own, features):
             return [head(features) for head in own["heads"]]
 
-        return per_device(run, {"heads": self.heads}, (features,), (("batch",),), (("batch",),))
+        return per_device(run, {"heads": self.heads}, (features,), (ROWS,))
 
     def features(self, output: Output) -> Hidden:
         """What is read of a target pass: its features."""

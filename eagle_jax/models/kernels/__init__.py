@@ -14,7 +14,13 @@ Their functions are jitted: one that is called in every layer is traced and lowe
 """
 
 from eagle_jax.models.kernels import attention, commit, norm, rotary, skinny_matmul, top_k
-from eagle_jax.models.kernels.device import decoding, expected, on_gpu, tracing_for, usable_apart
+from eagle_jax.models.kernels.device import (
+    decoding,
+    expected,
+    on_gpu,
+    tracing_for,
+    usable_per_device,
+)
 
 __all__ = ["attention", "commit", "decoding", "expected", "norm", "on_gpu", "rotary"]
-__all__ += ["skinny_matmul", "top_k", "tracing_for", "usable_apart"]
+__all__ += ["skinny_matmul", "top_k", "tracing_for", "usable_per_device"]

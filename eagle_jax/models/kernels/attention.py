@@ -5,7 +5,7 @@ through with a running maximum and sum; slots that are not used are not read. Th
 last takes the fresh tokens. A second launch joins the parts.
 
 Of very few rows every program makes queries and fresh keys itself of the product that they are in
-(`Joined`), which is a launch less.
+(`UnsplitHeads`), which is a launch less.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Tile:
     meta_fields=["heads", "dtype"],
 )
 @dataclasses.dataclass(frozen=True)
-class Joined:
+class UnsplitHeads:
     """What `rotary.split` splits, by the names there, before it is split."""
 
     parts: Float32[Array, "p n o"]
@@ -78,7 +78,7 @@ def fits(query: jax.Array, prefix: KeyValue) -> bool:
     return device.usable(query) and query.shape[1] <= _MOST and _reads(prefix)
 
 
-def splits(joined: Joined, prefix: KeyValue) -> bool:
+def splits(joined: UnsplitHeads, prefix: KeyValue) -> bool:
     """Whether `attend` can take a product that is not split: of few rows."""
     return joined.shape[2] <= _SPLIT and _reads(prefix)
 
@@ -90,7 +90,7 @@ def _reads(prefix: KeyValue) -> bool:
 
 @functools.partial(jax.jit, static_argnames=("tokens", "scale", "softcap", "cut"))
 def attend(
-    query: Float[Array, "b k q e"] | Joined,
+    query: Float[Array, "b k q e"] | UnsplitHeads,
     block: KeyValue | None,
     mask: Bool[Array, "b q u"],
     prefix: KeyValue,
@@ -157,7 +157,7 @@ def attend(
         rows = pl.ds(first, cut.rows)
         own = first + iota((cut.rows, e), 0) < q
         group = q // tokens
-        if isinstance(query, Joined):
+        if isinstance(query, UnsplitHeads):
             mine = stacked([turned(i // group, i % group) for i in range(q)], cut.rows)
         else:
             mine = triton.load(ref["query"].at[rows, :], mask=own, other=0)
@@ -187,7 +187,9 @@ def attend(
 
         def drafted(i, carry):
             at = pl.ds(i * span, span)
-            if isinstance(query, Joined):  # this is the only program of the head that comes here
+            if isinstance(
+                query, UnsplitHeads
+            ):  # this is the only program of the head that comes here
                 new = [(turned(j, group), read(j, group + 1, iota((e,), 0))) for j in range(fresh)]
                 for j, pair in enumerate(new):
                     ref["new keys"][j, :], ref["new values"][j, :] = pair
@@ -210,7 +212,7 @@ def attend(
         each = (steps + cut.parts - 1) // cut.parts
         end = jnp.minimum((part + 1) * each, steps)
         carry = jax.lax.fori_loop(part * each, end, cached, carry)
-        if isinstance(query, Joined):  # in a loop, all that is read would be read ahead
+        if isinstance(query, UnsplitHeads):  # in a loop, all that is read would be read ahead
             drafts = functools.partial(drafted, 0)
             carry = jax.lax.cond(part == last, drafts, lambda carry: carry, carry)
         else:
@@ -238,7 +240,7 @@ def attend(
         )
 
     count, inputs = 0, {}
-    if isinstance(query, Joined):
+    if isinstance(query, UnsplitHeads):
         count, both = len(query.parts), query.heads[1]
         by_head = query.parts.reshape(count, b, tokens, k, both, e)
         for i in range(count):

@@ -24,7 +24,7 @@ def fits(cache: Sequence[jax.Array]) -> bool:
     """Whether `commit` can do it, over a mesh on each of its devices."""
     e = cache[0].shape[-1]
     same = all(x.shape == cache[0].shape for x in cache)
-    here = device.usable(*cache) or device.usable_apart(*cache)
+    here = device.usable(*cache) or device.usable_per_device(*cache)
     return here and same and e & (e - 1) == 0
 
 

@@ -48,19 +48,21 @@ def on_gpu() -> bool:
 
 
 def expected(dtype: jnp.dtype) -> bool:
-    """Whether kernels run for models of this dtype, over a mesh too (but for targets with experts):
-    what decides how they are laid out before anything is traced."""
+    """Returns whether our kernels will run for models of this dtype, which decides their layout.
+
+    Over a mesh too, except for targets with experts. Nothing need be traced yet.
+    """
     return (INTERPRET or _gpu()) and _taken(dtype)
 
 
 def usable(*arrays: jax.Array) -> bool:
-    """Whether kernels may run here at all, on operands like these: of two bytes a number."""
+    """Returns whether kernels may run here on such operands, whose numbers have two bytes."""
     return _here(*arrays) and not sharding.over_several()
 
 
-def usable_apart(*arrays: jax.Array) -> bool:
-    """Whether they may not for the mesh in use alone, and so may on each of its devices
-    (`sharding.on_each_device`)."""
+def usable_per_device(*arrays: jax.Array) -> bool:
+    """Returns whether kernels may run on each device of the mesh in use (`models.per_device`), but
+    not on arrays that are cut over it."""
     return _here(*arrays) and sharding.over_several()
 
 

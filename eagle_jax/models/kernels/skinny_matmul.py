@@ -20,10 +20,10 @@ from jaxtyping import Array, Float, Float32, Num
 from eagle_jax.models.kernels import device
 
 _ROWS = (16, 32, 64)  # a tensor core multiplies at least 16
-_LEAST = 16  # columns of a tensor core
-_ENOUGH = 80  # programs that read a matrix as fast as memory gives it, of 132 multiprocessors
-_MANY = 120  # programs for which wide columns are not made narrower
-_LINE = 64  # columns of two bytes that are read as one line of memory
+_TENSOR_CORE_COLUMNS = 16  # a tensor core multiplies at least so many
+_SATURATING_PROGRAMS = 80  # so many of 132 multiprocessors saturate the memory
+_WIDE_TILE_PROGRAMS = 120  # with so many programs, wide tiles stay wide
+_LINE_COLUMNS = 64  # columns of two bytes that are read as one line of memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ def tile(rows: int, width: int, columns: int, itemsize: int) -> Tile | None:
     `benchmarks/tile_sweep.py` sweeps.
     """
     wide, step, stages = 128, 64, 4
-    programs = 256 if itemsize == 1 else _MANY
+    programs = 256 if itemsize == 1 else _WIDE_TILE_PROGRAMS
     if rows > _ROWS[0]:
         stages = 3
         if itemsize == 2 and columns // wide < programs:
@@ -74,25 +74,25 @@ def _tile(x: jax.Array, kernel: jax.Array) -> Tile | None:
     return tile(rows, width, kernel.size // width, kernel.dtype.itemsize)
 
 
-@functools.partial(jax.jit, static_argnames=("cut", "turned"))
+@functools.partial(jax.jit, static_argnames=("cut", "transposed"))
 def product(
     x: Float[Array, "n i"],
     kernel: Num[Array, "a b"],
     scale: Float32[Array, " o"] | None = None,
     cut: Tile | None = None,
-    turned: bool = False,
+    transposed: bool = False,
 ) -> Float32[Array, "p n o"]:
     """`x @ kernel (* scale)` in p parts of the sum, all float32.
 
     Args:
         x: few rows: as many as `fits` takes.
-        kernel: [i, o], of the dtype of `x`; [o, i] if it is `turned`, as one of int8 always is.
+        kernel: [i, o], of the dtype of `x`; [o, i] if it is `transposed`, as one of int8 always is.
         scale: of an int8 kernel's outputs.
         cut: by default that of `tile`.
-        turned: inputs are the last axis.
+        transposed: inputs are the last axis.
     """
     n, width = x.shape
-    columns, turned = kernel.size // width, turned or scale is not None
+    columns, transposed = kernel.size // width, transposed or scale is not None
     cut = cut or _tile(x, kernel)
     assert cut is not None
     rows, steps = _rows(n), width // cut.step // cut.parts
@@ -100,7 +100,7 @@ def product(
     def program(x_ref, *rest) -> None:  # the references are to memory
         *matrix, out_ref = rest
         first = pl.program_id(1) * steps
-        (total,) = _walk(x_ref, matrix[:1], matrix[1:], n, rows, cut, first, steps, turned)
+        (total,) = _walk(x_ref, matrix[:1], matrix[1:], n, rows, cut, first, steps, transposed)
         _put(out_ref, total, n)
 
     scales = [] if scale is None else [(scale, pl.BlockSpec((cut.columns,), lambda i, _: (i,)))]
@@ -111,7 +111,7 @@ def product(
         grid=(columns // cut.columns, cut.parts),
         in_specs=[
             pl.BlockSpec((n, width), lambda *_: (0, 0)),
-            flat if turned else tall,
+            flat if transposed else tall,
             *(spec for _, spec in scales),
         ],
         out_specs=pl.BlockSpec((None, n, cut.columns), lambda i, part: (part, 0, i)),
@@ -133,15 +133,15 @@ def gated_tile(rows: int, width: int, columns: int, itemsize: int) -> Tile | Non
     cut = tile(rows, width, 2 * columns, itemsize)
     if cut is None:
         return None
-    few = itemsize == 2 and _ENOUGH <= columns // _LINE < _MANY
-    if few and rows <= _ROWS[1] and columns % _LINE == 0 and width % 128 == 0:
+    few = itemsize == 2 and _SATURATING_PROGRAMS <= columns // _LINE_COLUMNS < _WIDE_TILE_PROGRAMS
+    if few and rows <= _ROWS[1] and columns % _LINE_COLUMNS == 0 and width % 128 == 0:
         # No program is narrowed to have more of them: a sweep at 2048 x 5632.
-        return Tile(_LINE, 128, 1, stages=4 if rows <= _ROWS[0] else 3)
+        return Tile(_LINE_COLUMNS, 128, 1, stages=4 if rows <= _ROWS[0] else 3)
     wide = cut.columns
-    while wide > 64 and 2 * columns // wide < _ENOUGH:
+    while wide > 64 and 2 * columns // wide < _SATURATING_PROGRAMS:
         wide //= 2
     half = wide // 2
-    if half < _LEAST or columns % half:
+    if half < _TENSOR_CORE_COLUMNS or columns % half:
         return None
     return dataclasses.replace(cut, columns=half, parts=1)
 
@@ -162,7 +162,7 @@ def gated(
 
     `cut` is of each of the two, in one part; by default that of `gated_tile`.
     """
-    (n, width), turned = x.shape, scale is not None
+    (n, width), transposed = x.shape, scale is not None
     columns = kernel.size // width // 2
     cut = cut or _of_gates(x, kernel)
     assert cut is not None
@@ -170,14 +170,14 @@ def gated(
 
     def program(x_ref, *rest) -> None:
         *matrices, out_ref = rest
-        both = _walk(x_ref, matrices[:2], matrices[2:], n, rows, cut, 0, steps, turned)
+        both = _walk(x_ref, matrices[:2], matrices[2:], n, rows, cut, 0, steps, transposed)
         # Rounded as a product is that another kernel reads.
         gate, up = (total.astype(x.dtype).astype(jnp.float32) for total in both)
         _put(out_ref, gate / (1 + jnp.exp(-gate)) * up, n)
 
-    kernel = kernel.reshape((2 * columns, width) if turned else (width, 2 * columns))
+    kernel = kernel.reshape((2 * columns, width) if transposed else (width, 2 * columns))
     halves = [lambda i: i, lambda i: blocks + i]
-    if turned:
+    if transposed:
         specs = [pl.BlockSpec((cut.columns, width), lambda i, at=at: (at(i), 0)) for at in halves]
     else:
         specs = [pl.BlockSpec((width, cut.columns), lambda i, at=at: (0, at(i))) for at in halves]
@@ -204,7 +204,15 @@ def _rows(n: int) -> int:
 
 
 def _walk(
-    x_ref, kernel_refs, scale_refs, n: int, rows: int, cut: Tile, first, steps: int, turned: bool
+    x_ref,
+    kernel_refs,
+    scale_refs,
+    n: int,
+    rows: int,
+    cut: Tile,
+    first,
+    steps: int,
+    transposed: bool,
 ) -> tuple[jax.Array, ...]:
     """Products of all rows by a program's columns of some matrices, over some steps down them."""
     seen = jax.lax.broadcasted_iota(jnp.int32, (rows, cut.step), 0) < n
@@ -213,7 +221,7 @@ def _walk(
         at = pl.ds((first + i) * cut.step, cut.step)
         some = triton.load(x_ref.at[pl.ds(0, rows), at], mask=seen, other=0)
         matrices = [
-            ref[:, at].astype(some.dtype).T if turned else ref[at, :] for ref in kernel_refs
+            ref[:, at].astype(some.dtype).T if transposed else ref[at, :] for ref in kernel_refs
         ]
         return tuple(
             total + jnp.dot(some, matrix, preferred_element_type=jnp.float32)

@@ -24,7 +24,7 @@ _NOWHERE = 2**31 - 1
 
 def fits(scores: jax.Array, k: int) -> bool:
     """Whether `largest` can do it, over a mesh on each of its devices: float32, few of them."""
-    here = device.usable() or device.usable_apart()
+    here = device.usable() or device.usable_per_device()
     return here and scores.dtype == jnp.float32 and k <= min(_MOST, scores.shape[-1])
 
 

@@ -1,32 +1,27 @@
-"""Text to token ids and back: tokenizers, chat templates, conversation files.
+"""Tokenizers in Hugging Face's layout, which need no `transformers`.
 
-The only module that knows text; everything else in the library sees token ids.
-A tokenizer is a directory in Hugging Face's layout: `tokenizer.json`, and beside it
-`tokenizer_config.json` (special tokens, chat template) and `generation_config.json` (end tokens).
-`transformers` is not needed.
+A directory holds `tokenizer.json`, and beside it `tokenizer_config.json` (special tokens, chat
+template) and `generation_config.json` (end tokens).
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from eagle_jax.inputs import one_line, parse_json, read_lines, read_object
+from eagle_jax.inputs import one_line, read_object
+from eagle_jax.text.chat_template import compile_template, template_text
+from eagle_jax.text.messages import Message, check_messages, short
 
-Message = dict[str, str]
-
-ROLES = ("system", "user", "assistant")
 # Wraps escaped text in a rendered template. A Unicode noncharacter, so text rarely has it; where
 # text does, it is escaped like a special token.
 _MARK = "\ufdd0"
 _ESCAPED = re.compile(f"{_MARK}(\\d+){_MARK}")
-_INCOMPLETE = "\ufffd"
 _DOWNLOAD = "download the file again, or correct it"
 
 
@@ -88,7 +83,7 @@ class Tokenizer:
         self.vocab_size = self._template.get_vocab_size(with_added_tokens=True)
         self.bos_id = self._token_id(self._strings["bos_token"])
         self.eos_ids = self._find_eos(generation_config or {})
-        self.chat_template = _template_text(config.get("chat_template"))
+        self.chat_template = template_text(config.get("chat_template"))
         self._compiled = None
         try:
             content = source.encode() + b"\0" + (self.chat_template or "").encode()
@@ -204,7 +199,7 @@ class Tokenizer:
         for token in found:
             if type(token) is not int or not 0 <= token < self.vocab_size:
                 raise ValueError(
-                    f"eos_token_id={_short(ids)} in generation_config.json: must be a token id, or "
+                    f"eos_token_id={short(ids)} in generation_config.json: must be a token id, or "
                     f"a list of them, from 0 to {self.vocab_size - 1}"
                 )
         return found
@@ -219,7 +214,7 @@ class Tokenizer:
         import jinja2
 
         if self._compiled is None:
-            self._compiled = _compile_template(self.chat_template)
+            self._compiled = compile_template(self.chat_template)
         strings = {name: text for name, text in self._strings.items() if text is not None}
         try:
             return self._compiled.render(
@@ -298,173 +293,6 @@ class Tokenizer:
         return ids, mask
 
 
-class StreamDecoder:
-    """Turns ids that arrive in chunks into text that can be printed at once.
-
-    Characters whose bytes are still incomplete are held back until the rest arrives.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special
-        # Printed ids before the pending ones: some tokenizers drop the first token's space.
-        self._context: list[int] = []
-        self._pending: list[int] = []
-        self._printed = 0
-
-    def feed(self, ids: Iterable[int]) -> str:
-        """Adds ids; returns the text that became certain, often empty."""
-        self._pending += ids
-        text = self._text()
-        certain = text.rstrip(_INCOMPLETE)
-        new = certain[self._printed :]
-        self._printed = len(certain)
-        if certain == text:
-            self._context = self._pending if text else self._context
-            self._pending, self._printed = [], 0
-        return new
-
-    def flush(self) -> str:
-        """Ends the stream; returns what was held back, incomplete bytes as U+FFFD."""
-        new = self._text()[self._printed :]
-        self._context, self._pending, self._printed = [], [], 0
-        return new
-
-    def _text(self) -> str:
-        before = self._tokenizer.decode(self._context, self._skip_special)
-        both = self._tokenizer.decode(self._context + self._pending, self._skip_special)
-        return both[len(before) :]
-
-
-def check_messages(messages: Any) -> None:
-    """Checks the shape of a conversation.
-
-    Raises:
-        ValueError: not a non-empty list of `{"role", "content"}` with a known role and text.
-    """
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError(
-            f"messages={_short(messages)}: must be a non-empty list of "
-            '{"role": ..., "content": ...}'
-        )
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise ValueError(
-                f'messages[{i}]={_short(message)}: must be {{"role": ..., "content": ...}}'
-            )
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise ValueError(
-                f"messages[{i}].role={_short(role)}: must be one of {', '.join(ROLES)}"
-            )
-        if not isinstance(content, str):
-            raise ValueError(f"messages[{i}].content={_short(content)}: must be a string")
-        try:
-            content.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"messages[{i}].content={_short(content)}: holds a lone surrogate; "
-                "write characters outside the basic plane as surrogate pairs"
-            ) from error
-
-
-def read_conversations(path: str | Path) -> Iterator[list[Message]]:
-    """Reads conversations from JSONL, plain or gzip (`.gz`); blank lines are skipped.
-
-    Each line is `{"messages": [{"role": ..., "content": ...}, ...]}`; other keys are ignored.
-
-    Raises:
-        ValueError: the file is missing or a line is not a conversation with an assistant turn;
-            names the file and the line, counted from 1.
-    """
-    for where, messages, _ in _read_records(path):
-        if all(message["role"] != "assistant" for message in messages):
-            raise ValueError(f"{where}: no assistant turn to learn from; add one or drop the line")
-        yield messages
-
-
-def encode_files(
-    files: Iterable[str | Path], tokenizer: Tokenizer
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Ids and mask (`Tokenizer.conversation`) of every conversation of `files`, with a bar.
-
-    Raises:
-        ValueError: as `read_conversations` and `Tokenizer.conversation`.
-    """
-    import tqdm
-
-    conversations = itertools.chain.from_iterable(map(read_conversations, files))
-    with tqdm.tqdm(desc="tokenizing", unit=" conversations", disable=None) as bar:
-        while chunk := list(itertools.islice(conversations, 512)):
-            yield from tokenizer.conversations(chunk)
-            bar.update(len(chunk))
-
-
-def read_prompts(path: str | Path) -> Iterator[list[Message]]:
-    """Reads what is to be answered: each conversation up to its last user message.
-
-    Raises:
-        ValueError: as `read_conversations`; a conversation without a user message.
-    """
-    for _, messages, _ in read_requests(path):
-        yield messages
-
-
-def read_requests(path: str | Path) -> Iterator[tuple[str, list[Message], dict[str, Any]]]:
-    """Reads what is to be answered, with `file:line` and the whole record of every line.
-
-    Raises:
-        ValueError: as `read_prompts`.
-    """
-    for where, messages, record in _read_records(path):
-        users = [i for i, message in enumerate(messages) if message["role"] == "user"]
-        if not users:
-            raise ValueError(f"{where}: no user message to answer; add one or drop the line")
-        yield where, messages[: users[-1] + 1], record
-
-
-def _read_records(path: str | Path) -> Iterator[tuple[str, list[Message], dict[str, Any]]]:
-    """`file:line`, the checked messages and the whole record of every line."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ValueError(f"conversations={str(path)!r}: no such file; give a .jsonl or .jsonl.gz")
-    for number, line in read_lines(path):
-        where = f"{path}:{number}"
-        record = _parse_record(line, where)
-        yield where, record["messages"], record
-
-
-def _parse_record(line: bytes, where: str) -> dict[str, Any]:
-    record = parse_json(line, where, "write one object a line")
-    if not isinstance(record, dict) or "messages" not in record:
-        raise ValueError(f'{where}: no "messages"; write {{"messages": [...]}} on every line')
-    try:
-        check_messages(record["messages"])
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    return record
-
-
-def _compile_template(template: str | None) -> Any:
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    if template is None:
-        raise ValueError("chat_template=None: add one to tokenizer_config.json, or use encode()")
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = raise_exception
-    try:
-        return environment.from_string(template)
-    except (jinja2.TemplateError, ValueError, RecursionError) as error:
-        raise ValueError(f"chat_template: not a Jinja template ({one_line(error)})") from error
-
-
 def _before(token: tuple[int, int, int], first: int) -> bool:
     _, start, end = token
     return start < first and end <= first
@@ -477,24 +305,12 @@ def _from_json(source: str) -> tokenizers.Tokenizer:
         raise ValueError(f"not a tokenizer.json ({one_line(error)})") from error
 
 
-def _template_text(template: Any) -> str | None:
-    found = template
-    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
-        # Several, by name.
-        found = next((e.get("template") for e in template if e.get("name") == "default"), None)
-    if found is not None and not isinstance(found, str):
-        raise ValueError(
-            f"chat_template={_short(template)} in tokenizer_config.json: must be a string"
-        )
-    return found
-
-
 def _token_text(name: str, token: Any) -> str | None:
     text = token.get("content") if isinstance(token, dict) else token
     if text is None and not isinstance(token, dict):
         return None
     if not isinstance(text, str):
-        raise ValueError(f"{name}={_short(token)} in tokenizer_config.json: must be a string")
+        raise ValueError(f"{name}={short(token)} in tokenizer_config.json: must be a string")
     return text
 
 
@@ -503,8 +319,3 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error}); {_DOWNLOAD}") from error
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
