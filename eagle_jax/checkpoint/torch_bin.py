@@ -13,6 +13,7 @@ import io
 import math
 import pickle
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def _load(
         with zipfile.ZipFile(path) as archive, archive.open(storage.entry) as entry:
             entry.seek(offset * width)
             numbers = np.frombuffer(entry.read(length * width), storage.dtype)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
         raise ValueError(f"{path}: truncated or corrupt ({error}); download it again") from error
     if len(numbers) != length:
         raise ValueError(f"{path}: truncated or corrupt ({storage.entry}); download it again")

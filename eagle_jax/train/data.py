@@ -25,6 +25,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from eagle_jax.checks import short
 from eagle_jax.config import DataConfig
 from eagle_jax.text import Tokenizer, encode_files
 
@@ -309,7 +310,10 @@ def token_counts(config: DataConfig) -> np.ndarray:
     folder = prepare(config.train, config, field="train")
     file = folder / COUNTS
     if file.is_file():
-        return np.load(file)
+        with contextlib.suppress(ValueError, EOFError):  # damaged: counted again
+            counts = np.load(file)
+            if counts.ndim == 1 and counts.dtype == np.int64 and np.all(counts >= 0):
+                return counts
     source, counts = _open(folder), np.zeros(0, np.int64)
     for first in tqdm.trange(0, len(source), 256, desc="counting", unit_scale=256, disable=None):
         rows = source.__getitems__(range(first, min(first + 256, len(source))))
@@ -473,8 +477,13 @@ def _open(folder: Path) -> Any:
     infos = list(folder.glob("*/*/dataset_info.json"))
     if len(infos) != 1:
         raise ValueError(f"cache_dir: {folder} is damaged; delete it and it is prepared again")
-    builder: Any = tfds.builder_from_directory(infos[0].parent)
-    return builder.as_data_source(SPLIT)
+    try:
+        builder: Any = tfds.builder_from_directory(infos[0].parent)
+        return builder.as_data_source(SPLIT)
+    except Exception as error:  # of tfds, ArrayRecord and protocol buffers
+        raise ValueError(
+            f"cache_dir: {folder} is damaged ({short(error)}); delete it and it is prepared again"
+        ) from error
 
 
 @contextlib.contextmanager

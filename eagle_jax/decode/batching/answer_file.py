@@ -232,7 +232,7 @@ def _answered(path: Path, prompts: Sequence[Messages], settings: dict[str, Any])
         # Nobody else's file is cut: not even one without a line break.
         if not (torn.startswith(_START) or _START.startswith(torn)):
             raise ValueError
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         differs = f": {error}" if isinstance(error, _OtherSettings) else ""
         raise ValueError(
             f"output={str(path)!r}: holds no answers to this input with these settings{differs}; "
@@ -250,8 +250,8 @@ class _OtherSettings(ValueError):
 def _index(line: bytes, prompts: Sequence[Messages], settings: dict[str, Any]) -> int:
     """Which prompt a finished line answers; one beyond the limit is not looked at."""
     record = json.loads(line)
-    index, asked, found = int(record["index"]), record["messages"][:-1], record["settings"]
-    if index < 0 or (index < len(prompts) and asked != prompts[index]):
+    index, asked, found = record["index"], record["messages"][:-1], record["settings"]
+    if type(index) is not int or index < 0 or (index < len(prompts) and asked != prompts[index]):
         raise ValueError
     if found != settings:
         names = [name for name in settings | found if found.get(name) != settings.get(name)]
