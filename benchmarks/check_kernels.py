@@ -13,6 +13,7 @@ run on NVIDIA GPUs (`--shape tiny` anywhere).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -24,7 +25,6 @@ import shapes
 from loops import Slots
 
 from eagle_jax import sharding
-from eagle_jax.config import TransformerConfig
 from eagle_jax.decode.top_k import likeliest
 from eagle_jax.decode.tree import MC_SIM_7B_63, StaticTree, chain, static_tree
 from eagle_jax.models import Transformer, bind, kernels
@@ -52,9 +52,10 @@ def exactly(tree: Any) -> Any:
 
 
 def passed(
-    config: TransformerConfig, weights: Any, slots: Slots, cache: Any, tree: StaticTree, used: int
+    params: Params, slots: Slots, cache: Any, tree: StaticTree, used: int
 ) -> tuple[list[jax.Array], bool]:
     """What a pass finds, after caches of unlike lengths; whether by kernels of ours."""
+    config, weights = params.target_config, params.target
     shape, b = tree.shape(slots.batch), slots.batch
     tokens = np.arange(b * tree.nodes, dtype=np.int32).reshape(b, -1) * 7919 % config.vocab_size
     lengths = used - _APART * np.arange(b, dtype=np.int32)
@@ -62,7 +63,8 @@ def passed(
 
     @jax.jit
     def run(weights: Any, cache: Any, tokens: jax.Array, lengths: jax.Array, path: jax.Array):
-        target, places = bind(Transformer, config, weights), lengths[:, None] + shape.depth
+        target = bind(Transformer, config, weights, params.layout)
+        places = lengths[:, None] + shape.depth
         output = target(tokens, places, shape.ancestors, cache=cache, lengths=lengths)
         logits = target.logits(output.features)
         written = caches.commit(cache, output.block, path, lengths)
@@ -89,19 +91,20 @@ def compared(
     params: Params, slots: Slots, tree: StaticTree, used: int, interpreted: bool
 ) -> dict[str, Any]:
     """One pass three ways; NaN is never right."""
-    config, weights, cache = params.target_config, params.target, slots.new()
+    cache = slots.new()
     device.INTERPRET = interpreted
     with kernels.decoding():
-        own, ran = passed(config, weights, slots, cache, tree, used)
+        own, ran = passed(params, slots, cache, tree, used)
     device.INTERPRET = False
     if not ran:
         raise ValueError(
             f"--tensor {1 if slots.mesh is None else slots.mesh.size}: no kernel takes a pass of "
             f"{tree.nodes} tokens, so there is nothing to compare; change it or --shape"
         )
-    xla, _ = passed(config, weights, slots, cache, tree, used)
+    xla, _ = passed(params, slots, cache, tree, used)
     with jax.default_matmul_precision("highest"):  # GPUs round float32 to fewer bits otherwise
-        exact, _ = passed(config, exactly(weights), slots, exactly(cache), tree, used)
+        whole = dataclasses.replace(params, target=exactly(params.target))
+        exact, _ = passed(whole, slots, exactly(cache), tree, used)
     by_kernels, by_xla = distance(own, exact), distance(xla, exact)
     right = bool(np.all(by_kernels <= _MOST * by_xla + _BESIDES))
     row = {"rows": slots.batch, "tokens": tree.nodes, "used": used}

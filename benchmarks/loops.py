@@ -24,7 +24,7 @@ from eagle_jax.config import TransformerConfig
 from eagle_jax.decode import engine, executables
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.program import Program, State
-from eagle_jax.decode.sampling import sampling
+from eagle_jax.decode.sampling import Sampling, SamplingParams, Vocabulary
 from eagle_jax.decode.top_k import argmax
 from eagle_jax.decode.tree import StaticTree
 from eagle_jax.models import Cache, Transformer, bind, kernels
@@ -114,10 +114,11 @@ class Rounds:
         temperature: float = 0.0,
         pace: float = 1.0,
     ) -> None:
-        config = None if method.draft is None else params.drafts[method.draft].config
         self.place, self.rounds, self.tau, self.calls = place, rounds, 0.0, 0
-        self.program = Program(method, params.target_config, config, place.slots, ())
-        self.params, self.settings = params.only(method.draft), sampling(temperature)
+        self.program = Program.of(params, method, place.slots)
+        rows = [SamplingParams(temperature=temperature)] * place.batch
+        self.settings = Sampling.of(rows, Vocabulary(params.target_config.vocab_size))
+        self.params = params.with_draft(method.draft)
         span = round(pace * rounds)
         self.start = used - span // 2
         self.limit = place.slots - method.depth - 1
@@ -130,7 +131,7 @@ class Rounds:
         row = jax.ShapeDtypeStruct((b,), jnp.int32)
         shapes = jax.eval_shape(
             functools.partial(engine.prefill, self.program),
-            self.params,
+            self.program.weights(params),
             jax.ShapeDtypeStruct((b, 2), jnp.int32),
             row,
             row,
@@ -185,13 +186,13 @@ class Passes:
         start = np.full(place.batch, used - rounds // 2, np.int32)
         tokens = np.zeros((place.batch, tree.nodes), np.int32)
         self.args = sharding.put(place.mesh, (tokens, start, np.int32(rounds)))
-        shape, config = tree.shape(place.batch), params.target_config
+        shape, config, layout = tree.shape(place.batch), params.target_config, params.layout
 
         @jax.jit
         def loop(
             params: Any, cache: Any, tokens: jax.Array, length: jax.Array, count: jax.Array
         ) -> jax.Array:
-            target = bind(Transformer, config, params)
+            target = bind(Transformer, config, params, layout)
 
             def body(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                 tokens, length = carry

@@ -23,9 +23,11 @@ from eagle_jax.config import (
     TransformerConfig,
 )
 from eagle_jax.decode import Medusa
-from eagle_jax.models import DRAFTS, Transformer, kernels, param_shapes
+from eagle_jax.drafters import registry
+from eagle_jax.layout import PLAIN, Layout
+from eagle_jax.models import Transformer, param_shapes
 from eagle_jax.models.quantize import checked
-from eagle_jax.params import Draft, Params, draft_place
+from eagle_jax.params import Draft, Params, draft_place, layout_for_decoding
 from eagle_jax.types import ParamDict
 
 _DRAFT_VOCABULARY = 32000  # of published EAGLE-3 heads
@@ -116,13 +118,14 @@ def random_weights(
     seed: int = 0,
     dtype: Any = None,
     where: Mesh | Sharding | None = None,
+    layout: Layout = PLAIN,
 ) -> ParamDict:
     """Random weights, drawn on the device array by array: seconds for 7B, no host memory.
 
     Of unit gain, so that nothing overflows; never zeros, on which matrix products run faster.
     `where` is that of `load`.
     """
-    like = param_shapes(cls, config)
+    like = param_shapes(cls, config, layout)
     dtype = dtype or common.default_dtype()
     places: dict[str, Any] = dict.fromkeys(like, where)
     if isinstance(where, Mesh):
@@ -159,20 +162,6 @@ def offsets(vocab: int, size: int) -> np.ndarray:
     return index * (vocab // size) - index
 
 
-def _for_decoding(config: Any) -> Any:
-    """In the layout that `load` chooses."""
-    qkv = kernels.expected(jnp.dtype(common.default_dtype()))
-    return dataclasses.replace(config, fused=True, fused_qkv=qkv)
-
-
-def _small(config: Any, quantize: str) -> Any:
-    """With quantised matrices, and as `load` then has it: EAGLE-1 with a head of its own."""
-    changes: dict[str, Any] = {"quantize": quantize}
-    if isinstance(config, EagleConfig) and config.draft_vocab_size is None:
-        changes["draft_vocab_size"] = config.vocab_size
-    return dataclasses.replace(config, **changes)
-
-
 def random_params(
     shape: str,
     kinds: Sequence[str] = (),
@@ -191,7 +180,7 @@ def random_params(
     """
     quantization = checked("--quantize", quantize)
     of_drafts = checked("--quantize-drafts", quantize_drafts)
-    target = _for_decoding(SHAPES[shape])
+    target, dtype = SHAPES[shape], jnp.dtype(common.default_dtype())
     if mesh is not None:
         sharding.check_tensor(mesh, [target])
     if layers is not None:
@@ -199,16 +188,19 @@ def random_params(
         if not least <= layers <= most:
             raise ValueError(f"--layers {layers}: shape {shape} has {most}; use {least} to {most}")
         target = dataclasses.replace(target, num_hidden_layers=layers)
-    target = dataclasses.replace(target, quantize=quantization)
-    drafts = {}
+    drafts, layout = {}, layout_for_decoding(dtype, of_drafts)
     for kind in kinds:
         config = draft_configs(shape, draft_vocabulary)[kind]
         if isinstance(config, Eagle3Config) and layers is not None:
             config = dataclasses.replace(config, aux_layers=(0, layers // 2, layers))
-        if not isinstance(config, MedusaConfig):
-            config = _for_decoding(config)
-        if of_drafts is not None:
-            config = _small(config, of_drafts)
-        weights = random_weights(DRAFTS[kind], config, 1, where=draft_place(config, mesh))
-        drafts[kind] = Draft(weights, config)
-    return Params(random_weights(Transformer, target, where=mesh), drafts, target)
+        if of_drafts is not None and isinstance(config, EagleConfig):  # has a head then, as loaded
+            own = config.draft_vocab_size or config.vocab_size
+            config = dataclasses.replace(config, draft_vocab_size=own)
+        place = draft_place(config, mesh)
+        weights = random_weights(
+            registry.by_kind(kind).module_class(), config, 1, where=place, layout=layout
+        )
+        drafts[kind] = Draft(weights, config, layout)
+    layout = layout_for_decoding(dtype, quantization)
+    weights = random_weights(Transformer, target, where=mesh, layout=layout)
+    return Params(weights, drafts, target, layout)

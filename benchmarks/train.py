@@ -12,7 +12,6 @@ MFU counts model FLOPs as training reports them, recomputation not counted, over
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ import jax
 import numpy as np
 import shapes
 
-from eagle_jax import settings, sharding
+from eagle_jax import hardware, settings, sharding
 from eagle_jax.config import (
     DataConfig,
     Eagle3Config,
@@ -38,7 +37,7 @@ from eagle_jax.config import (
     TransformerConfig,
 )
 from eagle_jax.models import Transformer
-from eagle_jax.train import loop, metrics, objectives
+from eagle_jax.train import loop, objectives
 
 _BATCHES = 4  # different ones, in turn
 
@@ -112,7 +111,7 @@ class Steps:
         length, batch = config.data.sequence_length, config.data.batch_size
         pace = 1e3 * length * batch / ms
         flops = pace * self.trainer.objective.flops_per_token(length)
-        peak = metrics.peak_flops(jax.devices()[0].device_kind, config.peak_flops)
+        peak = config.peak_flops or hardware.peak_flops(jax.devices()[0].device_kind)
         return {
             "objective": name,
             "batch": batch,
@@ -148,7 +147,7 @@ def main() -> None:
         model = settings.load(args.target_config or args.config[0], kind=TrainConfig).objective
         if not isinstance(model, NextToken):
             raise ValueError(f"--target-config {args.target_config}: give that of the target's run")
-        target = dataclasses.replace(model.model, fused=False)
+        target = model.model
     first, frozen = next(iter(runs.values())), {}
     if any(not isinstance(config.objective, NextToken) for config in runs.values()):
         frozen = shapes.random_weights(Transformer, target, dtype=first.compute_dtype)

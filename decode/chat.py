@@ -8,7 +8,7 @@ An empty line or Ctrl-D ends it, `/new` starts over.
 import argparse
 
 import eagle_jax
-from eagle_jax import cli
+from eagle_jax import cli, compilation_cache
 from eagle_jax.decode import stream
 
 
@@ -43,6 +43,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     args = parser.parse_args()
+    compilation_cache.enable()  # the second start does not compile
     params = eagle_jax.load(args.model)
 
     messages, seed = [], args.seed

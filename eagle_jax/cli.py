@@ -1,30 +1,88 @@
-"""What every `python -m eagle_jax...` shares: errors of the user are one line, not a traceback."""
+"""What all commands share: their parser, one line for a user's mistake, Ctrl-C, warnings."""
 
 from __future__ import annotations
 
+import _thread
+import argparse
+import contextlib
+import difflib
 import os
+import re
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from eagle_jax import interrupts, progress
 
 USER_ERROR = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+INTERRUPTED = interrupts.STATUS
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are one line, `error: ...`, with the closest option's name."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.match(r"unrecognized arguments: (-\S+)", message)
+        if found:
+            names = [name for action in self._actions for name in action.option_strings]
+            given = found[1].split("=")[0]
+            close = difflib.get_close_matches(given, names, n=1)
+            message = f"unknown option {given}" + (f"; did you mean {close[0]}?" if close else "")
+        self.exit(USER_ERROR, f"error: {message} ({self.prog} --help explains)\n")
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs a program's `main` and exits with its status.
 
-    `ValueError` and `OSError` become `error: ...` on stderr with status 2, Ctrl-C status 130.
-    With EAGLE_JAX_DEBUG=1 they keep their traceback.
+    `ValueError` and `OSError` become `error: ...` on stderr with status 2, a warning to the user
+    becomes `warning: ...`. Ctrl-C gives status 130 within two seconds, whatever the program does.
+    With EAGLE_JAX_DEBUG=1 errors keep their traceback.
     """
-    try:
-        status = main()
-        sys.stdout.flush()
-    except (ValueError, OSError, KeyboardInterrupt) as error:
-        if os.environ.get("EAGLE_JAX_DEBUG") == "1":
+    watch = interrupts.watch
+    progress.show(True)
+    with watch.watching(), _quiet_hooks():
+        try:
+            status = main()
+            sys.stdout.flush()
+        except SystemExit:
             raise
-        status = _report(error)
+        except BaseException as error:
+            told = isinstance(error, ValueError | OSError | KeyboardInterrupt)
+            # The signal's own thread may need a moment to say that it came.
+            stopped = watch.interrupted(0.1 if isinstance(error, KeyboardInterrupt) else 0.0)
+            if os.environ.get("EAGLE_JAX_DEBUG") == "1" or not (told or stopped):
+                raise
+            if stopped:  # whatever the error, it is a consequence
+                interrupts.end()
+            status = _report(error)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def _quiet_hooks() -> Iterator[None]:
+    """Shows warnings to the user as one line, without a place in our code; and lets no Ctrl-C get
+    lost that comes inside a callback of the garbage collector, where Python cannot raise it."""
+    before, unraisable = warnings.showwarning, sys.unraisablehook
+
+    def ignore(hook: Any) -> None:
+        if hook.exc_type is not KeyboardInterrupt:
+            unraisable(hook)
+        else:  # raised again, a moment later, where it is not swallowed
+            threading.Timer(0.01, _thread.interrupt_main).start()
+
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if category is UserWarning:
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            before(message, category, *where, **more)
+
+    warnings.showwarning, sys.unraisablehook = show, ignore
+    try:
+        yield
+    finally:
+        warnings.showwarning, sys.unraisablehook = before, unraisable
 
 
 def _report(error: BaseException) -> int:

@@ -1,14 +1,41 @@
-"""Configuration of models, data, training and evaluation: frozen dataclasses.
+"""Configuration of models, data and training: frozen dataclasses.
 
-`eagle_jax.settings` reads them from Python files, overrides and checks them.
+`eagle_jax.settings` reads them from Python files, overrides and checks them. The classes of the
+drafters (`EagleConfig`, `FeatureRegression`, ...) are defined in `eagle_jax.drafters.<kind>.config`
+and imported from here, as any other configuration is.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from eagle_jax.settings import check
+
+if TYPE_CHECKING:
+    from eagle_jax.drafters.eagle.config import EagleConfig, FeatureRegression
+    from eagle_jax.drafters.eagle3.config import Eagle3Config, TrainingTimeTest
+    from eagle_jax.drafters.medusa.config import MedusaConfig, MedusaTraining
+    from eagle_jax.drafters.model.config import Distillation
+
+__all__ = [
+    "DataConfig",
+    "Distillation",
+    "DraftConfig",
+    "DraftObjective",
+    "Eagle3Config",
+    "EagleConfig",
+    "FeatureRegression",
+    "MedusaConfig",
+    "MedusaTraining",
+    "NextToken",
+    "OptimConfig",
+    "RopeScaling",
+    "TrainConfig",
+    "TrainingTimeTest",
+    "TransformerConfig",
+    "check_draft_vocabulary",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +106,6 @@ class TransformerConfig:
         max_position_embeddings: longest sequence (prompt and answer together), in tokens.
         tie_word_embeddings: the output head is the embedding matrix.
         attention_bias: biases on the q, k and v projections (Qwen2).
-        fused: gate and up projections are one matrix, the experts of a layer one stack; in memory
-            only, `eagle_jax.load` sets it.
-        fused_qkv: query, key and value projections are one matrix, as kernels of our own take
-            them; in memory only, `eagle_jax.load` sets it where those run.
-        quantize: how the matrices of the layers and of the head are stored
-            (`eagle_jax.models.quantize`); in memory only, `eagle_jax.load` sets it.
         rope_scaling: of the rotary embedding, for long contexts.
         rope_local_base_freq: base of the rotary embedding, unscaled, in sliding layers (Gemma 3);
             by default they have that of the others.
@@ -119,9 +140,6 @@ class TransformerConfig:
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     attention_bias: bool = False
-    fused: bool = False
-    fused_qkv: bool = False
-    quantize: Literal["int8"] | None = None
     rope_scaling: RopeScaling | None = None
     rope_local_base_freq: float | None = None
     sliding_window: int | None = None
@@ -208,162 +226,46 @@ class TransformerConfig:
         return self.num_experts > 0 and layer not in self.mlp_only_layers
 
 
-def _check_draft_vocabulary(size: int | None, vocab_size: int) -> None:
+def check_draft_vocabulary(size: int | None, vocab_size: int) -> None:
+    """Raises ValueError if a draft vocabulary has no entry, or more than the target's has."""
     if size is not None and not 1 <= size <= vocab_size:
         raise ValueError(f"draft_vocab_size={size}: must be 1 to vocab_size={vocab_size}")
 
 
-@dataclasses.dataclass(frozen=True)
-class EagleConfig:
-    """The EAGLE-1 draft: `fc` and one decoder layer over the target's features (paper section 4.1).
+@runtime_checkable
+class DraftConfig(Protocol):
+    """The architecture of a draft of any kind; `eagle_jax.drafters.DrafterSpec` says more.
 
     Attributes:
-        hidden_size: width of the features, equal to the target's.
-        intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rope_theta,
-            rms_norm_eps, attention_bias, fused, fused_qkv, rope_scaling: of its decoder layer, as
-            in `TransformerConfig`.
-        vocab_size: the target's; the embedding and the head are the target's own, frozen.
-        bias: `fc` has a bias (the published default; Llama-3 heads have none).
-        draft_vocab_size: how many of the target's tokens are drafted, through columns of its head;
-            `d2t` maps them to the target's. None: all.
-        quantize: as in `TransformerConfig`, of all its matrices; in memory only.
+        kind: names its drafter.
+        vocab_size: the target's.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
-    attention_bias: bool = False
-    fused: bool = False
-    fused_qkv: bool = False
-    bias: bool = True
-    rope_scaling: RopeScaling | None = None
-    draft_vocab_size: int | None = None
-    quantize: Literal["int8"] | None = None
-
-    kind: ClassVar[str] = "eagle"
-
-    def __post_init__(self) -> None:
-        check(self)
-        _check_draft_vocabulary(self.draft_vocab_size, self.vocab_size)
-
-    def layer(self) -> TransformerConfig:
-        """The draft's single decoder layer, as a one-layer transformer configuration."""
-        shared = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in ("bias", "draft_vocab_size")
-        }
-        return TransformerConfig(num_hidden_layers=1, **shared)
-
-
-@dataclasses.dataclass(frozen=True)
-class Eagle3Config:
-    """The EAGLE-3 draft (arXiv 2503.01840): fused target layers, own head over a draft vocabulary.
-
-    Attributes:
-        vocab_size: the target's; the embedding is the target's own, frozen.
-        draft_vocab_size: rows of the draft's own head; `d2t` maps them to the target's tokens.
-        hidden_size: width `d` of the draft.
-        intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rope_theta,
-            rms_norm_eps, attention_bias, fused, fused_qkv, rope_scaling: of its decoder layer, as
-            in `TransformerConfig`.
-        aux_layers: which residual streams are fused, by the layer they enter; the number of the
-            target's layers means the one that leaves the last. The official rule for L layers is
-            2, L // 2, L - 3.
-        fc_norm: an RMSNorm on each of them before they are fused (EAGLE-3.1).
-        norm_output: the state fed back to the next draft step is the normed one (EAGLE-3.1).
-        target_hidden_size: the target's width where it is not the draft's; such a draft has an
-            embedding of its own.
-        quantize: as in `TransformerConfig`, of all its matrices; in memory only.
-    """
-
-    vocab_size: int
-    draft_vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    aux_layers: tuple[int, ...]
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
-    attention_bias: bool = False
-    fused: bool = False
-    fused_qkv: bool = False
-    fc_norm: bool = False
-    norm_output: bool = False
-    rope_scaling: RopeScaling | None = None
-    target_hidden_size: int | None = None
-    quantize: Literal["int8"] | None = None
-
-    kind: ClassVar[str] = "eagle3"
-
-    def __post_init__(self) -> None:
-        check(self)
-        _check_draft_vocabulary(self.draft_vocab_size, self.vocab_size)
-        if not self.aux_layers or min(self.aux_layers) < 0:
-            raise ValueError(f"aux_layers={self.aux_layers}: give layer numbers of 0 or more")
-        width = self.target_hidden_size
-        if width is not None and (width < 1 or width == self.hidden_size):
-            raise ValueError(
-                f"target_hidden_size={self.target_hidden_size}: must be positive and differ from "
-                f"hidden_size={self.hidden_size}, or None"
-            )
+    kind: ClassVar[str]
 
     @property
-    def feature_size(self) -> int:
-        """Width of the residual streams that are fused: the target's."""
-        return self.target_hidden_size or self.hidden_size
-
-    def layer(self) -> TransformerConfig:
-        """The draft's single decoder layer, as a one-layer transformer configuration."""
-        own = ("draft_vocab_size", "aux_layers", "fc_norm", "norm_output", "target_hidden_size")
-        shared = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in own
-        }
-        return TransformerConfig(num_hidden_layers=1, **shared)
+    def vocab_size(self) -> int: ...
 
 
-@dataclasses.dataclass(frozen=True)
-class MedusaConfig:
-    """Medusa heads (arXiv 2401.10774): head i predicts the token i + 2 places after its feature.
+@runtime_checkable
+class DraftObjective(Protocol):
+    """The settings of a draft's training; each drafter has classes of its own.
 
     Attributes:
-        vocab_size, hidden_size: the target's.
-        num_heads: tokens drafted ahead.
-        num_layers: residual blocks of each head.
-        tie_lm_head: every head has a square matrix of its own before the target's frozen head;
-            otherwise its own vocabulary head, as published heads do. (Without that matrix a head
-            would hardly do: a residual block cannot take away what its input says of the token
-            that comes first.)
-        quantize: as in `TransformerConfig`, of all matrices of the heads; in memory only.
+        draft: the architecture to train from random weights.
+        target: a directory that `eagle_jax.load` reads, or the name of a shipped pair.
+        features: a directory that `python -m eagle_jax.train.features` wrote; empty: the target
+            runs in every step.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_heads: int = 4
-    num_layers: int = 1
-    tie_lm_head: bool = False
-    quantize: Literal["int8"] | None = None
+    @property
+    def draft(self) -> DraftConfig: ...
 
-    kind: ClassVar[str] = "medusa"
+    @property
+    def target(self) -> str: ...
 
-    def __post_init__(self) -> None:
-        check(self)
-        for name in ("vocab_size", "hidden_size", "num_heads", "num_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-
-
-# Everything that can be a draft; a configuration's `kind` says which.
-DraftConfig = EagleConfig | Eagle3Config | MedusaConfig | TransformerConfig
+    @property
+    def features(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -431,88 +333,6 @@ class NextToken:
 
 
 @dataclasses.dataclass(frozen=True)
-class FeatureRegression:
-    """Objective of EAGLE-1 (paper section 4.2): features by smooth L1, tokens by distillation.
-
-    Attributes:
-        draft: the architecture to train from random weights.
-        target: a directory that `eagle_jax.load` reads, or the name of a shipped pair.
-        feature_weight: weight of smooth L1 between predicted and real features.
-        token_weight: weight of the loss of tokens through the target's head.
-        loss: of tokens: soft cross-entropy ("kl"), or the acceptance rate itself ("lk": arXiv
-            2602.23881's hybrid of KL and total variation).
-        noise: half-width of the uniform noise added to input features, as the paper has it.
-        features: a directory that `python -m eagle_jax.train.features` wrote: the target's features
-            are read from it, and of the target only embedding, final norm and head are loaded;
-            empty: the target runs in every step.
-    """
-
-    draft: EagleConfig
-    target: str
-    feature_weight: float = 1.0
-    token_weight: float = 0.1
-    loss: Literal["kl", "lk"] = "kl"
-    noise: float = 0.1
-    features: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingTimeTest:
-    """Objective of EAGLE-3 (section 3.1): several draft steps on the draft's own states.
-
-    Attributes:
-        draft: the architecture to train from random weights.
-        target: as in `FeatureRegression`.
-        steps: draft steps per position.
-        decay: step i has weight `decay ** i`.
-        mean: over the rows that count ("masked"), or over all rows, as the official code divides.
-        loss: as in `FeatureRegression`, over the draft vocabulary.
-        features: as in `FeatureRegression`.
-    """
-
-    draft: Eagle3Config
-    target: str
-    steps: int = 7
-    decay: float = 0.8
-    mean: Literal["masked", "all"] = "masked"
-    loss: Literal["kl", "lk"] = "kl"
-    features: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class MedusaTraining:
-    """Objective of Medusa-1 (section 2.2): each head by cross-entropy to the text.
-
-    Attributes:
-        draft: the heads to train.
-        target: as in `FeatureRegression`.
-        decay: head i (from 0) has weight `decay ** i`.
-        labels: the text's own tokens ("hard"), or the target's distribution ("soft").
-        features: as in `FeatureRegression`.
-    """
-
-    draft: MedusaConfig
-    target: str
-    decay: float = 0.8
-    labels: Literal["hard", "soft"] = "hard"
-    features: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Distillation:
-    """Objective of an independent draft model: the target's distribution by soft cross-entropy.
-
-    Attributes:
-        draft: the small model to train from random weights; shares the target's tokenizer.
-        target, features: as in `FeatureRegression`.
-    """
-
-    draft: TransformerConfig
-    target: str
-    features: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One training run.
 
@@ -539,7 +359,7 @@ class TrainConfig:
     """
 
     output_dir: str
-    objective: NextToken | FeatureRegression | TrainingTimeTest | MedusaTraining | Distillation
+    objective: NextToken | DraftObjective
     data: DataConfig
     optim: OptimConfig
     seed: int = 0
@@ -556,3 +376,14 @@ class TrainConfig:
     attention: Literal["xla", "cudnn"] = "xla"
     remat: bool = False
     stop_on_spike: float = 0.0
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, since the drafters' configurations are made of the classes above.
+    from eagle_jax.drafters import registry
+
+    for spec in registry.built_in().values():
+        for found in spec.config_classes():
+            if found.__name__ == name:
+                return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,26 +7,30 @@ gets its name. Tensors pass through memory one at a time.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eagle_jax.checkpoint import drafts as layouts
+from eagle_jax import cli
 from eagle_jax.checkpoint import export, families, files, hf, inspection, manifest, safetensors
-from eagle_jax.checkpoint.lazy_tensor import LazyTensor, cast, lazily
+from eagle_jax.checkpoint.lazy_tensor import LazyTensor, cast
 from eagle_jax.checkpoint.names import on_disk
-from eagle_jax.cli import run
-from eagle_jax.config import DraftConfig, Eagle3Config, EagleConfig
+from eagle_jax.config import DraftConfig
+from eagle_jax.drafters import draft_vocabulary as vocabularies
+from eagle_jax.drafters import registry
+from eagle_jax.drafters.files import EMBEDDING, NATIVE, ExportTarget
+from eagle_jax.drafters.one_layer import own_embedding, same_matrix
 
-FORMATS = ("hf", *export.LAYOUTS, "native")
+FORMATS = ("hf", *export.LAYOUTS, NATIVE)
 
 # Files of a model directory besides configuration and weights.
 _OTHERS = (
@@ -139,7 +143,7 @@ def convert(
     if layout == "native":
         return _to_native(job, found, to) | said
     if layout == "hf" and job.vocabulary is not None:
-        return _to_serving(job, found, to, export.INNER, "eagle") | {"format": layout} | said
+        return _to_serving(job, found, to, NATIVE, _shortened(found)) | {"format": layout} | said
     if layout == "hf":
         return _to_hf(job, found, to, kind)
     return _to_serving(job, found, to, layout, kind)
@@ -153,7 +157,7 @@ class _Vocabulary:
     coverage: float
 
     def said(self) -> dict[str, Any]:
-        return {"draft_vocab_size": len(self.offsets), layouts.COVERAGE: self.coverage}
+        return {"draft_vocab_size": len(self.offsets), vocabularies.COVERAGE: self.coverage}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +184,7 @@ def _source(path: str | Path, target: str | Path | None, drafts: Sequence[str | 
         if outer is not None:
             raise ValueError(f"target: {root} has a target of its own; leave --target out")
         return Source(root / "target", (*own_drafts(root), *more), root)
-    if hf.kind(root) == "model":
+    if hf.is_whole(root):
         if outer is not None:  # a small model that drafts for a large one
             return Source(outer, (root, *more))
         return Source(root, tuple(more))
@@ -194,7 +198,7 @@ def _target_of(path: str | Path | None) -> Path | None:
         return None
     root = find(path)
     root = root / "target" if (root / "target").is_dir() else root
-    if hf.kind(root) != "model":
+    if not hf.is_whole(root):
         raise ValueError(f"target: {root} is a draft of kind {hf.kind(root)!r}; give its target")
     return root
 
@@ -216,34 +220,51 @@ def _check_vocabulary(
         raise ValueError(f"{where}: its tokens are counted in a text; give conversations as --text")
     if layout not in ("hf", "native"):
         raise ValueError(f"{where}: format {layout!r} has no place for it; use 'hf' or 'native'")
-    if kind not in (None, "eagle"):
-        raise ValueError(f"{where}: is for heads of kind 'eagle', not {kind!r}; leave --kind out")
+    if kind is not None and kind not in _shortening():
+        raise ValueError(
+            f"{where}: is for heads of kind {_or(_shortening())}, not {kind!r}; leave --kind out"
+        )
+
+
+def _shortening() -> list[str]:
+    """The kinds of drafts that can get a draft vocabulary after training."""
+    return [kind for kind, spec in registry.specs().items() if spec.checkpoint().shortens]
+
+
+def _or(kinds: Sequence[str]) -> str:
+    return " or ".join(map(repr, kinds))
+
+
+def _shortened(source: Source) -> str:
+    """The kind of the source's draft that gets a draft vocabulary."""
+    kinds = [hf.kind(directory) for directory in source.drafts]
+    return next((kind for kind in _shortening() if kind in kinds), _shortening()[0])
 
 
 def _vocabulary(source: Source, size: int, text: Sequence[str | Path]) -> _Vocabulary:
-    """The tokens that answers have most often, for the source's EAGLE-1 head."""
+    """The tokens that answers have most often, for a draft of the source."""
     from eagle_jax.text import Tokenizer
     from eagle_jax.vocabulary import draft_vocabulary, token_counts
 
     where = f"draft_vocabulary={size}"
     kinds = sorted({hf.kind(directory) for directory in source.drafts})
-    if kinds and "eagle" not in kinds:
+    if kinds and not set(kinds) & set(_shortening()):
         raise ValueError(
-            f"{where}: is for heads of kind 'eagle', the source has {', '.join(kinds)}; give an "
-            "EAGLE-1 head"
+            f"{where}: is for heads of kind {_or(_shortening())}, the source has "
+            f"{', '.join(kinds)}; give such a head"
         )
-    head = _choose(source, "eagle")
+    head = _choose(source, _shortened(source))
     if source.target is None:
         raise ValueError(
             f"{where}: {head} has no tokenizer to count with; give its target with --target"
         )
     config, _ = hf.open_draft(head)
-    assert isinstance(config, EagleConfig)
     hf.check_fit(hf.open_target(source.target)[0], config, head)
-    if config.draft_vocab_size is not None:
+    own = vocabularies.size_of(config)
+    if own is not None:
         raise ValueError(
-            f"{where}: {head} has a draft vocabulary of {config.draft_vocab_size} tokens; give the "
-            "head that it was made from"
+            f"{where}: {head} has a draft vocabulary of {own} tokens; give the head that it was "
+            "made from"
         )
     if size > config.vocab_size:
         raise ValueError(f"{where}: the target has {config.vocab_size} tokens; use fewer")
@@ -259,7 +280,7 @@ def _vocabulary(source: Source, size: int, text: Sequence[str | Path]) -> _Vocab
 
 def _to_hf(job: _Job, source: Source, to: Path, kind: str | None) -> dict[str, Any]:
     chosen = source.target if kind is None else _choose(source, kind)
-    if chosen is None or hf.kind(chosen) != "model":
+    if chosen is None or not hf.is_whole(chosen):
         draft = chosen or source.drafts[0]
         raise ValueError(
             f"{draft}: is a draft of kind {hf.kind(draft)!r}, format 'hf' is "
@@ -318,10 +339,10 @@ def _to_native(job: _Job, source: Source, to: Path) -> dict[str, Any]:
     with files.staged(to) as root:
         for name, directory in [("target", source.target), *opened]:
             (root / name).mkdir()
-            if name in ("target", "model"):
+            if hf.is_whole(directory):
                 written += _write_target(job, directory, root / name)
             else:
-                _, count = _write_draft(job, directory, root / name, export.INNER, source.target)
+                _, count = _write_draft(job, directory, root / name, NATIVE, source.target)
                 written += count
         manifest.write_manifest(root, parts)
         manifest.check(root, whole=True)
@@ -340,6 +361,7 @@ def _write_target(job: _Job, source: Path, directory: Path) -> int:
     total = export.size(tensors)
     with job.bar(2 * total, f"{source.name} -> hf") as bar:
         safetensors.write(directory / "model.safetensors", tensors, {"format": "pt"}, bar.update)
+        files.write_index(directory, tensors)
         files.write_json(directory / "config.json", settings)
         again, _ = hf.open_target(directory)
         if again != config:
@@ -362,16 +384,16 @@ def _write_draft(
     config, params = hf.open_draft(source, about.config if about else None)
     if about is not None:
         hf.check_fit(about.config, config, source)
-    settings = layouts.flat(files.read_json(source / "config.json"))
-    if job.vocabulary is not None and isinstance(config, EagleConfig):
-        config = dataclasses.replace(config, draft_vocab_size=len(job.vocabulary.offsets))
-        params = {**params, "d2t": lazily(job.vocabulary.offsets)}
+    own = registry.by_config(config).checkpoint()
+    settings = families.flat(files.read_json(source / "config.json"))
+    if job.vocabulary is not None and own.shortens:
+        config, params = own.with_vocabulary(config, params, job.vocabulary.offsets)
         settings = {**settings, **job.vocabulary.said()}
-    kept = (*_KEPT, layouts.COVERAGE)
+    kept = (*_KEPT, vocabularies.COVERAGE)
     matrix = _embedding(source, about, layout, config)
     if layout == "official":
-        _warn(source, export.unsaid(config, about.config if about else None))
-    export.write(
+        _warn(source, own.unsaid(config, about.config if about else None))
+    said = export.write(
         directory,
         config,
         params,
@@ -382,10 +404,11 @@ def _write_draft(
         embedding=matrix,
         bar=lambda total: job.bar(total, f"{source.name} -> {job.layout}"),
     )
-    if layout != export.INNER and isinstance(config, EagleConfig) and config.draft_vocab_size:
+    size = vocabularies.size_of(config)
+    if size != vocabularies.size_of(said):
         warnings.warn(
             f"{source}: format {layout!r} has no place for the draft vocabulary of "
-            f"{config.draft_vocab_size} tokens: the head is written without it and drafts from "
+            f"{size} tokens: the head is written without it and drafts from "
             "all there; 'native' keeps it",
             stacklevel=2,
         )
@@ -394,38 +417,35 @@ def _write_draft(
     return config, written
 
 
-def _target(directory: Path, name: str | None) -> export.Target:
+def _target(directory: Path, name: str | None) -> ExportTarget:
     config, params = hf.open_target(directory)
     architectures = files.read_json(directory / "config.json").get("architectures", [])
     if name is None:  # a path of this machine would tell others nothing
         place = directory.resolve()
         name = place.parent.name if place.name == "target" else place.name
-    return export.Target(config, params["embed_tokens.embedding"], name, architectures)
+    return ExportTarget(config, params["embed_tokens.embedding"], name, architectures)
 
 
 def _embedding(
-    source: Path, target: export.Target | None, layout: str, config: DraftConfig
+    source: Path, target: ExportTarget | None, layout: str, config: DraftConfig
 ) -> LazyTensor | None:
-    """The matrix that goes beside the weights: the target's, or else the source's own.
-
-    The official EAGLE-1 loader refuses heads without one; official EAGLE-3 and SGLang take the
-    target's.
-    """
-    if isinstance(config, Eagle3Config) and config.target_hidden_size:
-        return None  # it has its own, among its weights
-    own = layouts.own_embedding(files.read_tensors(source))
-    if target is not None and own is not None and not layouts.close(own, target.embedding):
+    """The matrix that goes beside the weights: the target's, or else the source's own."""
+    files_of_kind = registry.by_config(config).checkpoint()
+    if not files_of_kind.shares_embedding(config):
+        return None
+    wanted, own = files_of_kind.embedding(config, layout), own_embedding(files.read_tensors(source))
+    if target is not None and own is not None and not same_matrix(own, target.embedding):
         raise ValueError(
-            f"{source}: its {layouts.EMBEDDING} is not the target's; "
+            f"{source}: its {EMBEDDING} is not the target's; "
             "give the target that the draft was trained for"
         )
-    if layout in ("sglang", export.INNER):
+    if wanted == "none":
         return None
-    if layout == "official" and config.kind != "eagle":
+    if wanted == "kept":
         return own if target is None else None  # nobody has seen that it is the target's
-    if layout == "official" and own is None and target is None:
+    if wanted == "required" and own is None and target is None:
         raise ValueError(
-            f"{source}: has no {layouts.EMBEDDING}, without which the official code does not open "
+            f"{source}: has no {EMBEDDING}, without which the official code does not open "
             "an EAGLE-1 head; give the target that has it with --target"
         )
     return own if target is None else target.embedding
@@ -464,7 +484,7 @@ def inspect(path: str | Path, target: str | Path | None = None) -> dict[str, Any
 
     root = find(path)
     outer = _target_of(target)
-    if outer is not None and ((root / "target").is_dir() or hf.kind(root) == "model"):
+    if outer is not None and ((root / "target").is_dir() or hf.is_whole(root)):
         raise ValueError(f"target: {root} is a whole model, no head of another; leave --target out")
     if not (root / "target").is_dir():
         return {".": inspection.describe(root, outer)}
@@ -474,10 +494,10 @@ def inspect(path: str | Path, target: str | Path | None = None) -> dict[str, Any
     return {**found, "manifest": "none" if listed is None else "all files as listed"}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = "python -m eagle_jax.convert") -> argparse.ArgumentParser:
     """The command line."""
-    out = argparse.ArgumentParser(
-        prog="python -m eagle_jax.convert",
+    out = cli.Parser(
+        prog=prog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
             "Convert targets and drafts between layouts, or say what a checkpoint is.\n"
@@ -490,20 +510,21 @@ def parser() -> argparse.ArgumentParser:
             "  hf           a target, or with --kind model a small one, as transformers opens it;\n"
             "               with --draft-vocabulary a draft, for load(TARGET, draft=DIRECTORY)\n"
             "  official     a draft, as the authors of EAGLE or Medusa publish it: their names of\n"
-            "               tensors, in safetensors files (Medusa: medusa_lm_head.safetensors)\n"
+            "               tensors, in safetensors files (Medusa: medusa_lm_head.safetensors);\n"
+            "               EAGLE-1 heads also as pytorch_model.bin, which their first code opens\n"
             "  sglang       a draft for SGLang (EAGLE-1, EAGLE-3)\n"
             "  speculators  a draft for vLLM (EAGLE-3)\n"
             "  native       a target with its drafts in one directory: eagle_jax.load(DIRECTORY)\n"
             "\n"
             "examples:\n"
-            "  python -m eagle_jax.convert --inspect EAGLE3-LLaMA3.1-Instruct-8B \\\n"
+            f"  {prog} --inspect EAGLE3-LLaMA3.1-Instruct-8B \\\n"
             "      --target Llama-3.1-8B-Instruct\n"
-            "  python -m eagle_jax.convert --from Llama-3.1-8B-Instruct \\\n"
+            f"  {prog} --from Llama-3.1-8B-Instruct \\\n"
             "      --draft EAGLE3-LLaMA3.1-Instruct-8B --to llama8b --format native\n"
-            "  python -m eagle_jax.convert --from runs/eagle3/export --target Llama-3.1-8B-Instruct"
+            f"  {prog} --from runs/eagle3/export --target Llama-3.1-8B-Instruct"
             " \\\n"
             "      --to for-vllm --format speculators\n"
-            "  python -m eagle_jax.convert --from EAGLE-LLaMA3-Instruct-8B \\\n"
+            f"  {prog} --from EAGLE-LLaMA3-Instruct-8B \\\n"
             "      --target Llama-3-8B-Instruct --to short --draft-vocabulary 16384 \\\n"
             "      --text answers.jsonl\n"
             "\n"
@@ -525,7 +546,7 @@ def parser() -> argparse.ArgumentParser:
         "--draft", action="append", default=[], metavar="PATH", help="native: a draft; repeatable"
     )
     out.add_argument(
-        "--kind", help="which draft, where there are several: eagle, eagle3, medusa, model"
+        "--kind", help=f"which draft, where there are several: {', '.join(registry.specs())}"
     )
     out.add_argument(
         "--target-name", metavar="NAME", help="speculators: where vLLM finds the target"
@@ -543,9 +564,9 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line; the last line of standard output is one JSON object."""
-    args = parser().parse_args(argv)
+def main(argv: list[str] | None = None, prog: str = "python -m eagle_jax.convert") -> None:
+    """Runs the command line; the last line of standard output is one JSON object."""
+    args = parser(prog).parse_args(argv)
     if args.inspect is not None:
         others = ("source", "to", "format", "draft", "kind", "dtype", "target_name")
         others += ("draft_vocabulary", "text")
@@ -562,7 +583,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{name}: give --{name}, or --inspect PATH (--help explains)")
     from tqdm import tqdm
 
-    with warnings.catch_warnings(record=True) as told:
+    with _ended_by_sigterm(), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
         summary = convert(
             args.source,
@@ -581,12 +602,21 @@ def main(argv: list[str] | None = None) -> None:
         )
     for warning in told:
         print(f"warning: {warning.message}", file=sys.stderr)
-    if layouts.COVERAGE in summary:
-        size, coverage = summary["draft_vocab_size"], summary[layouts.COVERAGE]
+    if vocabularies.COVERAGE in summary:
+        size, coverage = summary["draft_vocab_size"], summary[vocabularies.COVERAGE]
         print(f"draft vocabulary: {size} tokens cover {coverage:.2%} of the answers in the text")
     print(json.dumps(summary))
 
 
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Lets SIGTERM raise SystemExit, so that half-written files go, as they do after Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up, as Ctrl-C does
-    run(main)
+    cli.run(main)

@@ -6,27 +6,23 @@ import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from eagle_jax.checkpoint import drafts as layouts
 from eagle_jax.checkpoint import files, hf, manifest
+from eagle_jax.checkpoint import target as targets
 from eagle_jax.checkpoint.lazy_tensor import LazyTensor
 from eagle_jax.checks import short
-from eagle_jax.config import (
-    DraftConfig,
-    Eagle3Config,
-    EagleConfig,
-    MedusaConfig,
-    TransformerConfig,
-)
-from eagle_jax.models import kernels
+from eagle_jax.config import DraftConfig, TransformerConfig
+from eagle_jax.drafters import registry
+from eagle_jax.drafters.one_layer import own_embedding, same_matrix
+from eagle_jax.layout import PLAIN, Layout
+from eagle_jax.models import kernels, param_names
 from eagle_jax.models import quantize as quantisation
-from eagle_jax.models.quantize import Quantization
 from eagle_jax.models.weight_layout import fuse, fused_parts
 from eagle_jax.sharding import check_tensor, replicated, weight_shardings
 from eagle_jax.text import Tokenizer
@@ -38,52 +34,96 @@ _SHIPPED = Path(__file__).parent / "pretrained"
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """One draft: its parameters by name, and its architecture, whose `kind` says what it is."""
+    """One draft.
+
+    Attributes:
+        params: its arrays by name.
+        config: its architecture, whose `kind` says which draft it is.
+        layout: how `params` lie in memory.
+    """
 
     params: ParamDict
     config: DraftConfig = dataclasses.field(metadata={"static": True})
+    layout: Layout = dataclasses.field(metadata={"static": True}, default=PLAIN)
+
+    def __repr__(self) -> str:
+        return f"Draft({self.config.kind} {_size(self.params)}{_stored(self.layout)})"
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Params:
-    """A target and the drafts that there are for it: a pytree of arrays with static configurations.
+    """A target and its drafts: what `generate` takes, and a pytree whose leaves are the weights.
+
+    Compiled programs take only arrays of it (`eagle_jax.decode.program.Weights`), so tokenizer and
+    directory do not affect compilation. It can be pickled and deep-copied.
 
     Attributes:
-        target: the target's parameters, by name.
-        drafts: by kind: "eagle", "eagle3", "medusa", "model"; one of each at most.
+        target: the target's arrays by name.
+        drafts: by kind ("eagle", "eagle3", "medusa", "model", or a drafter of your own), at most
+            one of each.
         target_config: the target's architecture.
-        tokenizer: the target's; none for models that only see token ids.
-        directory: that it was loaded from, for what is stored beside it.
+        layout: how the target's arrays lie in memory; each draft has its own.
+        tokenizer: the target's, or None for a model that takes token ids only.
+        directory: where the model was loaded from, or None; its tuning is stored there.
     """
 
     target: ParamDict
     drafts: Mapping[str, Draft]
     target_config: TransformerConfig = dataclasses.field(metadata={"static": True})
+    layout: Layout = dataclasses.field(metadata={"static": True}, default=PLAIN)
     tokenizer: Tokenizer | None = dataclasses.field(metadata={"static": True}, default=None)
     directory: Path | None = dataclasses.field(metadata={"static": True}, default=None)
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the target's arithmetic, and of all its weights that are not quantised."""
+        """The dtype of the target's arithmetic, and of its weights that are not quantised."""
         return self.target["embed_tokens.embedding"].dtype
 
     @property
     def quantize(self) -> str | None:
-        """How the target's matrices are stored: "int8", or None as floats."""
-        return self.target_config.quantize
+        """How the target's matrices are stored: "int8", or None for floats."""
+        return self.layout.quantize
 
     @property
     def quantize_drafts(self) -> str | None:
-        """The same of the drafts, which `load` stores alike."""
-        found = {draft.config.quantize for draft in self.drafts.values()}
+        """How the drafts' matrices are stored, which `load` stores alike."""
+        found = {draft.layout.quantize for draft in self.drafts.values()}
         return next(iter(found - {None}), None)
 
-    def only(self, kind: str | None) -> Params:
-        """Without what would be arguments of a program for nothing: drafts of other kinds, and the
-        place, which is no part of a program at all."""
+    def with_draft(self, kind: str | None) -> Params:
+        """Returns a copy that has only the draft of this kind; None, or a kind that is not there,
+        drops all drafts."""
         kept = {name: draft for name, draft in self.drafts.items() if name == kind}
-        return dataclasses.replace(self, drafts=kept, directory=None)
+        return dataclasses.replace(self, drafts=kept)
+
+    def __repr__(self) -> str:
+        name = self.target_config.model_type or "transformer"
+        text = f"{name} {_size(self.target)} {self._dtypes()}{_stored(self.layout)}"
+        drafts = [
+            f"{kind} {_size(draft.params)}{_stored(draft.layout)}"
+            for kind, draft in self.drafts.items()
+        ]
+        text += f", drafts: {', '.join(drafts)}" if drafts else ", no drafts"
+        text += "" if self.directory is None else f"; from {shipped_name(self.directory)}"
+        return f"Params({text})"
+
+    def _dtypes(self) -> str:
+        embedding = self.target.get("embed_tokens.embedding")  # while trees are mapped, of any kind
+        return str(getattr(embedding, "dtype", "-"))
+
+
+def _size(params: ParamDict) -> str:
+    """The number of weights, in words: "21.1M"."""
+    count = sum(getattr(array, "size", 0) for array in params.values())
+    for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= unit:
+            return f"{count / unit:.1f}{letter}"
+    return str(count)
+
+
+def _stored(layout: Layout) -> str:
+    return "" if layout.quantize is None else f" {layout.quantize}"
 
 
 def load(
@@ -142,7 +182,6 @@ def load(
     target_dir = root / "target" if (root / "target").is_dir() else root
     on_cpu = jax.default_backend() == "cpu"
     dtype = _dtype(dtype if dtype is not None else ("float32" if on_cpu else "bfloat16"))
-    qkv = kernels.expected(dtype)
 
     replaced = {hf.kind(directory) for directory in given}
     parts = manifest.parts(root) or {}
@@ -159,20 +198,29 @@ def load(
         if directories is own and parts:
             manifest.check_kinds(root, {path.name: parts[path.name] for path in own}, found)
         for kind, (config, params) in found.items():
-            if of_drafts is not None:
-                config, params = _with_all_tokens(config, params)
-            params = layouts.with_head(config, params, target_config, target)
-            untied = on_cpu or of_drafts is not None
-            config, params = _for_decoding(config, params, untied=untied, qkv=qkv)
-            place = draft_place(config, sharding)
-            placed = _place(params, config, dtype, place, of_drafts)
-            drafts[kind] = Draft(placed, dataclasses.replace(config, quantize=of_drafts))
-    untied = on_cpu or quantization is not None
-    target_config, target = _for_decoding(target_config, target, untied=untied, qkv=qkv)
+            config, params = (
+                registry.by_config(config)
+                .checkpoint()
+                .for_decoding(
+                    config,
+                    params,
+                    target_config,
+                    target,
+                    untied=on_cpu,
+                    quantised=of_drafts is not None,
+                )
+            )
+            layout = layout_for_decoding(dtype, of_drafts)
+            placed = _place(params, config, layout, dtype, draft_place(config, sharding))
+            drafts[kind] = Draft(placed, config, layout)
+    layout = layout_for_decoding(dtype, quantization)
+    if on_cpu or quantization is not None:
+        target_config, target = targets.untied(target_config, target)
     return Params(
-        target=_place(target, target_config, dtype, sharding, quantization),
+        target=_place(target, target_config, layout, dtype, sharding),
         drafts=drafts,
-        target_config=dataclasses.replace(target_config, quantize=quantization),
+        target_config=target_config,
+        layout=layout,
         tokenizer=tokenizer,
         directory=root.resolve(),
     )
@@ -245,11 +293,9 @@ def _open_drafts(
 
 def _compare_embeddings(directory: Path, config: DraftConfig, embedding: LazyTensor) -> None:
     """Warns of a draft whose file has another embedding than the target; a few rows tell."""
-    if isinstance(config, EagleConfig) or (
-        isinstance(config, Eagle3Config) and config.target_hidden_size is None
-    ):
-        own = layouts.own_embedding(files.read_tensors(directory))
-        if own is not None and not layouts.close(own, embedding, sample=True):
+    if registry.by_config(config).checkpoint().shares_embedding(config):
+        own = own_embedding(files.read_tensors(directory))
+        if own is not None and not same_matrix(own, embedding, sample=True):
             warnings.warn(
                 f"{directory}: its embed_tokens.weight is not the target's, which is used; is the "
                 "draft one for this target?",
@@ -305,40 +351,13 @@ def _tokens(path: Path) -> dict[int, Any]:
     return tokens | added
 
 
-def _with_all_tokens(
-    config: DraftConfig, params: Mapping[str, LazyTensor]
-) -> tuple[DraftConfig, Mapping[str, LazyTensor]]:
-    """EAGLE-1 with a head of its own, which can be stored otherwise than the target's: the columns
-    of a draft vocabulary that has all tokens."""
-    if not isinstance(config, EagleConfig) or config.draft_vocab_size is not None:
-        return config, params
-    size = config.vocab_size
-    table = LazyTensor((size,), np.dtype(np.int32), lambda: np.zeros(size, np.int32))
-    return dataclasses.replace(config, draft_vocab_size=size), {**params, "d2t": table}
+def layout_for_decoding(dtype: jnp.dtype, quantize: Literal["int8"] | None = None) -> Layout:
+    """Returns the layout that is fastest to decode with.
 
-
-def _for_decoding(
-    config: DraftConfig, params: Mapping[str, LazyTensor], *, untied: bool, qkv: bool
-) -> tuple[Any, Mapping[str, LazyTensor]]:
-    """The same model laid out for speed; matrices are joined when they are placed.
-
-    Those of q, k and v only with `qkv`, for kernels of our own; for TPUs' compiler a tree's round
-    would take a sixth longer (docs/tpu.md).
+    q, k and v are joined only where our kernels read them: compiled for TPUs, a tree's round would
+    take a sixth longer (docs/tpu.md).
     """
-    if isinstance(config, MedusaConfig):
-        return config, params
-    if isinstance(config, TransformerConfig) and config.tie_word_embeddings and untied:
-        # On CPUs a head stored [d, v] multiplies a few rows twice as fast as the [v, d] embedding;
-        # a quantised one is a copy anyway, since embeddings stay as they are.
-        embedding = params["embed_tokens.embedding"]
-        head = LazyTensor(
-            embedding.shape[::-1],
-            embedding.dtype,
-            lambda: np.ascontiguousarray(np.asarray(embedding).T),
-        )
-        config = dataclasses.replace(config, tie_word_embeddings=False)
-        params = {**params, "lm_head.kernel": head}
-    return dataclasses.replace(config, fused=True, fused_qkv=qkv), params
+    return Layout(gate_up_fused=True, qkv_fused=kernels.expected(dtype), quantize=quantize)
 
 
 def shipped() -> list[str]:
@@ -384,17 +403,22 @@ def find(name_or_path: str | Path) -> Path:
 def _place(
     params: Mapping[str, LazyTensor],
     config: DraftConfig,
+    layout: Layout,
     dtype: jnp.dtype,
     sharding: Mesh | Sharding | None,
-    quantize: Quantization | None = None,
 ) -> ParamDict:
-    """Reads, casts and places one array after the other, in the layout for decoding."""
+    """Reads, casts and places one array after the other, in `layout`."""
+    scales: frozenset[str] = frozenset()  # of int8 matrices; the module says which have them
+    if layout.quantize is not None:
+        module = registry.by_config(config).module_class()
+        names_there = param_names(module, config, layout)
+        scales = frozenset(name for name in names_there if name.endswith(quantisation.SCALE))
     placed = {}
-    for parts in fused_parts(params, config).values():
+    for parts in fused_parts(params, layout).values():
         names = [name for joined in parts for name in joined]
         read = {name: np.asarray(params[name]) for name in names}
-        for name, array in fuse(read, config).items():
-            small = quantize is not None and quantisation.quantised(name)
+        for name, array in fuse(read, config, layout).items():
+            small = name + quantisation.SCALE in scales
             # A table of token ids is no weight; what becomes int8 is read with all its bits.
             if not small and not np.issubdtype(array.dtype, np.integer):
                 array = array.astype(dtype, copy=False)

@@ -202,8 +202,10 @@ def _convert(value: Any, hint: Any) -> Any:
     elif origin is tuple:
         if isinstance(value, tuple | list):
             return _convert_tuple(tuple(value), arguments)
-    elif hint is float and type(value) is int:
-        return float(value)
+    elif hint is float:
+        # Not isfinite(), which fails for whole numbers beyond float's range.
+        if type(value) in (int, float) and abs(value) <= sys.float_info.max:
+            return float(value)
     elif isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
     raise TypeError
@@ -225,6 +227,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(argument) for argument in arguments)
     if hint is types.NoneType:
         return "None"
+    if hint is float:
+        return "a finite number"
     if origin is tuple:
         return f"a tuple such as ({_describe(arguments[0])}, ...)"
     return hint.__name__
@@ -273,11 +277,20 @@ def _where(error: Exception, path: Path) -> str:
 def _explain(error: Exception) -> str:
     """The message; a misspelt keyword of a dataclass gets the valid names."""
     found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword.*?'(\w+)'", str(error))
-    homes = [sys.modules.get(name) for name in ("eagle_jax.config", "eagle_jax.evaluate.config")]
-    owners = (getattr(home, found[1], None) for home in homes) if found else ()
-    owner = next(filter(None, owners), None)
+    owner = _named(found[1]) if found else None
     if isinstance(error, TypeError) and found and dataclasses.is_dataclass(owner):
         names = [field.name for field in dataclasses.fields(owner)]
         return _unknown(found[1], found[2], names)
     message = " ".join(str(error).split())
     return message if type(error) is ValueError else f"{type(error).__name__}: {message}"
+
+
+def _named(name: str) -> Any:
+    """The configuration class of this name, of the library or of any drafter."""
+    from eagle_jax.drafters import registry  # whose configurations import this module
+
+    homes = [sys.modules.get(name) for name in ("eagle_jax.config", "eagle_jax.evaluate.config")]
+    found = [getattr(home, name, None) for home in homes]
+    for spec in registry.specs().values():
+        found += [cls for cls in spec.config_classes() if cls.__name__ == name]
+    return next(filter(None, found), None)

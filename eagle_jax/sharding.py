@@ -23,7 +23,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from eagle_jax.checks import check_whole
-from eagle_jax.config import DraftConfig, TransformerConfig
+from eagle_jax.config import DraftConfig
 
 T = TypeVar("T")
 
@@ -311,7 +311,7 @@ def check_tensor(mesh: Mesh, configs: Iterable[DraftConfig]) -> None:
             "num_key_value_heads": "heads",
             "intermediate_size": "mlp",
         }
-        if isinstance(config, TransformerConfig) and config.num_experts:
+        if getattr(config, "num_experts", 0):
             needed |= {"num_experts": "experts"}
         for field, logical in needed.items():
             size, parts = getattr(config, field, 0), ways(mesh, logical)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,10 @@ from eagle_jax.config import (
     MedusaConfig,
     TransformerConfig,
 )
-from eagle_jax.models import DRAFTS, Transformer, init_params
+from eagle_jax.drafters import registry
+from eagle_jax.drafters.draft_vocabulary import size_of
+from eagle_jax.layout import PLAIN, Layout
+from eagle_jax.models import Transformer, init_params
 from eagle_jax.params import Draft, Params
 from eagle_jax.types import ParamDict
 
@@ -78,19 +81,24 @@ def tiny_model(target: TransformerConfig, **changes: int | float | bool) -> Tran
     return dataclasses.replace(target, **(smaller | changes))  # type: ignore[arg-type]
 
 
-def random_draft(config: DraftConfig, seed: int, scale: float = 12.0) -> Draft:
-    """A draft of any kind with random arrays; a draft vocabulary takes every token but the first
-    ones."""
-    params = random_params(DRAFTS[config.kind], config, seed, scale)
-    if isinstance(config, EagleConfig | Eagle3Config) and config.draft_vocab_size:
-        offset = config.vocab_size - config.draft_vocab_size
-        table = jnp.full(config.draft_vocab_size, offset, jnp.int32)
+def random_draft(
+    config: DraftConfig, seed: int, scale: float = 12.0, layout: Layout = PLAIN
+) -> Draft:
+    """A draft of any kind with random arrays; its vocabulary lacks the target's first tokens."""
+    module = registry.by_config(config).module_class()
+    params = random_params(module, config, seed, scale, layout)
+    if size := size_of(config):
+        table = jnp.full(size, config.vocab_size - size, jnp.int32)
         params = {**params, "d2t": table}
-    return Draft(params, config)
+    return Draft(params, config, layout)
 
 
 def random_params(
-    cls: type[nnx.Module], config: Hashable, seed: int, scale: float = 12.0
+    cls: Callable[..., nnx.Module],
+    config: Hashable,
+    seed: int,
+    scale: float = 12.0,
+    layout: Layout = PLAIN,
 ) -> ParamDict:
     """Every array random: matrices with standard deviation `scale / 50`, norms around one."""
 
@@ -98,7 +106,7 @@ def random_params(
         noise = jax.random.normal(key, like.shape)
         return 1 + 0.2 * noise if name.endswith("scale") else 0.02 * scale * noise
 
-    shapes = init_params(cls, config, 0)
+    shapes = init_params(cls, config, 0, layout)
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     return {
         name: draw(key, name, shapes[name]) for key, name in zip(keys, sorted(shapes), strict=True)
@@ -106,9 +114,12 @@ def random_params(
 
 
 def tiny_params(
-    target: TransformerConfig | None = None, seed: int = 0, scale: float = 12.0
+    target: TransformerConfig | None = None,
+    seed: int = 0,
+    scale: float = 12.0,
+    layout: Layout = PLAIN,
 ) -> Params:
-    """A random target with a draft of every kind.
+    """A random target with a draft of every kind, all in the same layout.
 
     Outputs depend on the whole context, the more sharply the larger `scale`. Not the
     initial weights of training, whose layers are the identity.
@@ -116,7 +127,8 @@ def tiny_params(
     target = target or tiny_target()
     configs = (tiny_draft(target), tiny_eagle3(target), tiny_medusa(target), tiny_model(target))
     return Params(
-        target=random_params(Transformer, target, seed, scale),
-        drafts={config.kind: random_draft(config, seed + 1, scale) for config in configs},
+        target=random_params(Transformer, target, seed, scale, layout),
+        drafts={config.kind: random_draft(config, seed + 1, scale, layout) for config in configs},
         target_config=target,
+        layout=layout,
     )

@@ -96,6 +96,11 @@ class Tokenizer:
             raise ValueError(f"chat_template: holds a lone surrogate ({error})") from error
         self.digest = hashlib.sha256(content).hexdigest()
 
+    def __repr__(self) -> str:
+        ends = ", ".join(map(str, self.eos_ids)) or "none"
+        chat = "with" if self.chat_template else "without"
+        return f"Tokenizer({self.vocab_size} tokens, ends: {ends}, {chat} chat template)"
+
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """Reads a directory that holds `tokenizer.json`, or that file and its neighbours.
@@ -118,6 +123,25 @@ class Tokenizer:
             return cls(_read_text(file), config, generation)
         except ValueError as error:
             raise ValueError(f"tokenizer={str(file)!r}: {error}; {_DOWNLOAD}") from error
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both give the same ids, and end answers alike."""
+        return isinstance(other, Tokenizer) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[Any, ...]:
+        return self.digest, self.eos_ids, tuple(self._strings.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A compiled template is code, and a pickled tokenizer forgets `encode_special_tokens`.
+        return {**self.__dict__, "_compiled": None, "_plain": self._plain.to_str()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._plain = tokenizers.Tokenizer.from_str(state["_plain"])
+        self._plain.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; no special token is added, none is recognised in the text."""
@@ -353,7 +377,7 @@ def read_conversations(path: str | Path) -> Iterator[list[Message]]:
         ValueError: the file is missing or a line is not a conversation with an assistant turn;
             names the file and the line, counted from 1.
     """
-    for where, messages in _read_messages(path):
+    for where, messages, _ in _read_records(path):
         if all(message["role"] != "assistant" for message in messages):
             raise ValueError(f"{where}: no assistant turn to learn from; add one or drop the line")
         yield messages
@@ -382,33 +406,42 @@ def read_prompts(path: str | Path) -> Iterator[list[Message]]:
     Raises:
         ValueError: as `read_conversations`; a conversation without a user message.
     """
-    for where, messages in _read_messages(path):
+    for _, messages, _ in read_requests(path):
+        yield messages
+
+
+def read_requests(path: str | Path) -> Iterator[tuple[str, list[Message], dict[str, Any]]]:
+    """Reads what is to be answered, with `file:line` and the whole record of every line.
+
+    Raises:
+        ValueError: as `read_prompts`.
+    """
+    for where, messages, record in _read_records(path):
         users = [i for i, message in enumerate(messages) if message["role"] == "user"]
         if not users:
             raise ValueError(f"{where}: no user message to answer; add one or drop the line")
-        yield messages[: users[-1] + 1]
+        yield where, messages[: users[-1] + 1], record
 
 
-def _read_messages(path: str | Path) -> Iterator[tuple[str, list[Message]]]:
-    """`file:line` and the checked messages of every line."""
+def _read_records(path: str | Path) -> Iterator[tuple[str, list[Message], dict[str, Any]]]:
+    """`file:line`, the checked messages and the whole record of every line."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"conversations={str(path)!r}: no such file; give a .jsonl or .jsonl.gz")
     for number, line in read_lines(path):
-        where = f"{path}:{number}"
-        yield where, _parse_messages(line, where)
+        record = _parse_record(line, f"{path}:{number}")
+        yield f"{path}:{number}", record["messages"], record
 
 
-def _parse_messages(line: bytes, where: str) -> list[Message]:
+def _parse_record(line: bytes, where: str) -> dict[str, Any]:
     record = parse_json(line, where, "write one object a line")
     if not isinstance(record, dict) or "messages" not in record:
         raise ValueError(f'{where}: no "messages"; write {{"messages": [...]}} on every line')
-    messages = record["messages"]
     try:
-        check_messages(messages)
+        check_messages(record["messages"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return messages
+    return record
 
 
 def _compile_template(template: str | None) -> Any:

@@ -33,9 +33,10 @@ from eagle_jax.decode import (
 )
 from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.method import Context, Method, Models, Prompt, Rule, Verified
-from eagle_jax.decode.sampling import perturb
+from eagle_jax.decode.sampling import Sampling, SamplingParams, Vocabulary, perturb
 from eagle_jax.decode.tree import Proposal, chain, static_tree
-from eagle_jax.models import EagleDraft, Transformer, bind
+from eagle_jax.drafters.eagle.module import EagleDraft
+from eagle_jax.models import Transformer, bind
 from eagle_jax.models.transformer import packed_mask
 from eagle_jax.params import Draft, Params
 from eagle_jax.testing import tiny_params, tiny_target
@@ -76,6 +77,20 @@ METHODS: dict[str, Method] = {
 
 def target_config() -> TransformerConfig:
     return tiny_target(VOCAB)
+
+
+def sampling(
+    temperature: float = 0.0, *args, rows: int = 4, prompts=None, vocab=VOCAB, **fields
+) -> Sampling:
+    """Settings that `rows` rows share as arrays; `args` are top-k and top-p."""
+    fields |= dict(zip(("top_k", "top_p"), args, strict=False))
+    return arrays([SamplingParams(temperature=temperature, **fields)] * rows, prompts, vocab)
+
+
+def arrays(rows: Sequence[SamplingParams], prompts=None, vocab: int = VOCAB) -> Sampling:
+    """Settings of every row as arrays; `prompts` are the rows' prompt lengths."""
+    vocabulary = Vocabulary(vocab)
+    return Sampling.of([vocabulary.resolve(row) for row in rows], vocabulary, prompts)
 
 
 @functools.cache

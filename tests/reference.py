@@ -230,6 +230,33 @@ def process(logits: Array, rule: Rule) -> Array:
     return scaled
 
 
+def filtered(
+    row: Any, text: Sequence[int], prompt: int, logits: Array, eos: Sequence[int] = ()
+) -> Array:
+    """One distribution after one text under the library's `SamplingParams`, filter by filter."""
+    out = logits.astype(np.float64)
+    for token, bias in dict(row.logit_bias).items():
+        out[token] += bias
+    if row.allowed_token_ids is not None:
+        out[[i for i in range(len(out)) if i not in row.allowed_token_ids]] = -np.inf
+    for *before, last in row.bad_words:
+        if len(text) >= len(before) and list(text[len(text) - len(before) :]) == before:
+            out[last] = -np.inf
+    if len(text) - prompt < row.min_tokens:
+        out[[*([] if row.ignore_eos else eos), *row.stop_token_ids]] = -np.inf
+    for token in set(text):
+        factor = row.repetition_penalty
+        out[token] *= factor if out[token] < 0 else 1 / factor
+    for token in set(text[prompt:]):
+        out[token] -= row.presence_penalty
+        out[token] -= row.frequency_penalty * text[prompt:].count(token)
+    if row.temperature:
+        out = process(out, Rule(row.temperature, row.top_k, row.top_p))
+        if row.min_p:
+            out[out < out.max() + math.log(row.min_p)] = -np.inf
+    return out
+
+
 def scores(
     logits: Array, position: int, rule: Rule, *, noisy: bool = True, confidence: float = 1.0
 ) -> Array:

@@ -17,7 +17,8 @@ import pytest
 import tiny_pair
 
 from eagle_jax import aot, settings, sharding
-from eagle_jax.models import EagleDraft, kernels
+from eagle_jax.drafters.eagle.module import EagleDraft
+from eagle_jax.models import kernels
 from eagle_jax.testing import tiny_draft, tiny_target
 
 ROOT = tiny_pair.ROOT

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import decoding
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,6 @@ from eagle_jax import aot, settings, sharding
 from eagle_jax.config import TrainConfig
 from eagle_jax.decode import Vanilla, executables
 from eagle_jax.decode.method import Accepted, Context
-from eagle_jax.decode.sampling import sampling
 from eagle_jax.decode.tree import Proposal
 from eagle_jax.evaluate import EvalConfig
 from eagle_jax.models import Transformer, kernels, param_shapes
@@ -324,7 +324,9 @@ def judged(simulated: ModuleType, name: str, rates: list[float], rows: int = 800
     @jax.jit
     def judge(seeds: jax.Array) -> Accepted:
         length = jnp.full(rows, 7, jnp.int32)
-        context = Context(length[:, None], length, seeds, None, sampling(), tree.depth + 1)
+        context = Context(
+            length[:, None], length, seeds, None, decoding.sampling(rows=rows), tree.depth + 1
+        )
         # The target agrees with no drafted token: what is kept is chance alone.
         tokens = jnp.zeros((rows, tree.nodes), jnp.int32)
         targets = jnp.broadcast_to(100 + jnp.arange(tree.nodes, dtype=jnp.int32), tokens.shape)

@@ -106,7 +106,9 @@ def test_overrides_that_constrain_each_other_apply_together(config):
         ("data.train=a.jsonl", ["data.train='a.jsonl'", "tuple such as (str, ...)"]),
         ("data.train=(1,)", ["data.train=(1,)"]),
         ("optim.schedule=cos", ["'cos'", "'constant', 'cosine', 'linear'"]),
-        ("optim.clip_norm=a", ["float or None"]),
+        ("optim.clip_norm=a", ["a finite number or None"]),
+        ("optim.learning_rate=nan", ["optim.learning_rate='nan': must be a finite number"]),
+        ("optim.learning_rate=1e999", ["optim.learning_rate=inf: must be a finite number"]),
         ("objective.model.head_dim=3", ["head_dim=3", "even"]),
     ],
 )

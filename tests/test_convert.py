@@ -22,6 +22,7 @@ import eagle_jax
 from eagle_jax import convert
 from eagle_jax.checkpoint import export, files, hf, manifest, safetensors
 from eagle_jax.config import Eagle3Config, EagleConfig, RopeScaling, TransformerConfig
+from eagle_jax.drafters import registry
 from eagle_jax.params import find
 from eagle_jax.text import Tokenizer, read_conversations
 
@@ -209,7 +210,8 @@ def test_features_of_official_heads(config, changes, features):
     target = TransformerConfig(**sizes, num_hidden_layers=7)
     if config is Eagle3Config:
         sizes |= {"draft_vocab_size": 5, "aux_layers": (2, 3, 4)}
-    found = export.unsaid(config(**{**sizes, **changes}), target)
+    draft = config(**{**sizes, **changes})
+    found = registry.by_config(draft).checkpoint().unsaid(draft, target)
     assert len(found) == len(features) and all(map(str.startswith, found, features))
 
 

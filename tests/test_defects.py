@@ -24,8 +24,9 @@ import pytest
 import tiny_run
 
 import eagle_jax
-from eagle_jax import outputs, settings, sharding
+from eagle_jax import checks, outputs, settings, sharding
 from eagle_jax.checkpoint import files
+from eagle_jax.config import OptimConfig
 from eagle_jax.decode import (
     Batcher,
     Eagle,
@@ -40,8 +41,9 @@ from eagle_jax.decode import (
 )
 from eagle_jax.decode.batching import answer_file as answers
 from eagle_jax.decode.batching.answer_file import answer_file
-from eagle_jax.decode.methods.medusa import Medusa
-from eagle_jax.decode.session import Options
+from eagle_jax.decode.sampling.params import SamplingParams
+from eagle_jax.decode.session import check_method
+from eagle_jax.drafters.medusa.method import Medusa
 from eagle_jax.evaluate import EvalConfig
 from eagle_jax.evaluate.__main__ import evaluate
 from eagle_jax.evaluate.samples import Samples
@@ -230,7 +232,7 @@ WRONG_RUNS = {
     "seed": (["seed=-1"], "seed=-1: must be a whole number from 0 to 4294967295"),
     "seed, huge": (["seed=99999999999999999999"], "seed=99999999999999999999: must be a whole"),
     "data.seed": (["data.seed=-1"], "data.seed=-1: must be a whole number from 0 to 4294967295"),
-    "rate": (["optim.learning_rate=1e999"], "optim.learning_rate=inf: must be a number above 0"),
+    "rate": (["optim.learning_rate=0"], "optim.learning_rate=0.0: must be a number above 0"),
     "rate, huge": (["optim.learning_rate=1e300"], "optim.learning_rate=1e+300: must be a number"),
     "steps": (["optim.steps=0"], "optim.steps=0: must be a whole number from 1 to 2147483647"),
     "steps, huge": (["optim.steps=3000000000"], "optim.steps=3000000000: must be a whole number"),
@@ -258,6 +260,20 @@ def test_05_06_08_numbers_of_a_training_run(name, tmp_path, monkeypatch) -> None
     before = sorted(tmp_path.rglob("*"))
     assert one_line(loop.run, run).startswith(said)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+HUGE = 10**400  # no float holds it, and `math.isfinite` raises OverflowError
+
+
+def test_08_huge_whole_numbers_are_refused_everywhere() -> None:
+    """Catches an OverflowError where a whole number is converted to float."""
+    assert "must be a number" in one_line(checks.check_number, "x", HUGE)
+    assert "must be a whole number" in one_line(checks.check_whole, "x", HUGE, 0, 5)
+    assert "thousands of digits" in one_line(checks.check_whole, "x", 10**5000, 0, 5)
+    assert "temperature=1000" in one_line(SamplingParams, temperature=HUGE)
+    optim = OptimConfig(learning_rate=1e-3, steps=1)
+    said = one_line(settings.override, optim, [f"learning_rate={HUGE}"])
+    assert said.startswith("learning_rate=1000") and said.endswith("must be a finite number")
 
 
 @pytest.mark.parametrize(("tensor", "expert"), [(-1, 1), (True, 1), (0, 0), (0, -2)])
@@ -396,10 +412,10 @@ def test_13_a_draft_of_a_thousand_levels_is_refused(name) -> None:
     """Catches minutes of compilation: its time grows with the levels that a draft model runs."""
     method, said = LEVELS[name]
     with pytest.raises(ValueError, match=said):
-        Options(method).check(decoding.random_pair())
-    Options(Eagle(chain(64))).check(decoding.random_pair())
+        check_method(decoding.random_pair(), method, 1, 0.0)
+    check_method(decoding.random_pair(), Eagle(chain(64)), 1, 0.0)
     # A copied chain is one gather, however long it is.
-    Options(PromptLookup(length=1000)).check(decoding.random_pair())
+    check_method(decoding.random_pair(), PromptLookup(length=1000), 1, 0.0)
 
 
 def test_14_output_must_be_a_regular_file(params, source, tmp_path) -> None:

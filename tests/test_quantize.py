@@ -16,14 +16,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import eagle_jax
-from eagle_jax import config as configs
 from eagle_jax import sharding
 from eagle_jax.checkpoint import hf, safetensors
-from eagle_jax.config import TransformerConfig
 from eagle_jax.decode import executables, generate
 from eagle_jax.decode.batching.answer_file import answer_file
+from eagle_jax.decode.program import Program
+from eagle_jax.drafters import registry
 from eagle_jax.evaluate import EvalConfig, agreement, metrics
-from eagle_jax.models import DRAFTS, Transformer, bind, cast, param_shapes, quantize
+from eagle_jax.layout import PLAIN, Layout
+from eagle_jax.models import Transformer, bind, cast, param_shapes, quantize
 from eagle_jax.models.linear import matmul
 from eagle_jax.models.transformer import packed_mask
 from eagle_jax.params import Draft, Params
@@ -36,7 +37,6 @@ from eagle_jax.testing import (
     tiny_params,
     tiny_target,
 )
-from eagle_jax.train import objectives
 
 HALF = 0.5 + 1e-4  # the quotient is rounded before it is rounded to a whole number
 METHODS = "vanilla", "eagle chain", "eagle2", "eagle3", "medusa", "lookahead", "speculative"
@@ -48,7 +48,7 @@ def small(params: Params) -> Params:
     return dataclasses.replace(
         params,
         target=quantize.quantize_params(params.target),
-        target_config=dataclasses.replace(params.target_config, quantize="int8"),
+        layout=dataclasses.replace(params.layout, quantize="int8"),
     )
 
 
@@ -59,7 +59,8 @@ def small_drafts(params: Params) -> Params:
         drafts={
             kind: Draft(
                 quantize.quantize_params(draft.params),
-                dataclasses.replace(draft.config, quantize="int8"),
+                draft.config,
+                dataclasses.replace(draft.layout, quantize="int8"),
             )
             for kind, draft in params.drafts.items()
         },
@@ -133,12 +134,13 @@ def test_half_precision_is_rounded_once() -> None:
 
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+FUSED = Layout(gate_up_fused=True, qkv_fused=True)
 TARGETS = {
-    "plain": tiny_target(),
-    "fused": tiny_target(fused=True, fused_qkv=True, attention_bias=True, qk_norm=True),
-    "experts": tiny_target(**EXPERTS),
-    "fused experts": tiny_target(**EXPERTS, fused=True),
-    "tied": tiny_target(tie_word_embeddings=True),
+    "plain": (tiny_target(), PLAIN),
+    "fused": (tiny_target(attention_bias=True, qk_norm=True), FUSED),
+    "experts": (tiny_target(**EXPERTS), PLAIN),
+    "fused experts": (tiny_target(**EXPERTS), Layout(gate_up_fused=True)),
+    "tied": (tiny_target(tie_word_embeddings=True), PLAIN),
 }
 
 
@@ -146,26 +148,32 @@ TARGETS = {
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_target_computes_with_the_weights_it_stands_for(name, tokens) -> None:
     """Catches a matrix multiplied without its scale, and experts that get each other's."""
-    config = TARGETS[name]
-    params = quantize.quantize_params(random_params(Transformer, config, 1))
-    eight = dataclasses.replace(config, quantize="int8")
-    shapes = {name: (x.shape, x.dtype) for name, x in param_shapes(Transformer, eight).items()}
+    config, layout = TARGETS[name]
+    params = quantize.quantize_params(random_params(Transformer, config, 1, layout=layout))
+    eight = dataclasses.replace(layout, quantize="int8")
+    found = param_shapes(Transformer, config, eight)
+    shapes = {name: (x.shape, x.dtype) for name, x in found.items()}
     assert shapes == {name: (x.shape, x.dtype) for name, x in params.items()}
 
-    def logits(config, params):
+    def logits(layout, params):
         text = jnp.arange(tokens, dtype=jnp.int32)[None]
-        model = bind(Transformer, config, params)
+        model = bind(Transformer, config, params, layout)
         features = model(text, text, packed_mask(jnp.zeros_like(text))).features
         return model.logits(features)
 
     np.testing.assert_allclose(
-        logits(eight, params), logits(config, large(params)), atol=2e-4, rtol=2e-4
+        logits(eight, params), logits(layout, large(params)), atol=2e-4, rtol=2e-4
     )
+
+
+def _random(name: str):
+    config, layout = TARGETS[name]
+    return random_params(Transformer, config, 1, layout=layout)
 
 
 def test_what_is_quantised() -> None:
     """Catches a router, a norm or an embedding in eight bits, and a matrix that is left out."""
-    params = quantize.quantize_params(random_params(Transformer, TARGETS["fused experts"], 1))
+    params = quantize.quantize_params(_random("fused experts"))
     floats = {name.split(".")[-1] for name, x in params.items() if x.dtype != jnp.int8}
     assert floats == {"embedding", "scale", "kernel", "kernel_scale"}
     left = [name for name in params if name.endswith("kernel") and params[name].dtype != jnp.int8]
@@ -177,22 +185,24 @@ def test_what_is_quantised() -> None:
 
 _WHOLE = tiny_target()
 DRAFTED = {
-    "eagle": tiny_draft(_WHOLE),
-    "eagle with a vocabulary": tiny_draft(_WHOLE, draft_vocab_size=20, fused=True, fused_qkv=True),
-    "eagle3": tiny_eagle3(_WHOLE, fc_norm=True),
-    "eagle3 fused": tiny_eagle3(_WHOLE, fused=True, fused_qkv=True, target_hidden_size=40),
-    "medusa": tiny_medusa(_WHOLE),
-    "medusa tied": tiny_medusa(_WHOLE, tie_lm_head=True, num_layers=2),
+    "eagle": (tiny_draft(_WHOLE), PLAIN),
+    "eagle with a vocabulary": (tiny_draft(_WHOLE, draft_vocab_size=20), FUSED),
+    "eagle3": (tiny_eagle3(_WHOLE, fc_norm=True), PLAIN),
+    "eagle3 fused": (tiny_eagle3(_WHOLE, target_hidden_size=40), FUSED),
+    "medusa": (tiny_medusa(_WHOLE), PLAIN),
+    "medusa tied": (tiny_medusa(_WHOLE, tie_lm_head=True, num_layers=2), FUSED),
 }
 
 
 @pytest.mark.parametrize("name", DRAFTED)
 def test_a_draft_computes_with_the_weights_it_stands_for(name) -> None:
     """Catches a matrix of a head that is left out, or multiplied without its scale."""
-    config = DRAFTED[name]
-    params = quantize.quantize_params(random_draft(config, 2).params)
-    eight, cls = dataclasses.replace(config, quantize="int8"), DRAFTS[config.kind]
-    shapes = {name: (x.shape, x.dtype) for name, x in param_shapes(cls, eight).items()}
+    config, layout = DRAFTED[name]
+    params = quantize.quantize_params(random_draft(config, 2, layout=layout).params)
+    eight = dataclasses.replace(layout, quantize="int8")
+    cls = registry.by_kind(config.kind).module_class()
+    found = param_shapes(cls, config, eight)
+    shapes = {name: (x.shape, x.dtype) for name, x in found.items()}
     assert shapes == {name: (x.shape, x.dtype) for name, x in params.items()}
     matrices = [name for name, x in params.items() if x.ndim > 1 and x.dtype != jnp.int8]
     assert not [name for name in matrices if name.endswith("kernel")]
@@ -202,8 +212,8 @@ def test_a_draft_computes_with_the_weights_it_stands_for(name) -> None:
     target = bind(Transformer, _WHOLE, random_params(Transformer, _WHOLE, 1))
     text = jnp.arange(6, dtype=jnp.int32)[None]
 
-    def scores(config, params):
-        draft = bind(cls, config, params)
+    def scores(layout, params):
+        draft = bind(cls, config, params, layout)
         if config.kind == "medusa":
             return draft.logits(normal(1, 6, 32), target)
         states = draft.fuse(normal(1, 6, 3 * config.feature_size if "3" in name else 32))
@@ -211,7 +221,7 @@ def test_a_draft_computes_with_the_weights_it_stands_for(name) -> None:
         embedded = normal(1, 6, config.hidden_size, seed=2)
         return draft.logits(draft(embedded, states, text, mask)[0], target)
 
-    got, wanted = scores(eight, params), scores(config, large(params))
+    got, wanted = scores(eight, params), scores(layout, large(params))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4, rtol=2e-4), got, wanted)
 
 
@@ -267,7 +277,8 @@ def test_loading_small_drafts(tiny_model) -> None:
             expected["d2t"] = jnp.zeros(vocab, jnp.int32)
             config = dataclasses.replace(config, draft_vocab_size=vocab)
         small, expected = params.drafts[kind], quantize.quantize_params(expected)
-        assert small.config == dataclasses.replace(config, quantize="int8")
+        assert small.config == config
+        assert small.layout == dataclasses.replace(draft.layout, quantize="int8")
         assert small.params.keys() == expected.keys() == half.drafts[kind].params.keys()
         for name, array in expected.items():
             np.testing.assert_array_equal(small.params[name], array, err_msg=name)
@@ -290,6 +301,7 @@ def test_loading(tiny_model) -> None:
         np.testing.assert_array_equal(params.target[name], array, err_msg=name)
     for kind, draft in whole.drafts.items():
         assert params.drafts[kind].config == draft.config
+        assert params.drafts[kind].layout == draft.layout
         for name, array in draft.params.items():
             np.testing.assert_array_equal(params.drafts[kind].params[name], array)
     half = eagle_jax.load(tiny_model, quantize="int8", dtype="bfloat16")
@@ -349,8 +361,9 @@ def test_small_drafts_on_several_devices(tiny_model) -> None:
 
 def test_experts_on_several_devices() -> None:
     """Catches an expert that meets another's scales."""
-    target = tiny_target(decoding.VOCAB, fused=True, num_experts=4, num_experts_per_tok=2)
-    params = small(tiny_params(target, seed=3)).only(None)
+    target = tiny_target(decoding.VOCAB, num_experts=4, num_experts_per_tok=2)
+    layout = Layout(gate_up_fused=True)
+    params = small(tiny_params(target, seed=3, layout=layout)).with_draft(None)
     wanted = texts("vanilla", "sampled", params)
     mesh = sharding.make_mesh(tensor=2, expert=2, devices=jax.devices()[:4])
     where = sharding.weight_shardings(mesh, params.target, stored=False)
@@ -363,7 +376,7 @@ def test_experts_on_several_devices() -> None:
 def test_programs_take_eight_bits() -> None:
     """Catches a float copy of the weights among a program's arguments, and bytes counted so."""
     target = tiny_target(64, hidden_size=128, intermediate_size=512)
-    params = tiny_params(target).only(None)
+    params = tiny_params(target).with_draft(None)
     size = {}
     for model in (params, small(params)):
         executables.forget()
@@ -389,7 +402,7 @@ def test_agreement() -> None:
 
     def probabilities(params):
         tokens = jnp.array([text], jnp.int32)
-        model = bind(Transformer, params.target_config, params.target)
+        model = bind(Transformer, params.target_config, params.target, params.layout)
         positions = jnp.arange(len(text), dtype=jnp.int32)[None]
         features = model(tokens, positions, packed_mask(jnp.zeros_like(tokens))).features
         return np.asarray(jax.nn.softmax(model.logits(features)), np.float64)[0, 4:7]
@@ -432,18 +445,6 @@ def test_mistakes(tiny_model, tmp_path) -> None:
         ):
             hf.save_draft(tmp_path / "out", draft.config, draft.params)
     assert not (tmp_path / "out").exists()
-    data = configs.DataConfig(train=(), tokenizer="-", sequence_length=32, batch_size=1)
-    optim = configs.OptimConfig(learning_rate=1e-3, steps=1)
-    eight = dataclasses.replace(tiny_target(), quantize="int8")
-    run = configs.TrainConfig(
-        output_dir="-", objective=configs.NextToken(eight), data=data, optim=optim
-    )
-    with says("objective.model: has quantize='int8', which is for decoding; train with"):
-        objectives.build(run)
-    eight = dataclasses.replace(tiny_medusa(tiny_target()), quantize="int8")
-    training = configs.MedusaTraining(eight, target=str(tiny_model / "target"))
-    with says("objective.draft: has quantize='int8', which is for decoding; train with the model"):
-        objectives.build(dataclasses.replace(run, objective=training))
 
 
 def test_a_file_that_is_quantised_already(tiny_model, tmp_path) -> None:
@@ -471,8 +472,13 @@ def test_answers_of_two_targets_are_not_mixed(tiny_model, tmp_path) -> None:
         answer_file(eagle_jax.load(tiny_model), source, answers, **options)
 
 
-def test_old_layouts_are_the_same_configuration() -> None:
-    """Catches a default under which every compiled program would be another."""
-    assert TransformerConfig(8, 4, 4, 1, 1, 1, 4).quantize is None
-    eight = dataclasses.replace(tiny_target(), quantize="int8")
-    assert hf.shapes(eight) == hf.shapes(tiny_target())  # of files
+def test_a_program_says_how_weights_lie() -> None:
+    """Catches programs of two layouts that are taken for the same, and a default that is neither
+    training's nor the files'."""
+    assert PLAIN == Layout(gate_up_fused=False, qkv_fused=False, quantize=None)
+    method, whole = decoding.METHODS["eagle chain"], decoding.random_pair()
+    programs = [
+        Program.of(params, method, 64)
+        for params in (whole, small(whole), small_drafts(whole), small_drafts(small(whole)))
+    ]
+    assert len(set(programs)) == 4 and Program.of(whole, method, 64) in programs

@@ -33,10 +33,12 @@ from eagle_jax.decode import (
 from eagle_jax.decode.__main__ import main as decode_main
 from eagle_jax.decode.batching.batcher import Batcher
 from eagle_jax.decode.prompts import encode
+from eagle_jax.decode.sampling import SamplingParams
+from eagle_jax.drafters.eagle.tuning import Probe
 from eagle_jax.params import Params, load
 from eagle_jax.tune import Tuning, measure, tune
 from eagle_jax.tune.__main__ import main
-from eagle_jax.tune.acceptance import NOTHING, Copies, Pools, Probe, Ranks, Recorder, pooled
+from eagle_jax.tune.acceptance import NOTHING, Copies, Pools, Ranks, Recorder, pooled
 from eagle_jax.tune.predict import (
     Evidence,
     Prediction,
@@ -83,7 +85,6 @@ def evidence(passes: dict[int, float], step: float, acceptance: float) -> Eviden
     return Evidence(
         Times(passes),
         {"model": Steps({1: step}), "recycling": Steps({1: 0.0})},
-        {},
         {"model": chains(accepted, 6), "recycling": chains([0], 2)},
         [((1, 2), (3, 4, 5))],
         [Copies(np.zeros(3, int), np.zeros(3, int))],
@@ -236,7 +237,7 @@ def test_round_trip(params, model, monkeypatch) -> None:
     """LazyTensor beside the model, replaced by key, and used for what it was measured for only."""
     with pytest.raises(ValueError, match="no tuning for float32, batch size 1, greedy") as error:
         generate(params, "Hi", method="auto")
-    command = f"run python -m eagle_jax.tune --params {model} --temperature 0"
+    command = f"run eagle-jax tune --model {model} --temperature 0"
     assert str(error.value).endswith(command) and "\n" not in str(error.value)
     assert tuning_store.store(params, [entry(params, tuned="2025")]) == model / tuning_store.FILE
     tuning_store.store(params, [entry(params), entry(params, 4, 1.0, method="--method medusa")])
@@ -266,7 +267,9 @@ def test_other_weights_are_not_those_that_were_tuned(params, model) -> None:
     )
     for change in changes:
         other = dataclasses.replace(params, **change)
-        with pytest.raises(ValueError, match="the tuning is of other weights or drafts; run pyth"):
+        with pytest.raises(
+            ValueError, match="the tuning is of other weights or drafts; run eagle-jax"
+        ):
             tuning_store.method(other, 1, 0.0)
     # A copy elsewhere is the same model.
     copy = load(shutil.copytree(model, model.parent / "copy"))
@@ -309,10 +312,10 @@ def test_a_damaged_file_is_told_in_one_line(params, model, content, said, capsys
         generate(params, "Hi", method="auto")
     text = str(error.value)
     assert text.startswith(f"{model / tuning_store.FILE}: ") and said in text and "\n" not in text
-    assert text.endswith("; delete it and run python -m eagle_jax.tune again")
+    assert text.endswith("; delete it and run eagle-jax tune again")
     # The tuner says so before it measures anything.
     with pytest.raises(SystemExit, match="2"):
-        cli.run(lambda: main(["--params", str(model)]))
+        cli.run(lambda: main(["--model", str(model)]))
     assert capsys.readouterr().err == f"error: {text}\n"
 
 
@@ -369,9 +372,11 @@ def test_auto_writes_what_vanilla_does(params, temperature) -> None:
         assert decoding.lists(auto.tokens) == decoding.lists(vanilla.tokens)
         assert auto.statistics.method == ENTRY["method"]
         assert vanilla.statistics.method == "--method vanilla"
-    pieces = list(stream(params, "Hi", method="auto", **options))
+    tuned, pieces = Eagle(chain(2)), list(stream(params, "Hi", method="auto", **options))
     assert "".join(p.text for p in pieces) == generate(params, "Hi", **options).text
-    assert Batcher(params, method="auto", rows=2, temperature=temperature).method == Eagle(chain(2))
+    assert (
+        Batcher(params, method="auto", rows=2, sampling=SamplingParams(temperature)).method == tuned
+    )
 
 
 def test_auto_is_a_table_for_a_batcher(params, model) -> None:
@@ -428,7 +433,7 @@ def test_tuning_of_a_random_model(model, monkeypatch, capsys) -> None:
     monkeypatch.setattr(measure.Bench, "run", slow_drafts)
     for kind in ("eagle3", "medusa"):
         shutil.rmtree(model / kind)
-    argv = ["--params", str(model), "--temperature", "0", "--limit", "3", "--new-tokens", "12"]
+    argv = ["--model", str(model), "--temperature", "0", "--limit", "3", "--new-tokens", "12"]
     main(argv)
     out = capsys.readouterr().out.splitlines()
     told = json.loads(out[-1])
@@ -454,7 +459,7 @@ def test_several_batch_sizes(params, model, monkeypatch, capsys) -> None:
         return iter([Tuning(0.0, {1: 1.0}, [], [], 2.0, None, chosen)])
 
     monkeypatch.setattr(tuning, "tune", found)
-    argv = ["--params", str(model), "--temperature", "0", "--batch-size"]
+    argv = ["--model", str(model), "--temperature", "0", "--batch-size"]
     with pytest.raises(ValueError, match="batch_size=0: must be"):
         main([*argv, "2", "0"])
     assert capsys.readouterr().out == "" and not (model / tuning_store.FILE).exists()

@@ -46,7 +46,7 @@ def main() -> None:
     random.Random(0).shuffle(kept)
     text = "".join(json.dumps({"messages": turns}) + "\n" for turns in kept)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    own = {"weights": fingerprint(params.only(None)), "prompts": digest}
+    own = {"weights": fingerprint(params.with_draft(None)), "prompts": digest}
     if made.exists() and files.read_json(made) != own:
         raise ValueError(
             f"{made}: the answers there are another model's, or to other prompts; give another "

@@ -17,8 +17,9 @@ from tqdm import tqdm
 import eagle_jax
 from eagle_jax import cli
 from eagle_jax.decode import best_tree, generate
+from eagle_jax.drafters.medusa.module import MedusaHeads
 from eagle_jax.evaluate.tasks import read_tasks
-from eagle_jax.models import MedusaHeads, Transformer, bind
+from eagle_jax.models import Transformer, bind
 from eagle_jax.models.transformer import packed_mask
 
 
@@ -42,10 +43,11 @@ def main():
         """Rank of token t + 2 + i in the scores of head i at token t."""
         length = tokens.shape[1]
         positions = jnp.arange(length)[None]
-        target = bind(Transformer, params.target_config, params.target)
+        target = bind(Transformer, params.target_config, params.target, params.layout)
         features = target(tokens, positions, packed_mask(jnp.zeros_like(tokens))).features
         ranks = []
-        heads = bind(MedusaHeads, config, params.drafts["medusa"].params)
+        draft = params.drafts["medusa"]
+        heads = bind(MedusaHeads, config, draft.params, draft.layout)
         for i, scores in enumerate(heads.logits(features, target)):
             label = jnp.roll(tokens, -2 - i, axis=1)[..., None]
             own = jnp.take_along_axis(scores, label, axis=-1)

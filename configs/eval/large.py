@@ -42,7 +42,7 @@ config = EvalConfig(
         ("medusa", Medusa()),
         ("lookahead", Lookahead(ngram=5, window=7, guesses=7)),
         ("lookahead paper", Lookahead(5, 7, 7, prompt_pool=False, coupled=False)),
-        ("prompt lookup", PromptLookup()),
+        ("prompt_lookup", PromptLookup()),
         ("recycling", Recycling()),
     ),
     temperatures=(0.0, 1.0),

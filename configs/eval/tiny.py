@@ -46,9 +46,9 @@ config = EvalConfig(
         ("lookahead", Lookahead(ngram=5, window=7, guesses=7)),
         ("lookahead plain", Lookahead(ngram=5, window=7, guesses=7, coupled=False)),
         ("lookahead paper", Lookahead(5, 7, 7, prompt_pool=False, coupled=False)),
-        ("prompt lookup", PromptLookup()),
+        ("prompt_lookup", PromptLookup()),
         ("recycling", Recycling()),
-        ("auto", "auto"),  # what python -m eagle_jax.tune found on this machine
+        ("auto", "auto"),  # what eagle-jax tune found on this machine
     ),
     temperatures=(0.0, 1.0),
     new_tokens=128,

@@ -5,8 +5,8 @@
 
 Objective and clipping are the paper's and its code's (training-time test of 7 steps with weights
 0.8^j, AdamW with betas 0.9 and 0.95, clipping the global norm at 0.5), but for means over the rows
-that count instead of all rows. The fused layers are not the official rule's (2, L // 2, L - 3: for
-6 layers 2, 3, 3) but 2, 4 and 6, the last residual stream.
+that count instead of all rows. The fused layers are 2, 4 and 6, the last residual stream. The
+official rule (2, L // 2 and L - 3, each once) gives only two layers of 6, and its code then stops.
 """
 
 from eagle_jax.config import DataConfig, Eagle3Config, OptimConfig, TrainConfig, TrainingTimeTest

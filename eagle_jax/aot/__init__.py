@@ -14,11 +14,12 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 from eagle_jax import settings
-from eagle_jax.config import DraftConfig, MedusaConfig, NextToken, TrainConfig, TransformerConfig
+from eagle_jax.config import DraftConfig, NextToken, TrainConfig, TransformerConfig
 from eagle_jax.decode.program import Program, capacity
+from eagle_jax.layout import Layout
 
 GIB = 2**30
 
@@ -37,6 +38,8 @@ class AotConfig:
         batch_size: rows decoded together.
         prompt: tokens of the prompt, a power of two.
         new_tokens: longest answer.
+        quantize, quantize_drafts: "int8" stores the matrices of the target or of the draft in eight
+            bits, as `eagle_jax.load` does; None as bfloat16.
         train: a training run whose step is compiled too; of its data only `sequence_length` and
             `batch_size` are read.
     """
@@ -50,6 +53,8 @@ class AotConfig:
     batch_size: int = 1
     prompt: int = 1024
     new_tokens: int = 1024
+    quantize: Literal["int8"] | None = None
+    quantize_drafts: Literal["int8"] | None = None
     train: TrainConfig | None = None
 
     def __post_init__(self) -> None:
@@ -197,36 +202,36 @@ def _decoding(config: AotConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
 
     from eagle_jax import sharding
     from eagle_jax.decode import Vanilla, engine
-    from eagle_jax.decode.sampling import sampling
-    from eagle_jax.models import DRAFTS, Transformer, kernels
-    from eagle_jax.params import Draft, Params
+    from eagle_jax.decode.sampling import Sampling, SamplingParams, Vocabulary
+    from eagle_jax.drafters import registry
+    from eagle_jax.models import Transformer, kernels
+    from eagle_jax.params import Draft, Params, layout_for_decoding
 
     mesh = sharding.make_mesh(tensor=config.tensor, expert=config.expert, devices=where)
     with kernels.tracing_for(where[0]):
-        qkv = kernels.expected(jnp.dtype(jnp.bfloat16))
-    layout = {"fused": True, "fused_qkv": qkv}  # as `load` has it
-    target, draft = dataclasses.replace(config.target, **layout), config.draft
-    if draft is not None and not isinstance(draft, MedusaConfig):
-        draft = dataclasses.replace(draft, **layout)
+        layout = layout_for_decoding(jnp.dtype(jnp.bfloat16), config.quantize)
+    target, draft = config.target, config.draft
     sharding.check_tensor(mesh, [target] if draft is None else [target, draft])
-    drafts = (
-        {}
-        if draft is None
-        else {draft.kind: Draft(_weights(mesh, DRAFTS[draft.kind], draft), draft)}
-    )
-    params = Params(_weights(mesh, Transformer, target), drafts, target)
+    drafts = {}
+    if draft is not None:
+        own = dataclasses.replace(layout, quantize=config.quantize_drafts)
+        weights = _weights(mesh, registry.by_config(draft).module_class(), draft, own)
+        drafts[draft.kind] = Draft(weights, draft, own)
+    params = Params(_weights(mesh, Transformer, target, layout), drafts, target, layout)
     b = config.batch_size
     whole = sharding.replicated(mesh)
 
     def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 
-    drawn = jax.tree.map(lambda x: array(x.shape, x.dtype), sampling(temperature=1.0))
+    rows = [SamplingParams(temperature=1.0)] * b
+    drawn = jax.tree.map(
+        lambda x: array(x.shape, x.dtype), Sampling.of(rows, Vocabulary(target.vocab_size))
+    )
     for name, method in (("vanilla", Vanilla()), (type(config.method).__name__, config.method)):
         slots = capacity(config.prompt, config.new_tokens, method.depth)
-        used = None if method.draft is None else draft
-        program = Program(method, target, used, slots, eos=(0,))
-        own = params.only(method.draft)
+        program = Program.of(params, method, slots)
+        arrays = program.weights(params)
 
         def on_mesh(function: Callable[..., Any], program: Any = program) -> Callable[..., Any]:
             def traced(*args: Any) -> Any:
@@ -240,7 +245,7 @@ def _decoding(config: AotConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
             return traced
 
         rows = (array((b, config.prompt)), *[array((b,))] * 2, array((b,), jnp.uint32))
-        lowered = jax.jit(on_mesh(engine.prefill)).lower(own, *rows)
+        lowered = jax.jit(on_mesh(engine.prefill)).lower(arrays, *rows)
         compiled, seconds = _compile(lowered)
         yield describe(f"{name}: prefill", compiled, seconds, where[0].device_kind)
         state = jax.tree.map(
@@ -248,17 +253,17 @@ def _decoding(config: AotConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
             lowered.out_info,
             compiled.output_shardings,
         )
-        once = jax.jit(on_mesh(engine.one_round), donate_argnums=1).lower(own, state, drawn)
+        once = jax.jit(on_mesh(engine.one_round), donate_argnums=1).lower(arrays, state, drawn)
         compiled, seconds = _compile(once)
         yield describe(f"{name}: one round", compiled, seconds, where[0].device_kind)
         loop = jax.jit(on_mesh(engine.decode), donate_argnums=1)
-        compiled, seconds = _compile(loop.lower(own, state, drawn, array(()), array(())))
+        compiled, seconds = _compile(loop.lower(arrays, state, drawn, array(()), array(())))
         # What a loop costs depends on how often it runs; the compiler counts its body once.
         row = describe(f"{name}: loop", compiled, seconds, where[0].device_kind)
         yield row | dict.fromkeys(("gflop", "gbytes", "milliseconds", "floor"))
 
 
-def _weights(mesh: Any, cls: Any, config: Any) -> dict[str, Any]:
+def _weights(mesh: Any, cls: Any, config: Any, layout: Layout) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
@@ -266,7 +271,7 @@ def _weights(mesh: Any, cls: Any, config: Any) -> dict[str, Any]:
     from eagle_jax.models import param_shapes
     from eagle_jax.models.quantize import SCALE
 
-    shapes = param_shapes(cls, config)
+    shapes = param_shapes(cls, config, layout)
     places = sharding.weight_shardings(mesh, shapes, stored=False)
 
     def one(name: str, x: Any) -> jax.ShapeDtypeStruct:
@@ -293,7 +298,7 @@ def _training(config: AotConfig, run: TrainConfig, where: list[Any]) -> Iterator
         )
     mesh = sharding.make_mesh(run.fsdp, tensor=run.tensor, expert=run.expert, devices=where)
     sharding.check_batch(mesh, run.data.batch_size)
-    target = dataclasses.replace(config.target, quantize=None)  # that is for decoding
+    target = config.target
     shapes = param_shapes(Transformer, target)
     places = sharding.weight_shardings(mesh, shapes)
     frozen = {

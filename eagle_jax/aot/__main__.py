@@ -1,12 +1,4 @@
-"""Command line: `python -m eagle_jax.aot --config configs/aot/llama_8b.py`.
-
-Compiles training and decoding for a TPU slice, or GPUs, not at hand, on the CPU, and reports per
-chip: GiB of weights and state, of temporaries, of all, and the share of its memory; GFLOP and GB
-moved as the compiler counts them, its estimate of the time, and a floor by the chip's data sheet
-(weights and cache read once, or arithmetic); collectives, launches of kernels (on GPUs, of what has
-no loop), and whether anything crosses to the host. The table goes to stderr; stdout gets one JSON
-line.
-"""
+"""Command line of compilation ahead of time: `eagle-jax compile --config CONFIG`."""
 
 from __future__ import annotations
 
@@ -18,6 +10,23 @@ from typing import Any
 
 from eagle_jax import cli, settings
 from eagle_jax.aot import AotConfig, compile_all
+
+_DESCRIPTION = """\
+Compile training and decoding for TPUs or GPUs that are not at hand, on the CPU.
+
+Reports per chip: GiB of weights and state, of temporaries, of all, and the share of its memory;
+GFLOP and GB moved as the compiler counts them, its estimate of the time, and a lower bound from the
+chip's data sheet (weights and cache read once, or arithmetic); collectives; on GPUs the kernels
+that are launched outside of loops; and whether anything crosses to the host. The table goes to
+standard error; the last line of standard output is one JSON object.
+"""
+
+_EPILOG = """\
+examples
+  {prog} --config configs/aot/llama_8b.py
+  {prog} --config configs/aot/llama_8b.py --set topology=v6e:2x4
+  {prog} --config configs/aot/gpu_7b.py --set draft.quantize=int8
+"""
 
 # Field of a row: its title, width and format.
 _COLUMNS = {
@@ -53,18 +62,24 @@ def _line(row: dict[str, Any]) -> str:
     return f"{' '.join(cells)}  {sent or '-'}; {kernels}host: {host}; {seconds}"
 
 
-def main() -> None:
-    """Parse, compile, print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eagle_jax.aot",
-        description=__doc__,
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The command line."""
+    out = cli.Parser(
+        prog=prog,
+        description=_DESCRIPTION,
+        epilog=_EPILOG.format(prog=prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    settings.add_arguments(parser, "an AotConfig file")
-    arguments = parser.parse_args()
+    settings.add_arguments(out, "an AotConfig file")
+    return out
+
+
+def main(argv: list[str] | None = None, prog: str = "python -m eagle_jax.aot") -> None:
+    """Parses, compiles, prints. Compiled programs are not kept: their compile time is a result."""
+    args = parser(prog).parse_args(argv)
     # Constants that are made while tracing live on the CPU; a TPU, if there is one, is left alone.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    config = settings.load(arguments.config, arguments.overrides, kind=AotConfig)
+    config = settings.load(args.config, args.overrides, kind=AotConfig)
     print(_title(), file=sys.stderr)
     rows = []
     for row in compile_all(config):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from eagle_jax.checkpoint import rope
-from eagle_jax.config import Eagle3Config, EagleConfig, TransformerConfig
+from eagle_jax.config import TransformerConfig
 from eagle_jax.settings import check
 
 T = TypeVar("T")
@@ -216,12 +216,20 @@ FAMILIES = {
 }
 """Every `model_type` that can be read."""
 
-# Fields that targets and EAGLE drafts have.
-_SHARED = {field.name for field in dataclasses.fields(TransformerConfig)}
-_SHARED &= {field.name for field in dataclasses.fields(EagleConfig)}
+# What a decoder layer is made of, under the same key in every family and for drafts of one layer.
+_LAYER = {
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_theta",
+    "vocab_size",
+}
 # Fields that every family has.
-_COMMON = _SHARED - {"attention_bias"}
-_COMMON |= {"num_hidden_layers", "max_position_embeddings", "tie_word_embeddings", "model_type"}
+_COMMON = _LAYER | {"rope_scaling", "num_hidden_layers", "max_position_embeddings"}
+_COMMON |= {"tie_word_embeddings", "model_type"}
 # Null says something else for these than absence.
 _NULLABLE = {
     "sliding_window",
@@ -240,6 +248,17 @@ _GEMMA3_NAMES = {
     "model.language_model.": "model.",
     "lm_head.": "lm_head.",
 }
+
+
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` with the nested layer of speculators' files beside the other keys."""
+    nested = settings.get("transformer_layer_config")
+    if not isinstance(nested, Mapping):
+        return dict(settings)
+    nested = {key: value for key, value in nested.items() if value is not None}
+    # vLLM takes true where such a file has no word on it.
+    own = {key: value for key, value in settings.items() if key not in ("model_type",)}
+    return {"norm_before_residual": True, **nested, **own}
 
 
 def text_part(
@@ -300,26 +319,35 @@ def _unmet(config: TransformerConfig, family: Family) -> list[str]:
     return unmet
 
 
-def to_json(
-    config: TransformerConfig | EagleConfig | Eagle3Config, model_type: str, dtype: str
-) -> dict[str, Any]:
-    """The keys that targets and EAGLE drafts have in common, and those of a target's family."""
+def to_json(config: TransformerConfig, model_type: str, dtype: str) -> dict[str, Any]:
+    """The keys that describe a target's layers, those of its family among them."""
     family = FAMILIES[model_type]
-    # The model type says the first; then come layouts in memory; the last is `rope`'s.
-    shared = _SHARED - {"attention_bias", "fused", "fused_qkv", "quantize", "rope_scaling"}
-    settings = {
+    return {
+        **_layer_json(config, family, model_type, dtype),
+        **rope.to_json(config),
+        **{key: getattr(config, name) for name, key in family.keys.items()},
+        **family.extra,
+        **_layers_json(config, family),
+    }
+
+
+def draft_json(config: Any, dtype: str) -> dict[str, Any]:
+    """The keys of a draft whose layer is a Llama's, as the code of official heads reads them."""
+    return {
+        **_layer_json(config, FAMILIES["llama"], "llama", dtype),
+        **rope.to_json(config, official=True),
+    }
+
+
+def _layer_json(config: Any, family: Family, model_type: str, dtype: str) -> dict[str, Any]:
+    return {
         "architectures": [family.architecture],
         "model_type": model_type,
         "hidden_act": family.flags.get("hidden_act", "silu"),
-        **{name: getattr(config, name) for name in sorted(shared)},
-        **rope.to_json(config),
+        **{name: getattr(config, name) for name in sorted(_LAYER)},
         "dtype": dtype,
         "torch_dtype": dtype,
     }
-    if isinstance(config, TransformerConfig):
-        settings |= {key: getattr(config, name) for name, key in family.keys.items()}
-        settings |= {**family.extra, **_layers_json(config, family)}
-    return settings
 
 
 def _layers_json(config: TransformerConfig, family: Family) -> dict[str, Any]:
@@ -343,16 +371,28 @@ def _layers_json(config: TransformerConfig, family: Family) -> dict[str, Any]:
     return settings
 
 
-def from_json(directory: Path, kind: type[T], settings: Mapping[str, Any]) -> T:
-    """A configuration of type `kind` from the keys of `directory`'s `config.json`.
+def from_json(directory: Path, settings: Mapping[str, Any]) -> TransformerConfig:
+    """The configuration of a whole transformer from the keys of `directory`'s `config.json`.
 
     Raises:
         ValueError: names the file, and the key that is missing, wrong or not supported.
     """
-    path = directory / "config.json"
-    family = _family(path, settings)
-    keys = {**_null_keys(path), **settings}
-    return build(directory, kind, lambda: _values(kind, keys, family))
+    family = _family(directory / "config.json", settings)
+    keys = {**_null_keys(directory / "config.json"), **settings}
+    return build(directory, TransformerConfig, lambda: _target_values(keys, family))
+
+
+def draft_from_json(directory: Path, kind: type[T], settings: Mapping[str, Any]) -> T:
+    """A draft's configuration of type `kind`, whose layer is described as a target's layers are.
+
+    Official heads say `qkv_bias` and have no biases without it, whatever their family.
+
+    Raises:
+        ValueError: as in `from_json`.
+    """
+    family = _family(directory / "config.json", settings)
+    keys = {**_null_keys(directory / "config.json"), **settings}
+    return build(directory, kind, lambda: _draft_values(kind, keys, family))
 
 
 def build(directory: Path, kind: type[T], values: Callable[[], Mapping[str, Any]]) -> T:
@@ -400,23 +440,37 @@ def _family(path: Path, settings: Mapping[str, Any]) -> Family:
     return family
 
 
-def _values(kind: type, settings: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+def _target_values(settings: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    fields = {field.name: field for field in dataclasses.fields(TransformerConfig)}
     values: dict[str, Any] = {
-        "attention_bias": _attention_bias(kind, settings, family),
-        "fused": False,  # layouts in memory, whatever a file says
-        "fused_qkv": False,
-        "quantize": None,
+        "attention_bias": family.flags.get("attention_bias", False),
+        **rope.from_json(fields, settings, family.defaults),
+        **family.flags,
+        **_family_values(settings, family),
+    }
+    # Other families' fields have their defaults, whatever a file says.
+    own = [field for field in fields.values() if field.name in _COMMON]
+    return _with_keys(values, own, settings, family)
+
+
+def _draft_values(kind: type, settings: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    values = {
+        "attention_bias": settings.get("qkv_bias", False),
         **rope.from_json(fields, settings, family.defaults),
     }
-    if kind is TransformerConfig:
-        values |= {**family.flags, **_family_values(settings, family)}
-    else:
-        _check_unused(settings)
-    for field in fields.values():
-        # Other families' fields have their defaults, whatever a file says.
-        if kind is TransformerConfig and field.name not in _COMMON:
-            continue
+    _check_unused(settings)
+    return _with_keys(values, fields.values(), settings, family)
+
+
+def _with_keys(
+    values: dict[str, Any],
+    fields: Iterable[dataclasses.Field[Any]],
+    settings: Mapping[str, Any],
+    family: Family,
+) -> dict[str, Any]:
+    """`values` and, of the other fields, what their keys say."""
+    for field in fields:
         value = settings.get(field.name, family.defaults.get(field.name))
         if value is None:
             value = _derived(field.name, settings)
@@ -480,13 +534,6 @@ def _mlp_only_layers(settings: Mapping[str, Any]) -> tuple[int, ...]:
     if type(step) is not int or step < 1:
         raise ValueError(f"decoder_sparse_step={step!r}: must be a positive number of layers")
     return tuple(i for i in range(layers) if i in listed or (i + 1) % step)
-
-
-def _attention_bias(kind: type, settings: Mapping[str, Any], family: Family) -> Any:
-    """Official heads say `qkv_bias` and have no biases without it, whatever their family."""
-    if kind is TransformerConfig:
-        return family.flags.get("attention_bias", False)
-    return settings.get("qkv_bias", False)
 
 
 def _derived(name: str, settings: Mapping[str, Any]) -> int | None:

@@ -7,6 +7,7 @@ import errno
 import glob
 import hashlib
 import json
+import math
 import re
 import secrets
 import shutil
@@ -224,6 +225,17 @@ def write(
     directory.mkdir(parents=True, exist_ok=True)
     safetensors.write(directory / "model.safetensors", tensors, {"format": "pt"})
     write_json(directory / "config.json", settings)
+
+
+def write_index(directory: Path, tensors: Mapping[str, Any]) -> None:
+    """Writes `model.safetensors.index.json` beside a whole `model.safetensors`.
+
+    transformers needs none. The official EAGLE code looks up there where a target's embedding is.
+    """
+    total = sum(math.prod(x.shape) * x.dtype.itemsize for x in tensors.values())
+    names = dict.fromkeys(sorted(tensors), _SAFETENSORS[0])
+    content = {"metadata": {"total_size": total}, "weight_map": names}
+    write_json(directory / f"{_SAFETENSORS[0]}.index.json", content)
 
 
 def disk_tensors(config: DraftConfig, params: Mapping[str, Any], dtype: str) -> dict[str, Any]:

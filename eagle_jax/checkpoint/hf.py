@@ -1,27 +1,33 @@
 """Hugging Face directories (`config.json`, `model.safetensors`) <-> configuration, parameters.
 
-A target is what `transformers` reads; drafts have the layouts of published heads (`drafts`).
+A target is what `transformers` reads; each kind of draft has files of its own
+(`eagle_jax.drafters`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eagle_jax.checkpoint import drafts, families, files
-from eagle_jax.checkpoint.lazy_tensor import equal
+import numpy as np
+
+from eagle_jax.checkpoint import families, files
+from eagle_jax.checkpoint import target as targets
 from eagle_jax.checkpoint.names import shapes
-from eagle_jax.config import DraftConfig, Eagle3Config, EagleConfig, MedusaConfig, TransformerConfig
+from eagle_jax.config import DraftConfig, TransformerConfig
+from eagle_jax.drafters import registry
+from eagle_jax.drafters.spec import DrafterSpec
 
 __all__ = [
     "check_fit",
+    "is_whole",
     "kind",
     "load_draft",
     "load_target",
     "open_draft",
     "open_target",
+    "recognise",
     "save_draft",
     "save_target",
     "shapes",
@@ -50,16 +56,8 @@ def save_target(
     Raises:
         ValueError: `params` don't match `config`, are quantised, or an unknown dtype.
     """
-    _check_floats("quantize", config)
-    family = families.family_of(config)
-    settings = families.to_json(config, family, dtype) | {
-        "num_hidden_layers": config.num_hidden_layers,
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        # Written even when null: transformers would otherwise take Llama-2's 1 and 2.
-        "bos_token_id": bos_token_id,
-        "eos_token_id": list(eos_token_id) if isinstance(eos_token_id, Sequence) else eos_token_id,
-    }
+    _check_floats("quantize", params)
+    settings = targets.settings(config, dtype, bos_token_id, eos_token_id)
     files.write(directory, config, params, dtype, settings)
 
 
@@ -81,13 +79,12 @@ def open_target(directory: str | Path) -> tuple[TransformerConfig, files.LazyTen
             supported, or a tensor is missing, unexpected or of a wrong shape.
     """
     directory = Path(directory)
-    settings, tensors = families.text_part(_settings(directory), files.read_tensors(directory))
-    found = drafts.kind_of(settings, tensors)
-    if found != "model":
+    spec, settings, tensors = recognise(directory)
+    if not spec.checkpoint().whole:
         raise ValueError(
-            f"{directory}: is a draft of kind {found!r}; give its target, and this as draft="
+            f"{directory}: is a draft of kind {spec.kind!r}; give its target, and this as draft="
         )
-    return _transformer(directory, settings, tensors)
+    return targets.read(directory, _supported(directory, settings), tensors)
 
 
 def save_draft(
@@ -120,25 +117,19 @@ def save_draft(
         )
     if coverage is not None and not 0 <= coverage <= 1:
         raise ValueError(f"coverage={coverage}: must be 0 to 1, a share of the counted tokens")
-    _check_floats("quantize_drafts", config)
-    if isinstance(config, TransformerConfig):
-        save_target(directory, config, params, dtype)
-        return
+    _check_floats("quantize_drafts", params)
+    own = registry.by_config(config).checkpoint()
     files.check_params(config, params, dtype)
-    if isinstance(config, EagleConfig):
-        settings = drafts.eagle_json(config, dtype, coverage)
-    elif isinstance(config, MedusaConfig):
-        settings = drafts.medusa_json(config, dtype)
-    else:
-        settings = drafts.eagle3_json(config, dtype, coverage)
-    files.write(directory, config, params, dtype, settings, drafts.tables(config, params))
+    settings = own.settings(config, dtype, coverage)
+    files.write(directory, config, params, dtype, settings, own.tables(config, params))
 
 
-def _check_floats(argument: str, config: DraftConfig) -> None:
-    if config.quantize is not None:
+def _check_floats(argument: str, params: Mapping[str, Any]) -> None:
+    """Raises ValueError for a model whose matrices are stored in eight bits."""
+    if any(getattr(array, "dtype", None) == np.int8 for array in params.values()):
         raise ValueError(
-            f"quantize={config.quantize!r}: quantised weights are not written; give the model as "
-            f"it was before, load(..., {argument}=None)"
+            f"{argument}='int8': quantised weights are not written; give the model as it was "
+            f"before, load(..., {argument}=None)"
         )
 
 
@@ -162,7 +153,7 @@ def open_draft(
 ) -> tuple[DraftConfig, files.LazyTensors]:
     """A draft of any kind: its configuration, and weights that are read when they are asked for.
 
-    They are those of the files; `drafts.with_head` adds what a module takes of the target's.
+    They are those of the files; `DraftFiles.for_decoding` adds what a module takes of the target's.
 
     Args:
         directory: of the draft; its files say of which kind it is.
@@ -175,21 +166,32 @@ def open_draft(
             none.
     """
     directory = Path(directory)
-    settings, tensors = families.text_part(_settings(directory), files.read_tensors(directory))
-    found = drafts.kind_of(settings, tensors)
-    if found == "eagle":
-        return drafts.read_eagle(directory, settings, tensors)
-    if found == "eagle3":
-        return drafts.read_eagle3(directory, settings, tensors, target)
-    if found == "medusa":
-        return drafts.read_medusa(directory, settings, tensors, target)
-    return _transformer(directory, settings, tensors)
+    spec, settings, tensors = recognise(directory)
+    settings = _supported(directory, settings)
+    return spec.checkpoint().read(directory, settings, tensors, target)
+
+
+def recognise(directory: Path) -> tuple[DrafterSpec, dict[str, Any], files.LazyTensors]:
+    """The drafter whose files a directory holds, the keys of `config.json`, and the tensors.
+
+    A target is recognised as an independent model; no tensor is read.
+
+    Raises:
+        ValueError: a file is missing or corrupt.
+    """
+    settings = families.flat(files.read_json(directory / "config.json"))
+    settings, tensors = families.text_part(settings, files.read_tensors(directory))
+    return registry.recognise(settings, list(tensors)), settings, tensors
 
 
 def kind(directory: Path) -> str:
     """The kind of draft that a directory holds; "model" for a whole model."""
-    settings = drafts.flat(files.read_json(directory / "config.json"))
-    return drafts.kind_of(settings, files.read_tensors(directory))
+    return recognise(directory)[0].kind
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether a directory holds a whole model, which can be a target."""
+    return recognise(directory)[0].checkpoint().whole
 
 
 def check_fit(
@@ -204,47 +206,19 @@ def check_fit(
     Raises:
         ValueError: names the first field that does not fit, with both values.
     """
-    remedy = "give a draft that was trained for this target"
-    where = "" if directory is None else f"{directory}: "
-    # An independent model has a width of its own.
-    alone = isinstance(draft_config, TransformerConfig)
-    for name in ("vocab_size",) if alone else ("hidden_size", "vocab_size"):
-        target, draft = getattr(target_config, name), getattr(draft_config, name)
-        if name == "hidden_size" and isinstance(draft_config, Eagle3Config):
-            draft = draft_config.feature_size
-        if target != draft:
-            raise ValueError(f"{where}{name}: the target has {target}, the draft {draft}; {remedy}")
-    if isinstance(draft_config, Eagle3Config):
-        layers = target_config.num_hidden_layers
-        if max(draft_config.aux_layers) > layers:
-            raise ValueError(
-                f"{where}aux_layers: the target has {layers} layers, "
-                f"the draft reads {draft_config.aux_layers}; {remedy}"
-            )
+    try:
+        registry.by_config(draft_config).checkpoint().check_fit(target_config, draft_config)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}" if directory else str(error)) from error
 
 
-def _settings(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    settings = drafts.flat(files.read_json(path))
+def _supported(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings`, unless the weights are quantised, which raises a ValueError."""
     if "quantization_config" in settings:
         found = settings["quantization_config"]
         method = found.get("quant_method") if isinstance(found, Mapping) else found
         raise ValueError(
-            f"{path}: quantization_config={method!r}: quantised weights are not read; give the "
-            "model as it was before it was quantised"
+            f"{directory / 'config.json'}: quantization_config={method!r}: quantised weights are "
+            "not read; give the model as it was before it was quantised"
         )
     return settings
-
-
-def _transformer(
-    directory: Path, settings: Mapping[str, Any], tensors: files.LazyTensors
-) -> tuple[TransformerConfig, files.LazyTensors]:
-    counts = ("num_hidden_layers", "num_experts", "num_local_experts")
-    files.check_counts(directory, settings, counts, tensors)
-    config = families.from_json(directory, TransformerConfig, settings)
-    tied = ["lm_head.weight"] if config.tie_word_embeddings else []
-    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
-    if tied and head is not None and embedding is not None and not equal(head, embedding):
-        # transformers ties no head that a file has and that differs.
-        config, tied = dataclasses.replace(config, tie_word_embeddings=False), []
-    return config, files.arrays(directory, config, tensors, *tied)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from eagle_jax.config import Eagle3Config, EagleConfig, RopeScaling, TransformerConfig
+from eagle_jax.config import RopeScaling
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -33,8 +33,13 @@ _ROPE_KEYS = {
 }
 
 
-def to_json(config: TransformerConfig | EagleConfig | Eagle3Config) -> dict[str, Any]:
-    """The rotary keys of `config.json`, for transformers 5 and for older readers."""
+def to_json(config: Any, official: bool = False) -> dict[str, Any]:
+    """The rotary keys of `config.json`, for transformers 5 and for older readers.
+
+    Args:
+        config: of a model with rotary embedding.
+        official: write linear scaling as the code of official EAGLE heads knows it.
+    """
     scaling: RopeScaling | None = getattr(config, "rope_scaling", None)
     local: float | None = getattr(config, "rope_local_base_freq", None)
     rope: dict[str, Any] = {"rope_type": "default"}
@@ -47,8 +52,8 @@ def to_json(config: TransformerConfig | EagleConfig | Eagle3Config) -> dict[str,
     if local is not None:
         sliding = {"rope_type": "default", "rope_theta": local}
         settings["rope_parameters"] = {FULL: settings["rope_parameters"], SLIDING: sliding}
-    if rope["rope_type"] == "linear" and not isinstance(config, TransformerConfig):
-        rope = {"type": "linear", "factor": rope["factor"]}  # the official heads' code knows this
+    if official and rope["rope_type"] == "linear":
+        rope = {"type": "linear", "factor": rope["factor"]}
     return settings if scaling is None else settings | {"rope_scaling": rope}
 
 

@@ -1,8 +1,8 @@
-"""Tensors of torch's `pytorch_model.bin`, read without torch and without running anything in it.
+"""Tensors of torch's `pytorch_model.bin`, read and written without torch.
 
 Such a file is a zip archive: a pickle that describes the tensors, and one entry with the bytes of
-each storage. A pickle may call any function by its name; this reader knows the few names by which
-tensors are rebuilt and refuses all others.
+each storage. A pickle may call any function by its name; the reader knows the few names by which
+tensors are rebuilt, refuses all others, and so runs nothing in the file.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import functools
 import io
 import math
 import pickle
+import struct
 import zipfile
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from eagle_jax.checkpoint.lazy_tensor import LazyTensor
+from eagle_jax.checkpoint.safetensors import replacing
 
 _AGAIN = "save it with safetensors, or with torch.save of its state_dict()"
 
@@ -78,6 +81,83 @@ def stored(path: str | Path) -> dict[str, LazyTensor]:
             kind = type(value).__name__
             raise ValueError(f"{path}: {name} is a {kind}, no tensor; {_AGAIN}")
     return dict(found)
+
+
+def write(
+    path: str | Path,
+    tensors: Mapping[str, Any],
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Writes a file that `torch.load(path)` reads as a state_dict, also with `weights_only=True`.
+
+    A failure leaves the old file, or none.
+
+    Args:
+        path: the file; its folder must exist.
+        tensors: arrays of any shape, numpy's, JAX's or `LazyTensor`; one at a time is in memory.
+        progress: is told the bytes of every tensor, when it is written.
+
+    Raises:
+        ValueError: torch has no storage for the dtype of an array.
+        OSError: the file cannot be written; its `filename` is `path`.
+    """
+    root = Path(path).stem
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+        # Entries as `ZipInfo`: with a fixed date, so that equal tensors make equal files.
+        archive.writestr(zipfile.ZipInfo(f"{root}/data.pkl"), _pickled(tensors))
+        archive.writestr(zipfile.ZipInfo(f"{root}/byteorder"), "little")
+        for number, value in enumerate(tensors.values()):
+            array = np.ascontiguousarray(np.asarray(value))
+            info = zipfile.ZipInfo(f"{root}/data/{number}")
+            with archive.open(info, "w", force_zip64=True) as entry:
+                entry.write(array.reshape(-1).view(np.uint8).data)
+            if progress is not None:
+                progress(array.nbytes)
+        archive.writestr(zipfile.ZipInfo(f"{root}/version"), "3\n")
+
+
+def _pickled(tensors: Mapping[str, Any]) -> bytes:
+    """The pickle of a state_dict, as torch writes it: a dictionary of `_rebuild_tensor_v2` calls.
+
+    It is put together by hand, because `pickle` can name only what can be imported.
+    """
+    out = [pickle.PROTO, b"\x02", pickle.EMPTY_DICT, pickle.MARK]
+    for number, (name, value) in enumerate(tensors.items()):
+        names = [key for key, dtype in _STORAGES.items() if dtype == value.dtype]
+        if not names:
+            raise ValueError(f"{name} has dtype {value.dtype.name}, which no torch storage has")
+        shape, size = tuple(value.shape), math.prod(value.shape)
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        storage = [_text("storage"), _global("torch", names[0]), _text(str(number)), _text("cpu")]
+        unused_hooks = _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+        arguments = [
+            _tuple([*storage, _integer(size)]) + pickle.BINPERSID,
+            _integer(0),
+            _tuple(map(_integer, shape)),
+            _tuple(map(_integer, strides)),
+            pickle.NEWFALSE,  # no gradient
+            unused_hooks,
+        ]
+        rebuild = _global("torch._utils", "_rebuild_tensor_v2")
+        out += [_text(name), rebuild, _tuple(arguments), pickle.REDUCE]
+    return b"".join([*out, pickle.SETITEMS, pickle.STOP])
+
+
+def _text(text: str) -> bytes:
+    return pickle.BINUNICODE + struct.pack("<I", len(text.encode())) + text.encode()
+
+
+def _integer(number: int) -> bytes:
+    count = number.bit_length() // 8 + 1
+    return pickle.LONG1 + bytes([count]) + number.to_bytes(count, "little", signed=True)
+
+
+def _global(module: str, name: str) -> bytes:
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+
+def _tuple(items: Iterable[bytes]) -> bytes:
+    return pickle.MARK + b"".join(items) + pickle.TUPLE
 
 
 class _Unpickler(pickle.Unpickler):

@@ -5,27 +5,30 @@ out = eagle_jax.decode.generate(params, "What is a prime number?", method="eagle
 print(out.text, out.statistics.tau)
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from eagle_jax import lazy
 from eagle_jax.decode.acceptance import Exact, Rejection, Typical
 from eagle_jax.decode.batching.batcher import Batcher, Piece
 from eagle_jax.decode.generate import generate, stream
-from eagle_jax.decode.methods.eagle import Eagle
-from eagle_jax.decode.methods.eagle_lookup import EagleLookup
+from eagle_jax.decode.generation import Generation, Statistics, TokenLogprob
 from eagle_jax.decode.methods.lookahead import Lookahead
-from eagle_jax.decode.methods.medusa import Medusa
 from eagle_jax.decode.methods.prompt_lookup import PromptLookup
 from eagle_jax.decode.methods.recycling import Recycling
-from eagle_jax.decode.methods.speculative import Speculative
 from eagle_jax.decode.methods.vanilla import Vanilla
-from eagle_jax.decode.registry import METHODS, default_tree
-from eagle_jax.decode.session import Generation, Session, Statistics
-from eagle_jax.decode.tree import (
-    DynamicTree,
-    StaticTree,
-    best_tree,
-    chain,
-    named_tree,
-    static_tree,
-)
+from eagle_jax.decode.registry import METHODS
+from eagle_jax.decode.sampling.params import SamplingParams
+from eagle_jax.decode.session import Session
+from eagle_jax.decode.tree import DynamicTree, StaticTree, best_tree, chain, named_tree, static_tree
+from eagle_jax.drafters.spec import resolve
+
+if TYPE_CHECKING:
+    from eagle_jax.decode.methods.eagle_lookup import EagleLookup
+    from eagle_jax.drafters.eagle.method import Eagle, default_tree
+    from eagle_jax.drafters.medusa.method import Medusa
+    from eagle_jax.drafters.model.method import Speculative
 
 __all__ = [
     "METHODS",
@@ -41,10 +44,12 @@ __all__ = [
     "PromptLookup",
     "Recycling",
     "Rejection",
+    "SamplingParams",
     "Session",
     "Speculative",
     "StaticTree",
     "Statistics",
+    "TokenLogprob",
     "Typical",
     "Vanilla",
     "best_tree",
@@ -55,3 +60,22 @@ __all__ = [
     "static_tree",
     "stream",
 ]
+
+# Methods with a drafter import this package, so they come on first use.
+_DRAFTING = {
+    "Eagle": "eagle_jax.drafters.eagle.method:Eagle",
+    "EagleLookup": "eagle_jax.decode.methods.eagle_lookup:EagleLookup",
+    "Medusa": "eagle_jax.drafters.medusa.method:Medusa",
+    "Speculative": "eagle_jax.drafters.model.method:Speculative",
+    "default_tree": "eagle_jax.drafters.eagle.method:default_tree",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _DRAFTING:
+        return resolve(_DRAFTING[name])
+    return lazy.submodule(__name__, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*lazy.names(__name__), *_DRAFTING})

@@ -68,9 +68,10 @@ class Typical:
     def __call__(
         self, proposal: Proposal, logits: Logits, targets: Int[Array, "b t"], context: Context
     ) -> Accepted:
+        exact = Exact()(proposal, logits, targets, context)
         if context.sampling.greedy:
-            return Exact()(proposal, logits, targets, context)
-        law = jax.nn.log_softmax(process(logits, context.sampling), axis=-1)
+            return exact
+        law = jax.nn.log_softmax(logits, axis=-1)
         mass = jnp.exp(law)
         entropy = -jnp.sum(jnp.where(mass > 0, mass * law, 0.0), axis=-1)
         threshold = jnp.minimum(self.epsilon, self.delta * jnp.exp(-entropy))
@@ -91,7 +92,8 @@ class Typical:
         emitted = jnp.where(
             step < accepted.count[:, None], jnp.roll(drafted, -1, axis=1), accepted.emitted
         )
-        return dataclasses.replace(accepted, emitted=emitted)
+        accepted = dataclasses.replace(accepted, emitted=emitted)
+        return context.sampling.choose(accepted, exact)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,11 +111,12 @@ class Rejection:
     def __call__(
         self, proposal: Proposal, logits: Logits, targets: Int[Array, "b t"], context: Context
     ) -> Accepted:
+        exact = Exact()(proposal, logits, targets, context)
         if context.sampling.greedy:
-            return Exact()(proposal, logits, targets, context)
+            return exact
         assert proposal.logits is not None and context.noise is not None
         t = proposal.tokens.shape[1]
-        p = jax.nn.softmax(process(logits, context.sampling), axis=-1)[:, :-1]
+        p = jax.nn.softmax(logits, axis=-1)[:, :-1]
         q = jax.nn.softmax(process(proposal.logits, context.sampling), axis=-1)[:, 1:]
         drawn = proposal.tokens[:, 1:, None]
         ratio = _pick(p, drawn) / jnp.maximum(_pick(q, drawn), jnp.finfo(q.dtype).tiny)
@@ -126,11 +129,12 @@ class Rejection:
         bonus = jnp.concatenate([redrawn, targets[:, -1:]], axis=1)
         step = jnp.arange(t, dtype=jnp.int32)[None]
         drafted = jnp.roll(proposal.tokens, -1, axis=1)
-        return Accepted(
+        accepted = Accepted(
             path=jnp.where(step <= count[:, None], step, 0),
             count=count,
             emitted=jnp.where(step < count[:, None], drafted, bonus),
         )
+        return context.sampling.choose(accepted, exact)
 
 
 def _pick(values: Float[Array, "b t v"], index: Int[Array, "b t 1"]) -> Float[Array, "b t"]:

@@ -21,28 +21,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt32
 
 from eagle_jax import sharding
-from eagle_jax.decode.method import Context, Models, Prompt, Verified
+from eagle_jax.decode.method import Accepted, Context, Models, Prompt, Verified
 from eagle_jax.decode.prefill import fill
-from eagle_jax.decode.program import EXACT_ROWS, Program, State
-from eagle_jax.decode.sampling import Sampling, perturb, position_noise
-from eagle_jax.decode.top_k import argmax
+from eagle_jax.decode.program import EXACT_ROWS, Logprobs, Program, State, Weights
+from eagle_jax.decode.sampling import Path, Sampling
+from eagle_jax.decode.top_k import argmax, top_k
 from eagle_jax.decode.tree import Proposal
 from eagle_jax.models import Output, Transformer
 from eagle_jax.models import cache as caches
-from eagle_jax.params import Params
 from eagle_jax.types import Logits, Tokens
 
 
 def prefill(
     program: Program,
-    params: Params,
+    weights: Weights,
     tokens: Tokens,
     length: Int[Array, " b"],
     limit: Int[Array, " b"],
     seeds: UInt32[Array, " b"],
 ) -> State:
     """State before the first round: caches filled from right-padded prompts [b, t]."""
-    models = program.models(params)
+    models = program.models(weights)
     b, t = tokens.shape
     read = getattr(models.draft, "features", None)  # other drafts read nothing
 
@@ -62,20 +61,33 @@ def prefill(
         method=program.method.init(models, prompt, program.slots),
         rounds=jnp.zeros(b, jnp.int32),
         accepted=jnp.zeros((b, program.method.depth + 1), jnp.int32),
+        drafted=jnp.zeros((b, program.slots), bool),
+        logprobs=_no_logprobs(program, b),
     )
     return _readable(state)
 
 
+def _no_logprobs(program: Program, rows: int) -> Logprobs | None:
+    if program.logprobs is None:
+        return None
+    shape = rows, program.slots, program.logprobs
+    return Logprobs(
+        jnp.zeros(shape[:2], jnp.float32),
+        jnp.zeros(shape, jnp.int32),
+        jnp.zeros(shape, jnp.float32),
+    )
+
+
 def decode(
     program: Program,
-    params: Params,
+    weights: Weights,
     state: State,
     settings: Sampling,
     max_rounds: Int[Array, ""],
     enough: Int[Array, ""],
 ) -> State:
     """Rounds until `enough` rows are done or one has no room for a round, `max_rounds` at most."""
-    models = program.models(params)
+    models = program.models(weights)
 
     def unfinished(carry: tuple[jax.Array, State]) -> jax.Array:
         count, state = carry
@@ -89,25 +101,25 @@ def decode(
     return _readable(jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1])
 
 
-def one_round(program: Program, params: Params, state: State, settings: Sampling) -> State:
+def one_round(program: Program, weights: Weights, state: State, settings: Sampling) -> State:
     """A single round, whether or not rows are done: what one turn of `decode` costs."""
-    return _round(program, program.models(params), state, settings)
+    return _round(program, program.models(weights), state, settings)
 
 
 def _readable(state: State) -> State:
     """What the host reads, whole on every device: no process has another's rows."""
-    read = ("tokens", "length", "limit", "done", "rounds", "accepted")
+    read = ("tokens", "length", "limit", "done", "rounds", "accepted", "drafted", "logprobs")
     return dataclasses.replace(
         state, **{name: sharding.constrain(getattr(state, name)) for name in read}
     )
 
 
-def widen(program: Program, params: Params, state: State) -> State:
+def widen(program: Program, weights: Weights, state: State) -> State:
     """`state` of a program with fewer slots, with those of `program`; the new ones are zero."""
     rows = state.length.shape
     whole = jnp.zeros(rows, jnp.int32)
     wanted = jax.eval_shape(
-        functools.partial(prefill, program), params, whole[:, None], whole, whole, state.seeds
+        functools.partial(prefill, program), weights, whole[:, None], whole, whole, state.seeds
     )
 
     def pad(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -118,7 +130,7 @@ def widen(program: Program, params: Params, state: State) -> State:
 
 def insert(
     program: Program,
-    params: Params,
+    weights: Weights,
     state: State,
     tokens: Tokens,
     length: Int[Array, " b"],
@@ -131,7 +143,7 @@ def insert(
     `state` has more rows than there are prompts (or both have one). A row that it does not have is
     nobody's place.
     """
-    new = prefill(program, params, tokens, length, limit, seeds)
+    new = prefill(program, weights, tokens, length, limit, seeds)
     many, few = state.length.shape[0], length.shape[0]
 
     def put(old: jax.Array, x: jax.Array) -> jax.Array:
@@ -148,9 +160,7 @@ def insert(
 
 def _round(program: Program, models: Models, state: State, settings: Sampling) -> State:
     method, n = program.method, program.method.depth + 1
-    noise = None
-    if not settings.greedy:
-        noise = position_noise(state.seeds, state.length, n, program.target.vocab_size)
+    noise = settings.noise(state.seeds, state.length, n, program.target.vocab_size)
     context = Context(state.tokens, state.length, state.seeds, noise, settings, n)
     proposal, method_state = method.propose(models, context, state.method)
 
@@ -158,15 +168,18 @@ def _round(program: Program, models: Models, state: State, settings: Sampling) -
     output, logits = _verify(program, models.target, state, proposal)
     if noise is not None:
         noise = jnp.take_along_axis(noise, depth[:, :, None], axis=1, mode="clip")
-    targets = argmax(perturb(logits, noise, settings))
-    accepted = method.rule(proposal, logits, targets, context)
+    path = Path(state.tokens, state.length, settings.prompt, proposal.tokens, proposal.shape, n)
+    processed = settings.process(logits, path)
+    targets = argmax(processed if noise is None else processed + noise)
+    accepted = method.rule(proposal, processed, targets, context)
 
-    committed, done = _clip(program, state, accepted.emitted, accepted.count + 1)
+    committed, done = _clip(settings, state, accepted.emitted, accepted.count + 1)
     # Rejected nodes never reach the cache: only the accepted path is written, n slots at once.
     cache = caches.commit(state.cache, output.block, accepted.path, state.length - 1)
     verified = Verified(proposal, output, logits, targets, accepted.path, committed)
     # At an end token or the limit a round may commit drafted tokens and no bonus token.
     drafted = jnp.where(state.done, -1, jnp.minimum(committed, accepted.count))
+    step = jnp.arange(n)[None]
     return dataclasses.replace(
         state,
         tokens=_append(state.tokens, accepted.emitted, state.length, committed),
@@ -175,7 +188,30 @@ def _round(program: Program, models: Models, state: State, settings: Sampling) -
         cache=cache,
         method=method.update(models, method_state, verified),
         rounds=state.rounds + (~state.done).astype(jnp.int32),
-        accepted=state.accepted + (drafted[:, None] == jnp.arange(n)[None]).astype(jnp.int32),
+        accepted=state.accepted + (drafted[:, None] == step).astype(jnp.int32),
+        drafted=caches.place(state.drafted, step < drafted[:, None], state.length, axis=0),
+        logprobs=_report(state, logits, accepted),
+    )
+
+
+def _report(state: State, logits: Logits, accepted: Accepted) -> Logprobs | None:
+    """The state's log-probabilities with those of the emitted tokens."""
+    if state.logprobs is None:
+        return None
+    rows = jnp.take_along_axis(logits, accepted.path[:, :, None], axis=1, mode="clip")
+    law = jax.nn.log_softmax(rows.astype(jnp.float32), axis=-1)
+    chosen = jnp.take_along_axis(law, accepted.emitted[:, :, None], axis=2, mode="clip")[..., 0]
+    most = state.logprobs.ids.shape[-1]
+    if most:
+        top, ids = top_k(law, min(most, law.shape[-1]))
+        missing = ((0, 0), (0, 0), (0, most - ids.shape[-1]))
+        top, ids = jnp.pad(top, missing, constant_values=-jnp.inf), jnp.pad(ids, missing)
+    else:
+        top, ids = law[..., :0], jnp.zeros((*law.shape[:2], 0), jnp.int32)
+    return jax.tree.map(
+        lambda old, new: caches.place(old, new, state.length, axis=0),
+        state.logprobs,
+        Logprobs(chosen, ids, top),
     )
 
 
@@ -215,16 +251,14 @@ def _first(output: Output, nodes: int) -> Output:
 
 
 def _clip(
-    program: Program, state: State, emitted: Int[Array, "b n"], count: Int[Array, " b"]
+    settings: Sampling, state: State, emitted: Int[Array, "b n"], count: Int[Array, " b"]
 ) -> tuple[Int[Array, " b"], Bool[Array, " b"]]:
     """Tokens to commit and whether the row is then done: stops at the first end token, included,
     and at the limit, inside the round, so that no output overshoots."""
     step = jnp.arange(emitted.shape[1])[None]
     room = state.limit - state.length
     count = jnp.minimum(count, room)
-    is_eos = jnp.zeros(emitted.shape, bool)
-    for token in program.eos:
-        is_eos |= emitted == token
+    is_eos = jnp.any(emitted[:, :, None] == settings.ends[:, None], axis=2)
     is_eos &= step < count[:, None]
     ended = jnp.any(is_eos, axis=1)
     count = jnp.where(ended, jnp.argmax(is_eos, axis=1).astype(jnp.int32) + 1, count)

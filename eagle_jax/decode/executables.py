@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from eagle_jax import sharding
+from eagle_jax import progress, sharding
 from eagle_jax.decode.engine import decode, insert, prefill, widen
+from eagle_jax.decode.method import Method
+from eagle_jax.decode.method_cli import spell
 from eagle_jax.decode.program import Program, State, bucket_prompt
 from eagle_jax.decode.sampling import Sampling
 from eagle_jax.models import kernels
@@ -54,7 +56,7 @@ def _compiled(
 ) -> Callable[..., State]:
     """The executable of `function(program, *args)`; compiled once per program and shapes.
 
-    `args` are parameters, then the state, which is consumed (`prefill` has none), and the rest.
+    `args` are the weights, then the state, which is consumed (`prefill` has none), and the rest.
     Kept by hand instead of by jit so that compile time is known exactly and apart, and so that
     those not used for longest can go.
     """
@@ -73,10 +75,12 @@ def _compiled(
             # A function of its own, so that jit's caches let go of the program with it.
             bound = _on(mesh, functools.partial(function, program))
             # TPUs and GPUs multiply float32 in fewer bits unless told otherwise.
-            full = args[0].dtype == jnp.float32
+            full = args[0].target["embed_tokens.embedding"].dtype == jnp.float32
             with jax.default_matmul_precision("highest" if full else "default"):
                 jitted = jax.jit(bound, donate_argnums=donate, out_shardings=places)
-                run = jitted.lower(*args).compile()
+                lowered = jitted.lower(*args)
+                with progress.compiling(lambda: f"{_name(program.method)} {function.__name__}"):
+                    run = lowered.compile()
             clock.compile += time.perf_counter() - start
         with _executables_lock:
             _executables[key] = run
@@ -85,6 +89,12 @@ def _compiled(
             while len(_executables) > _KEPT:
                 _executables.popitem(last=False)
         return run
+
+
+def _name(method: Method) -> str:
+    """The word after `--method` of a built-in method, else its class."""
+    words = spell(method).split()
+    return words[1] if words[0] == "--method" else type(method).__name__
 
 
 def _on(mesh: Mesh | None, function: Callable[..., State]) -> Callable[..., State]:
@@ -151,7 +161,7 @@ def vacant(program: Program, params: Params, rows: int, clock: Clock) -> State:
 
 
 def _start(program: Program, params: Params, arrays: tuple[np.ndarray, ...], clock: Clock) -> State:
-    args = (params, *sharding.put(sharding.mesh_of(params.target), arrays))
+    args = (program.weights(params), *sharding.put(sharding.mesh_of(params.target), arrays))
     run = _compiled(prefill, program, args, clock)
     begin = time.perf_counter()
     state = jax.block_until_ready(run(*args))
@@ -170,7 +180,7 @@ def advance(
 ) -> State:
     """Run up to `max_rounds` rounds on the device, until `enough` rows (by default all of them)
     are done; `state` is consumed."""
-    args = _bounded(params, state, settings, max_rounds, enough)
+    args = _bounded(program, params, state, settings, max_rounds, enough)
     run = _compiled(decode, program, args, clock)
     begin = time.perf_counter()
     state = jax.block_until_ready(run(*args))
@@ -184,19 +194,26 @@ def prepare(program: Program, params: Params, state: State, settings: Sampling) 
     For threads that compile at a time: over a mesh, programs must not be run at a time, or each
     may wait for a device that another has.
     """
-    _compiled(decode, program, _bounded(params, state, settings), Clock())
+    _compiled(decode, program, _bounded(program, params, state, settings), Clock())
+
+
+def placed(params: Params, sampling: Sampling) -> Sampling:
+    """`sampling` on the devices of `params`."""
+    return sharding.put(sharding.mesh_of(params.target), sampling)
 
 
 def _bounded(
+    program: Program,
     params: Params,
     state: State,
     settings: Sampling,
     max_rounds: int = 2**31 - 1,
     enough: int | None = None,
 ) -> tuple[Any, ...]:
-    """What `decode` takes."""
+    """The arguments of `decode`."""
     bounds = np.int32(max_rounds), np.int32(enough or state.done.shape[0])
-    return params, state, *sharding.put(sharding.mesh_of(params.target), (settings, *bounds))
+    rest = sharding.put(sharding.mesh_of(params.target), (settings, *bounds))
+    return program.weights(params), state, *rest
 
 
 def grow(
@@ -208,9 +225,10 @@ def grow(
         return program, state
     larger = min(slots, bucket_prompt(max(longest + needed, program.slots) + 1))
     program = dataclasses.replace(program, slots=larger)
-    run = _compiled(widen, program, (params, state), clock)
+    args = program.weights(params), state
+    run = _compiled(widen, program, args, clock)
     begin = time.perf_counter()
-    state = jax.block_until_ready(run(params, state))
+    state = jax.block_until_ready(run(*args))
     clock.decode += time.perf_counter() - begin
     return program, state
 
@@ -227,12 +245,21 @@ def replace_rows(
 ) -> State:
     """Start prompts in the place of `rows`; `state` is consumed."""
     arrays = (*_pad(program, prompts, limits, seeds), np.array(rows, np.int32))
-    args = (params, state, *sharding.put(sharding.mesh_of(params.target), arrays))
+    places = sharding.put(sharding.mesh_of(params.target), arrays)
+    args = (program.weights(params), state, *places)
     run = _compiled(insert, program, args, clock)
     begin = time.perf_counter()
     state = jax.block_until_ready(run(*args))
     clock.prefill += time.perf_counter() - begin
     return state
+
+
+def end_rows(state: State, rows: list[int]) -> State:
+    """`state` with these rows done, so that the loop no longer waits for them."""
+    done = np.array(state.done)
+    done[rows] = True
+    # Placed as it was, so that the same program goes on.
+    return dataclasses.replace(state, done=jax.device_put(done, state.done.sharding))
 
 
 @functools.cache

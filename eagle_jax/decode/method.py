@@ -26,7 +26,7 @@ class Models:
 
     Attributes:
         target: the target.
-        draft: the module of the kind that the method asked for (`eagle_jax.models.DRAFTS`).
+        draft: the module of the kind that the method asked for (`eagle_jax.drafters`).
     """
 
     target: Transformer
@@ -133,7 +133,8 @@ class Rule(Protocol):
     def __call__(
         self, proposal: Proposal, logits: Logits, targets: Int[Array, "b t"], context: Context
     ) -> Accepted:
-        """Judge `proposal`, given the target's logits and its own token after every node."""
+        """Judge `proposal`, given the target's processed logits (`Sampling.process`) and its own
+        token after every node."""
         ...
 
 

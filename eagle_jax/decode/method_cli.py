@@ -14,9 +14,6 @@ from typing import Any, NoReturn
 
 from eagle_jax.decode.acceptance import Exact, Rejection, Typical
 from eagle_jax.decode.method import Method
-from eagle_jax.decode.methods.eagle import Eagle
-from eagle_jax.decode.methods.eagle_lookup import EagleLookup
-from eagle_jax.decode.methods.prompt_lookup import PromptLookup
 from eagle_jax.decode.registry import AUTO, METHODS, unknown
 from eagle_jax.decode.tree import DynamicTree, StaticTree, named_tree, tree_name
 from eagle_jax.settings import override
@@ -30,8 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         default="eagle",
-        help="eagle (default), eagle2, eagle3, eagle_lookup, medusa, speculative, lookahead, "
-        "prompt_lookup, recycling, vanilla; auto: what python -m eagle_jax.tune found the fastest",
+        help=f"{', '.join(METHODS)} (default: eagle); auto: what eagle-jax tune found the fastest",
     )
     parser.add_argument(
         "--tree",
@@ -79,7 +75,8 @@ def method_of(args: argparse.Namespace) -> Any:
                 f"{', '.join(own) or 'none'}"
             )
     inner = dataclasses.replace(inner, **changes)
-    method = dataclasses.replace(method, eagle=inner) if _has_drafter(method) else inner
+    wraps = _wrapped_field(method)
+    method = dataclasses.replace(method, **{wraps: inner}) if wraps else inner
     return override(method, args.set)
 
 
@@ -126,13 +123,15 @@ def label(method: Method) -> str:
     return " ".join(short)
 
 
-def _has_drafter(method: Any) -> bool:
-    return isinstance(method, EagleLookup)
+def _wrapped_field(method: Any) -> str | None:
+    """The field with the method that drafts, of a method that wraps another."""
+    return getattr(type(method), "wraps", None)
 
 
 def _drafter(method: Any) -> Any:
     """What `--tree` and `--plain` are about."""
-    return method.eagle if _has_drafter(method) else method
+    wraps = _wrapped_field(method)
+    return getattr(method, wraps) if wraps else method
 
 
 def _words(base: Any, method: Any) -> Iterator[str]:
@@ -153,7 +152,7 @@ def _differing(base: Any, method: Any, prefix: str) -> Iterator[tuple[str, Any]]
         old, new = getattr(base, field.name), getattr(method, field.name)
         if old == new or not field.init or isinstance(new, StaticTree | DynamicTree):
             continue
-        if isinstance(new, Eagle | PromptLookup):
+        if isinstance(new, Method):
             yield from _differing(old, new, f"{prefix}{field.name}.")
         elif field.name not in ("coupled", "rule"):
             yield prefix + field.name, new

@@ -6,12 +6,15 @@ import dataclasses
 from typing import Any
 
 import jax
-from jaxtyping import Array, Bool, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from eagle_jax.config import DraftConfig, TransformerConfig
 from eagle_jax.decode.method import Method, Models
-from eagle_jax.models import DRAFTS, Cache, Transformer, attention, bind
+from eagle_jax.drafters import registry
+from eagle_jax.layout import PLAIN, Layout
+from eagle_jax.models import Cache, Transformer, attention, bind
 from eagle_jax.params import Params
+from eagle_jax.types import ParamDict
 
 # Attention reads every slot of the cache, so a few sizes are compiled, not one per length.
 _PROMPT_BUCKET = 128
@@ -22,6 +25,22 @@ _GROWING = 2048  # caches that need more slots begin with fewer and grow
 # Of an exact program, whatever the method: rows of a target pass, slots that a round may take.
 EXACT_ROWS = 128
 EXACT_DEPTH = attention.SPAN
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Logprobs:
+    """Log-probabilities of committed tokens under the target's own logits, before any setting.
+
+    Attributes:
+        chosen: [b, c] of the token at each position; those of the prompt are meaningless.
+        ids: [b, c, m] the likeliest tokens there, best first.
+        top: [b, c, m] their log-probabilities.
+    """
+
+    chosen: Float[Array, "b c"]
+    ids: Int[Array, "b c m"]
+    top: Float[Array, "b c m"]
 
 
 @jax.tree_util.register_dataclass
@@ -39,6 +58,9 @@ class State:
         method: the method's own state.
         rounds: [b] target passes so far, one a round.
         accepted: [b, n] rounds that committed this many drafted tokens.
+        drafted: [b, c] whether a committed token was a draft that the target accepted; False for
+            bonus tokens and for the prompt.
+        logprobs: of the committed tokens; None unless the program reports them.
     """
 
     tokens: Int[Array, "b c"]
@@ -50,6 +72,22 @@ class State:
     method: Any
     rounds: Int[Array, " b"]
     accepted: Int[Array, "b n"]
+    drafted: Bool[Array, "b c"]
+    logprobs: Logprobs | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The arrays that a compiled program reads, and nothing else.
+
+    Attributes:
+        target: the target's, by name.
+        draft: those of the method's draft, by name; empty if the method has none.
+    """
+
+    target: ParamDict
+    draft: ParamDict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,25 +96,56 @@ class Program:
 
     Attributes:
         method: the proposer.
-        target, draft: architectures.
+        target, draft: the architectures; draft is None if the method has none.
         slots: c, capacity for committed tokens and for caches.
-        eos: token ids that end an answer.
         exact: every target pass has the same shape and order of summation, whatever the method.
+        logprobs: alternatives per token whose log-probabilities are reported; None reports none.
+        target_layout, draft_layout: how the weights of each lie in memory.
     """
 
     method: Method
     target: TransformerConfig
     draft: DraftConfig | None
     slots: int
-    eos: tuple[int, ...]
     exact: bool = False
+    logprobs: int | None = None
+    target_layout: Layout = PLAIN
+    draft_layout: Layout = PLAIN
 
-    def models(self, params: Params) -> Models:
+    @classmethod
+    def of(
+        cls,
+        params: Params,
+        method: Method,
+        slots: int,
+        exact: bool = False,
+        logprobs: int | None = None,
+    ) -> Program:
+        """Returns the program of a method for the models of `params`, as they lie in memory."""
+        draft = None if method.draft is None else params.drafts[method.draft]
+        return cls(
+            method,
+            params.target_config,
+            None if draft is None else draft.config,
+            slots,
+            exact,
+            logprobs,
+            params.layout,
+            PLAIN if draft is None else draft.layout,
+        )
+
+    def weights(self, params: Params) -> Weights:
+        """Returns the arrays of `params` that this program reads."""
+        kind = None if self.draft is None else self.draft.kind
+        return Weights(params.target, {} if kind is None else params.drafts[kind].params)
+
+    def models(self, weights: Weights) -> Models:
+        """Returns the modules that hold `weights`; call it inside a compiled function."""
         draft = None
         if self.draft is not None:
-            kind = self.draft.kind
-            draft = bind(DRAFTS[kind], self.draft, params.drafts[kind].params)
-        return Models(bind(Transformer, self.target, params.target), draft)
+            module = registry.by_config(self.draft).module_class()
+            draft = bind(module, self.draft, weights.draft, self.draft_layout)
+        return Models(bind(Transformer, self.target, weights.target, self.target_layout), draft)
 
 
 def bucket_prompt(length: int) -> int:

@@ -2,51 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
-import jax
-
 from eagle_jax.decode.method import Method
-from eagle_jax.decode.methods.eagle import Eagle
-from eagle_jax.decode.methods.eagle_lookup import EagleLookup
-from eagle_jax.decode.methods.lookahead import Lookahead
-from eagle_jax.decode.methods.medusa import Medusa
-from eagle_jax.decode.methods.prompt_lookup import PromptLookup
-from eagle_jax.decode.methods.recycling import Recycling
-from eagle_jax.decode.methods.speculative import Speculative
-from eagle_jax.decode.methods.vanilla import Vanilla
-from eagle_jax.decode.tree import (
-    MC_SIM_7B_63,
-    DynamicTree,
-    StaticTree,
-    static_tree,
-)
+from eagle_jax.drafters import registry
+from eagle_jax.drafters.spec import resolve
 
 AUTO: Literal["auto"] = "auto"
 
-# One level wide on CPUs, where every draft step costs a third of a target pass and every verified
-# token costs arithmetic (python -m eagle_jax.evaluate compares); the paper's tree elsewhere.
-_CPU_TREE = static_tree([[0], [1], [2]])
-
-
-def default_tree() -> StaticTree:
-    """The tree that `method="eagle"` uses on this backend."""
-    return _CPU_TREE if jax.default_backend() == "cpu" else MC_SIM_7B_63
-
-
-METHODS: Mapping[str, Callable[[], Method]] = {
-    "vanilla": Vanilla,
-    "eagle": lambda: Eagle(default_tree()),
-    "eagle2": lambda: Eagle(DynamicTree()),
-    "eagle3": lambda: Eagle(DynamicTree(depth=8), head="eagle3"),
-    "eagle_lookup": lambda: EagleLookup(Eagle(default_tree())),
-    "medusa": Medusa,
-    "speculative": Speculative,
-    "lookahead": Lookahead,
-    "prompt_lookup": PromptLookup,
-    "recycling": Recycling,
+# Methods that no drafter brings along. Places, and not objects: methods of drafters import this
+# package.
+_VANILLA = {"vanilla": "eagle_jax.decode.methods.vanilla:Vanilla"}
+_OTHERS = {
+    "eagle_lookup": "eagle_jax.decode.methods.eagle_lookup:eagle_lookup",
+    "lookahead": "eagle_jax.decode.methods.lookahead:Lookahead",
+    "prompt_lookup": "eagle_jax.decode.methods.prompt_lookup:PromptLookup",
+    "recycling": "eagle_jax.decode.methods.recycling:Recycling",
 }
+
+
+class _Methods(Mapping[str, Callable[[], Method]]):
+    """Functions that return the default method of a name, with those of all drafters."""
+
+    def _places(self) -> dict[str, str]:
+        return {**_VANILLA, **registry.methods(), **_OTHERS}
+
+    def __getitem__(self, name: str) -> Callable[[], Method]:
+        return resolve(self._places()[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places())
+
+    def __len__(self) -> int:
+        return len(self._places())
+
+
+METHODS: Mapping[str, Callable[[], Method]] = _Methods()
 
 
 def unknown(name: str) -> str:

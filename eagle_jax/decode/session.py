@@ -6,22 +6,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import operator
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import numpy as np
 
-from eagle_jax.checks import check_flag
+from eagle_jax.checks import check_flag, check_whole
 from eagle_jax.decode import executables, tuning_store
+from eagle_jax.decode.generation import Generation, Statistics, TokenLogprob
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.method_cli import spell
 from eagle_jax.decode.program import (
     EXACT_DEPTH,
     EXACT_ROWS,
+    Logprobs,
     Program,
     bucket_prompt,
     capacity,
@@ -29,141 +29,82 @@ from eagle_jax.decode.program import (
 )
 from eagle_jax.decode.prompts import Prompt, encode_all
 from eagle_jax.decode.registry import AUTO, METHODS, unknown
-from eagle_jax.decode.sampling import Sampling, sampling
+from eagle_jax.decode.sampling import Sampling, SamplingParams, Settings, Vocabulary, rows_of
+from eagle_jax.decode.sampling.stop import Answer
 from eagle_jax.decode.tree import MOST_NODES
 from eagle_jax.params import Params
 
 # A draft that gets hardly a token accepted in so many rounds is hardly one for this target.
 _FIRST_ROUNDS = 32
 _HARDLY = 1.05
-
-
-@dataclasses.dataclass(frozen=True)
-class Statistics:
-    """What a generation did and what it cost.
-
-    Attributes:
-        new_tokens: committed tokens, per row; an end token counts.
-        rounds: target passes over a tree, per row (the prompt's pass is not one).
-        tau: mean acceptance length over all rows: committed tokens per round, the bonus token of
-            every round included, so vanilla's is 1.
-        accepted_per_depth: share of rounds that committed a drafted token at depth 1, 2, ...
-        compile_seconds, prefill_seconds, decode_seconds: wall clock, apart from each other.
-        tokens_per_second: committed tokens of all rows over `decode_seconds`.
-        device: what it ran on.
-        method: what decoded, as options of `python -m eagle_jax.decode`.
-    """
-
-    new_tokens: tuple[int, ...]
-    rounds: tuple[int, ...]
-    tau: float
-    accepted_per_depth: tuple[float, ...]
-    compile_seconds: float
-    prefill_seconds: float
-    decode_seconds: float
-    tokens_per_second: float
-    device: str
-    method: str
-
-    def json(self) -> str:
-        """One line of JSON."""
-        return json.dumps(dataclasses.asdict(self))
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """The answer to one prompt, or to a batch.
-
-    Attributes:
-        text: decoded answer without special tokens; a list for a batch; none without tokenizer.
-        tokens: ids of the answer, its end token included; a list of arrays for a batch.
-        statistics: of the whole call.
-    """
-
-    text: Any
-    tokens: Any
-    statistics: Statistics
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What all rows of a call share; meanings and defaults as in `generate`."""
-
-    method: str | Method = "eagle"
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    ignore_eos: bool = False
-    exact: bool = False
-
-    def check(self, params: Params, rows: int = 1) -> tuple[Sampling, Method]:
-        """Sampling settings and the method for `rows` rows; a ValueError names what cannot be."""
-        settings = sampling(self.temperature, self.top_k, self.top_p)
-        new = self.max_new_tokens
-        if not isinstance(new, int | np.integer) or isinstance(new, bool) or new < 1:
-            raise ValueError(f"max_new_tokens={new!r}: must be a whole number above 0")
-        method = self.method
-        if isinstance(method, str) and method == AUTO:
-            method = tuning_store.method(params, rows, self.temperature)
-        method = _method(method, params)
-        check_flag("exact", self.exact)
-        check_flag("ignore_eos", self.ignore_eos)
-        rows, depth = EXACT_ROWS, EXACT_DEPTH - 1
-        if self.exact and (method.nodes > rows or method.depth > depth):
-            raise ValueError(
-                f"exact=True: passes have {rows} nodes to depth {depth}, and method "
-                f"{type(method).__name__} {method.nodes} to depth {method.depth}; use smaller "
-                "settings"
-            )
-        return settings, method
-
-    def program(self, params: Params, method: Method, longest: int) -> Program:
-        """What decodes prompts of up to `longest` tokens."""
-        context = params.target_config.max_position_embeddings
-        new = min(int(self.max_new_tokens), context)  # no row grows past the context
-        depth = EXACT_DEPTH if self.exact else method.depth
-        return Program(
-            method,
-            params.target_config,
-            None if method.draft is None else params.drafts[method.draft].config,
-            capacity(bucket_prompt(longest), new, depth),
-            () if self.ignore_eos or params.tokenizer is None else params.tokenizer.eos_ids,
-            self.exact,
-        )
+_STOP_ROUNDS = 16  # rounds between two looks for stop strings, which only the host can find
 
 
 class Session:
-    """One generation: checked arguments, the engine's state, and what to report of it."""
+    """One decoding of a batch: checked arguments, the engine's state, and what it has so far.
+
+    Attributes:
+        params: the target and the method's draft.
+        prompts: token ids of every row.
+        batched: whether a batch was given; if not, there is one row.
+        rows: the sampling settings of every row.
+        method: what decodes.
+        program: the compiled loop's static settings.
+        state: the engine's state.
+        sampling: the settings as the loop takes them.
+        clock: seconds so far.
+    """
 
     def __init__(
         self,
         params: Params,
         prompt: Prompt,
-        options: Options,
-        seed: int | Sequence[int],
-        raw: bool,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        method: str | Method = "eagle",
+        max_new_tokens: int = 256,
+        raw: bool = False,
+        exact: bool = False,
+        **settings: Unpack[Settings],
     ) -> None:
+        """Checks everything and fills the caches from the prompts; arguments as in `generate`."""
         check_params(params)
         check_flag("raw", raw)
         executables.check_outside_jit(params, prompt)
-        self.params = params
         self.prompts, self.batched = encode_all(params, prompt, raw)
-        self.settings, self.method = options.check(params, len(self.prompts))
+        vocabulary = Vocabulary.of(params)
+        rows = rows_of(len(self.prompts), sampling, settings)
+        self.rows = [vocabulary.resolve(row) for row in rows]
+        hottest = max(row.temperature for row in self.rows)
+        self.method = check_method(params, method, len(self.prompts), hottest, exact)
+        check_whole("max_new_tokens", max_new_tokens)
         context = params.target_config.max_position_embeddings
-        limits = [min(len(p) + options.max_new_tokens, context) for p in self.prompts]
-        longest = max(map(len, self.prompts))
-        self.program = options.program(params, self.method, longest)
+        limits = [min(len(p) + max_new_tokens, context) for p in self.prompts]
+        lengths = [len(prompt) for prompt in self.prompts]
+        asked = [row.logprobs for row in self.rows if row.logprobs is not None]
+        self.program = make_program(
+            params,
+            self.method,
+            max(lengths),
+            max_new_tokens,
+            exact=exact,
+            logprobs=max(asked) if asked else None,
+        )
         self.slots = self.program.slots
-        if not options.exact:  # caches would grow at other lengths for another method
-            slots = opening(bucket_prompt(longest), self.slots, self.method.depth)
+        if not exact:  # caches would grow at other lengths for another method
+            slots = opening(bucket_prompt(max(lengths)), self.slots, self.method.depth)
             self.program = dataclasses.replace(self.program, slots=slots)
-        self.params = params.only(self.method.draft)
+        self.sampling = Sampling.of(self.rows, vocabulary, lengths)
+        self._ends = [vocabulary.ends(row) for row in self.rows]
+        self.params = params.with_draft(self.method.draft)
+        tokenizer = params.tokenizer
+        self._texts = [Answer(tokenizer, row.stop, row.min_tokens) for row in self.rows]
+        self._parts: list[list[str]] = [[] for _ in self.rows]
+        self.stopping = any(row.stop for row in self.rows)
         self.warned = False
         self.clock = executables.Clock()
-        seeds = check_seeds(seed, len(self.prompts))
         self.state = executables.start(
-            self.program, self.params, self.prompts, limits, seeds, self.clock
+            self.program, self.params, self.prompts, limits, [r.seed for r in self.rows], self.clock
         )
 
     def warn(self) -> None:
@@ -182,29 +123,103 @@ class Session:
             )
 
     def advance(self, max_rounds: int = 2**31 - 1) -> None:
-        """At most `max_rounds`; fewer where the cache has to grow."""
+        """Decode at most `max_rounds` rounds; fewer where the cache has to grow."""
         self.program, self.state = executables.grow(
             self.program, self.params, self.state, self.slots, self.clock
         )
         self.state = executables.advance(
-            self.program, self.params, self.state, self.settings, self.clock, max_rounds
+            self.program, self.params, self.state, self.sampling, self.clock, max_rounds
         )
 
+    def run(self) -> None:
+        """Decode to the end."""
+        while not self.finished():
+            self.advance(*[_STOP_ROUNDS] * self.stopping)
+            if self.stopping:
+                self.read()
+
+    def read(self) -> list[tuple[np.ndarray, str | None]]:
+        """Returns what every row got since the last call: token ids, and the text that is certain.
+
+        Only this finds stop strings, so a session whose rows have some must call it after every
+        `advance`. A row that a stop string ends is done from then on.
+        """
+        tokens, length, done = jax.device_get(
+            (self.state.tokens, self.state.length, self.state.done)
+        )
+        out, ended = [], []
+        for row, (answer, prompt) in enumerate(zip(self._texts, self.prompts, strict=True)):
+            before = answer.tokens
+            new = np.array([], tokens.dtype)
+            text = "" if self.params.tokenizer is not None else None
+            if not answer.stopped:
+                new = tokens[row, len(prompt) + before : length[row]]
+                text = answer.feed(new.tolist(), bool(done[row]))
+                new = new[: answer.tokens - before]
+                ended += [row] * (answer.stopped and not done[row])
+            self._parts[row].append(text or "")
+            out.append((new, text))
+        if ended:
+            self.state = executables.end_rows(self.state, ended)
+        return out
+
     def finished(self) -> bool:
+        """Whether every row has its whole answer."""
         return bool(np.all(np.asarray(self.state.done)))
 
     def answers(self) -> list[np.ndarray]:
-        tokens, length = jax.device_get((self.state.tokens, self.state.length))
+        """Token ids of every row's answer so far."""
+        tokens = np.asarray(jax.device_get(self.state.tokens))
+        return [tokens[row, place] for row, place in enumerate(self._places())]
+
+    def finishes(self) -> list[str | None]:
+        """Why each row's answer ended: "stop", "length", or None while it goes on."""
+        done = np.asarray(jax.device_get(self.state.done))
         return [
-            row[len(prompt) : end]
-            for row, prompt, end in zip(tokens, self.prompts, length, strict=True)
+            finish_of(answer, ends, stopped.stopped) if end else None
+            for answer, ends, stopped, end in zip(
+                self.answers(), self._ends, self._texts, done, strict=True
+            )
+        ]
+
+    def drafted(self) -> list[np.ndarray]:
+        """For every token of each answer so far, whether it was an accepted draft."""
+        drafted = np.asarray(jax.device_get(self.state.drafted))
+        return [drafted[row, place] for row, place in enumerate(self._places())]
+
+    def logprobs(self, seen: int = 0) -> list[list[TokenLogprob] | None]:
+        """Log-probabilities of each answer from token `seen` on; None for rows that want none."""
+        if self.state.logprobs is None:
+            return [None] * len(self.rows)
+        tokens, found = jax.device_get((self.state.tokens, self.state.logprobs))
+        return [
+            None
+            if wanted.logprobs is None
+            else token_logprobs(
+                tokens, found, row, slice(place.start + seen, place.stop), wanted.logprobs
+            )
+            for row, (place, wanted) in enumerate(zip(self._places(), self.rows, strict=True))
+        ]
+
+    def _places(self) -> list[slice]:
+        """Where each row's answer lies in the buffers; what follows a stop string is left out."""
+        length = np.asarray(jax.device_get(self.state.length))
+        return [
+            slice(len(prompt), len(prompt) + answer.tokens if answer.stopped else int(end))
+            for prompt, answer, end in zip(self.prompts, self._texts, length, strict=True)
         ]
 
     def statistics(self) -> Statistics:
-        length, rounds, accepted = jax.device_get(
-            (self.state.length, self.state.rounds, self.state.accepted)
-        )
-        new = [int(end) - len(prompt) for end, prompt in zip(length, self.prompts, strict=True)]
+        """Counts and seconds so far."""
+        rounds, accepted = jax.device_get((self.state.rounds, self.state.accepted))
+        new = [place.stop - place.start for place in self._places()]
+        if any(answer.stopped for answer in self._texts):  # rounds behind the stop do not count
+            rounds, accepted = rounds.copy(), accepted.copy()
+            for row, kept in enumerate(self.drafted()):
+                if self._texts[row].stopped:
+                    runs = run_lengths(kept)
+                    rounds[row] = len(runs)
+                    accepted[row] = np.bincount(runs, minlength=accepted.shape[1])
         total = max(int(rounds.sum()), 1)
         reached = accepted.sum(axis=0)[::-1].cumsum()[::-1][1:]
         return Statistics(
@@ -221,11 +236,95 @@ class Session:
         )
 
     def result(self) -> Generation:
+        """Everything decoded so far."""
         tokens, tokenizer = self.answers(), self.params.tokenizer
-        texts = None if tokenizer is None else [tokenizer.decode(t.tolist()) for t in tokens]
-        if self.batched:
-            return Generation(texts, tokens, self.statistics())
-        return Generation(None if texts is None else texts[0], tokens[0], self.statistics())
+        texts: list[str] | None = None
+        if tokenizer is not None:
+            texts = (
+                ["".join(parts) for parts in self._parts]
+                if self.stopping
+                else [tokenizer.decode(row.tolist()) for row in tokens]
+            )
+        found = (tokens, self.finishes(), self.logprobs(), self.drafted())
+        if not self.batched:
+            text, found = None if texts is None else texts[0], tuple(x[0] for x in found)
+        else:
+            text = texts
+        tokens, finish, logprobs, drafted = found
+        return Generation(text, tokens, self.statistics(), finish, logprobs, drafted)
+
+
+def finish_of(tokens: np.ndarray, ends: Sequence[int], stopped: bool) -> str:
+    """Why an answer that is done ended: "stop" or "length"."""
+    return "stop" if stopped or (len(tokens) and tokens[-1] in ends) else "length"
+
+
+def run_lengths(drafted: np.ndarray) -> list[int]:
+    """Accepted drafts of every round of an answer, given which of its tokens were drafts: a round
+    ends with its bonus token, or with the answer."""
+    ends = np.flatnonzero(~drafted).tolist()
+    if len(drafted) and drafted[-1]:
+        ends.append(len(drafted))
+    return [end - start - 1 for start, end in zip([-1, *ends], ends, strict=False)]
+
+
+def token_logprobs(
+    tokens: np.ndarray, found: Logprobs, row: int, place: slice, most: int
+) -> list[TokenLogprob]:
+    """The log-probabilities of one row's tokens at `place`, with `most` alternatives."""
+    chosen, ids, top = (x[row, place] for x in (found.chosen, found.ids, found.top))
+    return [
+        TokenLogprob(
+            int(token),
+            float(own),
+            tuple(zip(i[:most].tolist(), x[:most].tolist(), strict=True)),
+        )
+        for token, own, i, x in zip(tokens[row, place], chosen, ids, top, strict=True)
+    ]
+
+
+def check_method(
+    params: Params, method: str | Method, rows: int, temperature: float, exact: bool = False
+) -> Method:
+    """Returns the method that decodes `rows` rows.
+
+    Args:
+        params: of the model.
+        method: a name of `METHODS`, an instance, or "auto".
+        rows: of the batch; what is tuned for so many is "auto".
+        temperature: the highest of the rows; what is tuned for 0, or for more, is "auto".
+        exact: as in `generate`.
+
+    Raises:
+        ValueError: the method cannot decode this model; one line.
+    """
+    if isinstance(method, str) and method == AUTO:
+        method = tuning_store.method(params, rows, temperature)
+    method = _method(method, params)
+    check_flag("exact", exact)
+    nodes, depth = EXACT_ROWS, EXACT_DEPTH - 1
+    if exact and (method.nodes > nodes or method.depth > depth):
+        raise ValueError(
+            f"exact=True: passes have {nodes} nodes to depth {depth}, and method "
+            f"{type(method).__name__} {method.nodes} to depth {method.depth}; use smaller settings"
+        )
+    return method
+
+
+def make_program(
+    params: Params,
+    method: Method,
+    longest: int,
+    max_new_tokens: int,
+    *,
+    exact: bool = False,
+    logprobs: int | None = None,
+) -> Program:
+    """The program that decodes prompts of up to `longest` tokens."""
+    context = params.target_config.max_position_embeddings
+    new = min(int(max_new_tokens), context)  # no row grows past the context
+    depth = EXACT_DEPTH if exact else method.depth
+    return Program.of(params, method, capacity(bucket_prompt(longest), new, depth), exact, logprobs)
 
 
 def _method(method: str | Method, params: Params) -> Method:
@@ -256,23 +355,3 @@ def check_params(params: Any) -> None:
         raise ValueError(
             f"params: is a {type(params).__name__}{given}; give what eagle_jax.load(...) returns"
         )
-
-
-def check_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
-    """One checked seed per row."""
-    try:
-        given = [seed] if np.ndim(seed) == 0 else seed
-        if any(isinstance(value, bool) for value in given):  # type: ignore[union-attr]
-            raise TypeError
-        if np.ndim(seed) == 0:
-            seeds = [operator.index(seed) + row for row in range(rows)]  # type: ignore[arg-type]
-        else:
-            seeds = [operator.index(value) for value in seed]  # type: ignore[union-attr]
-    except TypeError as error:
-        raise ValueError(f"seed={seed!r}: give a whole number, or one per row") from error
-    if len(seeds) != rows:
-        raise ValueError(f"seed={seeds}: {len(seeds)} seeds for {rows} rows; give one per row")
-    for value in seeds:
-        if not 0 <= value < 2**32:
-            raise ValueError(f"seed={value}: must be at least 0 and below 2**32")
-    return seeds

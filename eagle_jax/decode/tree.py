@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import heapq
 import operator
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ ROOT = 0
 _MC_SIM_7B_63 = (
     "0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001"
 )
+
+_SHORT_NAME = 32  # letters of a name or of rank paths that a repr shows
 
 
 @jax.tree_util.register_dataclass
@@ -75,6 +78,14 @@ class StaticTree:
     """
 
     paths: tuple[tuple[int, ...], ...]
+
+    def __repr__(self) -> str:
+        """Short and unambiguous: a name, a few paths, or the size with a checksum of the paths."""
+        name = tree_name(self)
+        if len(name) > _SHORT_NAME:
+            check = zlib.crc32(repr(self.paths).encode())
+            return f"StaticTree({self.nodes} nodes, depth {self.depth}, {check:08x})"
+        return f"StaticTree({name!r})"
 
     @property
     def nodes(self) -> int:

@@ -1,4 +1,4 @@
-"""What `python -m eagle_jax.tune` found to be the fastest method: stored, and found again.
+"""What `eagle-jax tune` found to be the fastest method: stored, and found again.
 
 `tuning.json` lies beside the model, or in the user's cache where that cannot be written. It has an
 entry per device, dtype, batch size (rounded up to a power of two), greedy or sampled decoding, and
@@ -23,13 +23,14 @@ from eagle_jax import outputs, sharding
 from eagle_jax.checkpoint import files
 from eagle_jax.decode import method_cli
 from eagle_jax.decode.method import Method
+from eagle_jax.layout import Layout
 from eagle_jax.params import Params, shipped_name
 from eagle_jax.types import ParamDict
 
 FILE = "tuning.json"
 _FORMAT = {"format": "eagle_jax tuning", "version": 1}
 _CORNER = 64  # values of every matrix that tell weights apart
-_COMMAND = "python -m eagle_jax.tune"
+_COMMAND = "eagle-jax tune"
 
 Entry = dict[str, Any]
 
@@ -73,11 +74,17 @@ def _cores() -> int:
 
 
 def fingerprint(params: Params) -> str:
-    """Of architectures, all vectors and a corner of every matrix, of target and drafts."""
+    """Hashes target and drafts: configurations, layouts, all vectors, a corner of every matrix."""
     digest = hashlib.sha256()
-    drafts = [(kind, draft.config, draft.params) for kind, draft in sorted(params.drafts.items())]
-    for kind, config, arrays in (("target", params.target_config, params.target), *drafts):
-        digest.update(f"{kind} {config}".encode())
+    models: list[tuple[str, Any, Layout, ParamDict]] = [
+        ("target", params.target_config, params.layout, params.target),
+        *(
+            (kind, draft.config, draft.layout, draft.params)
+            for kind, draft in sorted(params.drafts.items())
+        ),
+    ]
+    for kind, config, layout, arrays in models:
+        digest.update(f"{kind} {config} {layout}".encode())
         for name, array in sorted(_samples(arrays).items()):
             digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:32]
@@ -228,7 +235,7 @@ def _missing(params: Params, rows: int, temperature: float) -> str:
 def command(params: Params, rows: int, temperature: float) -> str:
     """The command line that tunes `params`; of drafts given by `draft=` it cannot know."""
     where = "MODEL" if params.directory is None else shipped_name(params.directory)
-    words = f"{_COMMAND} --params {where} --temperature {temperature:g}"
+    words = f"{_COMMAND} --model {where} --temperature {temperature:g}"
     words += f" --batch-size {rows}" if rows > 1 else ""
     words += f" --quantize {params.quantize}" if params.quantize else ""
     words += f" --quantize-drafts {params.quantize_drafts}" if params.quantize_drafts else ""

@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from eagle_jax import cli, distributed, outputs, settings
+from eagle_jax import cli, compilation_cache, distributed, outputs, settings
 from eagle_jax.evaluate.config import EvalConfig
 
 # Of the environment, what the samples of a directory have in common.
@@ -25,7 +25,7 @@ what is measured
 
 questions
   "own" are prompts of this package, the default. --data DIR has NAME.jsonl files, one question a
-  line: {"turns": ["first message", "second message"]}, with question_id, category if you like.
+  line: {{"turns": ["first message", "second message"]}}, with question_id, category if you like.
   Without --tasks, those of mt_bench, humaneval, gsm8k, alpaca that are in DIR are asked.
 
 results
@@ -34,21 +34,28 @@ results
   is one JSON object. Exit status 1: an answer differs that must not, in float32 or with exact=True.
 
 examples
-  python -m eagle_jax.evaluate --config configs/eval/tiny.py --set limit=4 --set repeats=1
-  python -m eagle_jax.evaluate --config configs/eval/tiny.py --methods eagle --temperature 0
-  python -m eagle_jax.evaluate --config configs/eval/tiny.py --data DIR --tasks mt_bench gsm8k
+  {prog} --config configs/eval/tiny.py --set limit=4 --set repeats=1
+  {prog} --config configs/eval/tiny.py --methods eagle --temperature 0
+  {prog} --config configs/eval/tiny.py --data DIR --tasks mt_bench gsm8k
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = "python -m eagle_jax.evaluate") -> argparse.ArgumentParser:
     """The command line."""
-    out = argparse.ArgumentParser(
-        prog="python -m eagle_jax.evaluate",
+    out = cli.Parser(
+        prog=prog,
         description="Compare decoding methods: acceptance, speed, equality with vanilla decoding.",
-        epilog=_EPILOG,
+        epilog=_EPILOG.format(prog=prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     settings.add_arguments(out, "an EvalConfig file", "limit=10, batch_size=8, quantize=int8")
+    out.add_argument("--model", metavar="MODEL", help="in place of the file's model")
+    out.add_argument(
+        "--draft",
+        action="append",
+        metavar="DIR",
+        help="a draft for the model, in place of the file's drafts; repeatable",
+    )
     out.add_argument(
         "--methods",
         metavar="A,B",
@@ -67,6 +74,10 @@ def configuration(args: argparse.Namespace) -> EvalConfig:
     """The file's configuration under the command line's options."""
     config = settings.load(args.config, args.overrides, kind=EvalConfig)
     changes: dict[str, Any] = {}
+    if args.model is not None:
+        changes["model"] = args.model
+    if args.draft is not None:
+        changes["drafts"] = tuple(args.draft)
     if args.tasks:
         changes["tasks"] = tuple(name for word in args.tasks for name in word.split(",") if name)
     if args.temperature:
@@ -137,6 +148,7 @@ def _result(
     groups: list[Any],
 ) -> dict[str, Any]:
     """What `evaluate` returns, from the samples of a run that is finished."""
+    from eagle_jax.decode.method_cli import spell
     from eagle_jax.evaluate import metrics
 
     samples = run.samples
@@ -152,7 +164,7 @@ def _result(
         "environment": around,
         "config": {
             **dataclasses.asdict(dataclasses.replace(config, methods=())),
-            "methods": {name: repr(method) for name, method in run.methods.items()},
+            "methods": {name: spell(method) for name, method in run.methods.items()},
         },
         "skipped": run.skipped,
         "rows": rows,
@@ -178,7 +190,7 @@ def with_drafts(config: EvalConfig, params: Any) -> EvalConfig:
             if not all(
                 tuning_store.find(params, config.batch_size, t) for t in config.temperatures
             ):
-                lacking = "was not tuned here (python -m eagle_jax.tune)"
+                lacking = "was not tuned here (eagle-jax tune)"
         elif method.draft is not None and method.draft not in params.drafts:
             lacking = f"has no {method.draft} draft"
         if lacking:
@@ -230,12 +242,13 @@ def _fixed(config: EvalConfig, params: Any, around: dict[str, Any]) -> dict[str,
 
 
 def _settings(method: Any, params: Any, rows: int) -> str:
-    """Of a method; of "auto" what it is at present."""
+    """The options that say a method; of "auto" what it is at present."""
     from eagle_jax.decode import tuning_store
+    from eagle_jax.decode.method_cli import spell
     from eagle_jax.decode.registry import AUTO
 
     if method != AUTO:
-        return repr(method)
+        return spell(method)
     found = [tuning_store.find(params, rows, temperature) for temperature in (0.0, 1.0)]
     return f"auto: {[entry and entry['method'] for entry in found]}"
 
@@ -293,11 +306,12 @@ def _short(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 1 if an answer differs that must not."""
-    args = parser().parse_args(argv)
+def main(argv: list[str] | None = None, prog: str = "python -m eagle_jax.evaluate") -> int:
+    """Runs the command line; returns 1 if an answer differs that must not."""
+    args = parser(prog).parse_args(argv)
     config = configuration(args)
     distributed.join(args)
+    compilation_cache.enable()
     from eagle_jax.evaluate import report
 
     try:

@@ -21,9 +21,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from eagle_jax import cli
+from eagle_jax.checks import check_whole
 from eagle_jax.decode import executables, generate
 from eagle_jax.decode.program import bucket_prompt
-from eagle_jax.decode.session import Options
 from eagle_jax.evaluate import tasks
 from eagle_jax.models import Transformer, bind
 from eagle_jax.models.quantize import QUANTIZATIONS
@@ -81,12 +81,12 @@ def compare(reference: Params, model: Params, texts: Sequence[tuple[list[int], i
 def _logits(params: Params, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
     exact = params.dtype == jnp.float32
     with jax.default_matmul_precision("highest" if exact else "default"):
-        return _forward(params.target_config, params.target, tokens)
+        return _forward(params.target_config, params.layout, params.target, tokens)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _forward(config, params, tokens) -> jax.Array:
-    model = bind(Transformer, config, params)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(config, layout, params, tokens) -> jax.Array:
+    model = bind(Transformer, config, params, layout)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     mask = packed_mask(jnp.zeros(tokens.shape, jnp.int32))
     return model.logits(model(tokens, positions, mask).features)
@@ -112,7 +112,7 @@ def answers(params: Params, prompts: Sequence[str], new: int) -> list[tuple[list
     """
     if params.tokenizer is None:
         raise ValueError("model: has no tokenizer; prompts are text")
-    Options(max_new_tokens=new, method="vanilla").check(params)
+    check_whole("max_new_tokens", new)
     out = []
     for prompt in prompts:
         ids = list(params.tokenizer.chat([{"role": "user", "content": prompt}]))

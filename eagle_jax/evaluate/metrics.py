@@ -20,6 +20,7 @@ from eagle_jax.decode.method import Method
 from eagle_jax.evaluate.config import BASELINE
 from eagle_jax.evaluate.runner import Job, Unit
 from eagle_jax.evaluate.samples import Samples
+from eagle_jax.hardware import peak_bandwidth
 from eagle_jax.params import Params
 from eagle_jax.types import ParamDict
 
@@ -29,49 +30,6 @@ RESAMPLES = 1000
 # A unit's row: vanilla's seconds and tokens, the method's seconds and tokens.
 Values = Float[np.ndarray, "units 4"]
 Weights = Int[np.ndarray, "r units"]
-
-# Peak memory bandwidth of one device in bytes/s, by words of its `device_kind`; first match counts.
-_PEAK_BYTES = {
-    "H100 PCIe": 2.04e12,
-    "H100 NVL": 3.94e12,
-    "H100": 3.35e12,
-    "H200": 4.8e12,
-    "GH200 480GB": 4.02e12,
-    "GH200": 4.9e12,
-    "B200": 8.0e12,
-    "A100 SXM4 40GB": 1.555e12,
-    "A100 PCIE 40GB": 1.555e12,
-    "A100 80GB PCIe": 1.935e12,
-    "A100": 2.039e12,
-    "V100": 0.9e12,
-    "A10G": 0.6e12,
-    "A10": 0.6e12,
-    "L40S": 0.864e12,
-    "L40": 0.864e12,
-    "L4": 0.3e12,
-    "T4": 0.32e12,
-    "RTX 4090": 1.008e12,
-    "RTX 3090": 0.936e12,
-    "RTX A6000": 0.768e12,
-    "TPU v4": 1.228e12,
-    "TPU v5 lite": 0.819e12,
-    "TPU v5e": 0.819e12,
-    "TPU v5p": 2.765e12,
-    "TPU v5": 2.765e12,
-    "TPU v6 lite": 1.64e12,
-    "TPU v6e": 1.64e12,
-    "TPU7x": 7.37e12,
-}
-
-
-def peak_bytes(device_kind: str) -> float | None:
-    """Peak bytes/s between a device and its memory; None if unknown (CPUs)."""
-    words = device_kind.replace("-", " ").split()
-    for name, peak in _PEAK_BYTES.items():
-        parts = name.split()  # whole words: an L40 is no L4
-        if any(words[i : i + len(parts)] == parts for i in range(len(words))):
-            return peak
-    return None
 
 
 def weight_bytes(params: ParamDict) -> int:
@@ -236,7 +194,7 @@ class Table:
     def __init__(self, params: Params, device_kind: str) -> None:
         self.params = params
         self._methods: dict[tuple[str, float], Method] = {}
-        self.peak, self.kv = peak_bytes(device_kind), kv_bytes(params)
+        self.peak, self.kv = peak_bandwidth(device_kind), kv_bytes(params)
         self._units: list[Unit] = []
         self._runs: dict[tuple[str, int], Measured] = {}
         self._compile: dict[str, float] = {}

@@ -12,18 +12,20 @@ import json
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from typing import Any
 
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from eagle_jax import sharding
+from eagle_jax import interrupts, sharding
+from eagle_jax.checks import check_whole
 from eagle_jax.decode import Vanilla, generate, tuning_store
 from eagle_jax.decode.method import Context, Method, Models
 from eagle_jax.decode.program import bucket_prompt
 from eagle_jax.decode.registry import AUTO
-from eagle_jax.decode.session import Options
+from eagle_jax.decode.sampling import SamplingParams
+from eagle_jax.decode.session import check_method
 from eagle_jax.decode.tree import Proposal, StaticTree
 from eagle_jax.evaluate.config import BASELINE, EvalConfig
 from eagle_jax.evaluate.samples import Samples
@@ -274,14 +276,10 @@ class Runner:
         if not shapes or not self.config.warm_up:
             return
         threads = sharding.at_a_time(self.params.target, self.config.compile_threads)
-        with ThreadPoolExecutor(threads) as pool:
+        with interrupts.thread_pool(threads) as pool:
             runs = {pool.submit(self._run, job): shape for shape, job in shapes.items()}
-            try:
-                for run in self._bar("compiling", len(runs), items=as_completed(runs)):
-                    self._keep_compile_time(runs[run], run.result()["compile"])
-            except BaseException:  # an error or Ctrl-C: what has not begun is not waited for
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            for run in self._bar("compiling", len(runs), items=as_completed(runs)):
+                self._keep_compile_time(runs[run], run.result()["compile"])
 
     def _keep_compile_time(self, shape: str, seconds: float) -> None:
         """Of the first run of a shape; of later ones only that it is warm."""
@@ -339,12 +337,8 @@ def check_methods(params: Params, config: EvalConfig) -> None:
     for name, method in with_baseline(config.methods).items():
         for temperature in config.temperatures:
             try:
-                Options(
-                    method=method,
-                    max_new_tokens=config.new_tokens,
-                    temperature=temperature,
-                    top_p=config.top_p,
-                    exact=config.exact,
-                ).check(params, config.batch_size)
+                SamplingParams(temperature=temperature, top_p=config.top_p)
+                check_whole("max_new_tokens", config.new_tokens)
+                check_method(params, method, config.batch_size, temperature, config.exact)
             except ValueError as error:
                 raise ValueError(f"methods, {name!r}: {error}") from error

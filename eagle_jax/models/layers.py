@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from eagle_jax.config import TransformerConfig
+from eagle_jax.layout import PLAIN, Layout
 from eagle_jax.models import kernels, quantize
 from eagle_jax.models.attention import (
     AttentionKernel,
@@ -54,18 +55,24 @@ class Attention(nnx.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, *, layer: int = 0, inputs: int = 1, rngs: nnx.Rngs
+        self,
+        config: TransformerConfig,
+        layout: Layout = PLAIN,
+        *,
+        layer: int = 0,
+        inputs: int = 1,
+        rngs: nnx.Rngs,
     ) -> None:
         d, e = inputs * config.hidden_size, config.head_dim
         h, k = config.num_attention_heads, config.num_key_value_heads
-        bias, quantization = config.attention_bias, config.quantize
+        bias, quantization = config.attention_bias, layout.quantize
         more: dict[str, Any] = {"bias": bias, "quantization": quantization, "rngs": rngs}
-        if config.fused_qkv:
+        if layout.qkv_fused:
             self.qkv_proj = Linear(d, (h + 2 * k) * e, **more)  # key head by key head
         else:
             self.q_proj = Linear(d, h * e, **more)
             self.k_proj, self.v_proj = Linear(d, k * e, **more), Linear(d, k * e, **more)
-        self.fused_qkv = config.fused_qkv
+        self.qkv_fused = layout.qkv_fused
         out = config.hidden_size
         self.o_proj = Linear(h * e, out, zero=True, quantization=quantization, rngs=rngs)
         self.q_norm = _norm(config, e, rngs) if config.qk_norm else None
@@ -145,7 +152,7 @@ class Attention(nnx.Module):
     ) -> Joined | Float[Array, "b t o"] | None:
         """Queries, keys and values in one, if it is one product; as kernels of our own read it,
         where they do."""
-        if not self.fused_qkv:
+        if not self.qkv_fused:
             return None
         product = self.qkv_proj.lazily(x)
         g, e = self.q_heads // self.k_heads, self.head_dim
@@ -195,21 +202,26 @@ def _norm(config: TransformerConfig, width: int, rngs: nnx.Rngs) -> RMSNorm:
 class MLP(nnx.Module):
     """Gated feed-forward block: SwiGLU, or Gemma's with GELU.
 
-    Decoding has gate and up projection in one array (`fused`): one product instead of two.
+    Decoding has gate and up projection in one array (`Layout.gate_up_fused`): one product, not two.
     """
 
     def __init__(
-        self, config: TransformerConfig, *, width: int | None = None, rngs: nnx.Rngs
+        self,
+        config: TransformerConfig,
+        layout: Layout = PLAIN,
+        *,
+        width: int | None = None,
+        rngs: nnx.Rngs,
     ) -> None:
         d, f = config.hidden_size, width or config.intermediate_size
-        quantization = config.quantize
-        if config.fused:
+        quantization = layout.quantize
+        if layout.gate_up_fused:
             self.gate_up_proj = Stack((d, 2, f), quantization=quantization, rngs=rngs)
         else:
             self.gate_proj = Linear(d, f, quantization=quantization, rngs=rngs)
             self.up_proj = Linear(d, f, quantization=quantization, rngs=rngs)
         self.down_proj = Linear(f, d, zero=True, quantization=quantization, rngs=rngs)
-        self.fused, self.silu, self.width = config.fused, config.hidden_act == "silu", f
+        self.fused, self.silu, self.width = layout.gate_up_fused, config.hidden_act == "silu", f
         self.activation = _ACTIVATIONS[config.hidden_act]
 
     def __call__(self, x: Hidden) -> Hidden | Parts:
@@ -246,11 +258,13 @@ class Stack(nnx.Module):
 
 
 class StackedExperts(nnx.Module):
-    """Experts as decoding has them (`fused`): two arrays for all of a layer (x: experts)."""
+    """The experts of a layer in two arrays (`Layout.gate_up_fused`; x: experts)."""
 
-    def __init__(self, config: TransformerConfig, width: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: TransformerConfig, layout: Layout, width: int, *, rngs: nnx.Rngs
+    ) -> None:
         experts, d = config.num_experts, config.hidden_size
-        more: dict[str, Any] = {"axis": 1, "quantization": config.quantize, "rngs": rngs}
+        more: dict[str, Any] = {"axis": 1, "quantization": layout.quantize, "rngs": rngs}
         self.gate_up_proj = Stack((experts, d, 2, width), **more)
         self.down_proj = Stack((experts, width, d), zero=True, **more)
 
@@ -258,14 +272,16 @@ class StackedExperts(nnx.Module):
 class MixtureOfExperts(nnx.Module):
     """A router, and feed-forward blocks of which every token goes through a few (Mixtral)."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: TransformerConfig, layout: Layout = PLAIN, *, rngs: nnx.Rngs
+    ) -> None:
         width = config.moe_intermediate_size or config.intermediate_size
         self.gate = Linear(config.hidden_size, config.num_experts, rngs=rngs)
-        if config.fused:
-            self.experts = StackedExperts(config, width, rngs=rngs)
+        if layout.gate_up_fused:
+            self.experts = StackedExperts(config, layout, width, rngs=rngs)
         else:
             self.experts = nnx.List(
-                MLP(config, width=width, rngs=rngs) for _ in range(config.num_experts)
+                MLP(config, layout, width=width, rngs=rngs) for _ in range(config.num_experts)
             )
         self.count = config.num_experts
         self.chosen, self.normalized = config.num_experts_per_tok, config.norm_topk_prob
@@ -343,6 +359,7 @@ class DecoderLayer(nnx.Module):
     def __init__(
         self,
         config: TransformerConfig,
+        layout: Layout = PLAIN,
         *,
         layer: int = 0,
         input_norm: bool = True,
@@ -350,14 +367,14 @@ class DecoderLayer(nnx.Module):
     ) -> None:
         d = config.hidden_size
         self.input_layernorm = _norm(config, d, rngs) if input_norm else None
-        self.self_attn = Attention(config, layer=layer, rngs=rngs)
+        self.self_attn = Attention(config, layout, layer=layer, rngs=rngs)
         # With post-norms this one comes after attention; without them, before the block.
         self.post_attention_layernorm = _norm(config, d, rngs)
         self.pre_feedforward_layernorm = _norm(config, d, rngs) if config.post_norms else None
         self.post_feedforward_layernorm = _norm(config, d, rngs) if config.post_norms else None
         self.has_experts = config.has_experts(layer)
         mlp = MixtureOfExperts if self.has_experts else MLP
-        self.mlp = mlp(config, rngs=rngs)
+        self.mlp = mlp(config, layout, rngs=rngs)
 
     def __call__(
         self,

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from eagle_jax.config import TransformerConfig
+from eagle_jax.layout import PLAIN, Layout
 from eagle_jax.models.attention import AttentionKernel, bend
 from eagle_jax.models.cache import AXES, Cache
 from eagle_jax.models.layers import DecoderLayer
@@ -42,8 +43,9 @@ class Output:
     block: Cache
 
 
-def embedding(config: TransformerConfig, *, rngs: nnx.Rngs) -> Embedding:
-    """The token embedding of a transformer, by itself."""
+def embedding(config: TransformerConfig, layout: Layout = PLAIN, *, rngs: nnx.Rngs) -> Embedding:
+    """The token embedding of a transformer alone; it is the same in every layout."""
+    del layout
     d = config.hidden_size
     scale = d**0.5 if config.scale_embeddings else None
     return Embedding(config.vocab_size, d, scale=scale, rngs=rngs)
@@ -52,17 +54,20 @@ def embedding(config: TransformerConfig, *, rngs: nnx.Rngs) -> Embedding:
 class Transformer(nnx.Module):
     """Embedding, decoder layers, final norm, head."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: TransformerConfig, layout: Layout = PLAIN, *, rngs: nnx.Rngs
+    ) -> None:
         d, offset = config.hidden_size, config.unit_offset_norm
         self.embed_tokens = embedding(config, rngs=rngs)
         self.layers = nnx.List(
-            DecoderLayer(config, layer=i, rngs=rngs) for i in range(config.num_hidden_layers)
+            DecoderLayer(config, layout, layer=i, rngs=rngs)
+            for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(d, config.rms_norm_eps, unit_offset=offset, rngs=rngs)
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else Linear(d, config.vocab_size, quantization=config.quantize, rngs=rngs)
+            else Linear(d, config.vocab_size, quantization=layout.quantize, rngs=rngs)
         )
         self.softcap = config.final_logit_softcapping
 

@@ -1,4 +1,4 @@
-"""The layout of parameters in memory for decoding: fewer, larger matrices (`config.fused`)."""
+"""Parameters in a `Layout`: fewer, larger matrices than those of files and of training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from eagle_jax.layout import Layout
+
 # What is put side by side, and the name together.
 _GATE_UP = ("gate_proj", "up_proj"), "gate_up_proj"
 _QKV = ("q_proj", "k_proj", "v_proj"), "qkv_proj"
@@ -16,15 +18,14 @@ _QKV = ("q_proj", "k_proj", "v_proj"), "qkv_proj"
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 
 
-def fused_parts(names: Iterable[str], config: Any) -> dict[str, list[tuple[str, ...]]]:
-    """What `fused` makes of parameters: the name of each array in that layout -> its parts.
+def fused_parts(names: Iterable[str], layout: Layout) -> dict[str, list[tuple[str, ...]]]:
+    """Maps the name of each array of a layout to the parameters that it is made of.
 
-    The tuples are experts, by number, to be stacked (a list of one where there are no experts);
-    the names in a tuple are matrices or biases to be put side by side: those of q, k and v only
-    where `config.fused_qkv` says so.
+    Each tuple names matrices or biases that are put side by side. A list of several tuples holds
+    the experts of a layer, by number, which are stacked.
     """
-    qkv = getattr(config, "fused_qkv", False)  # Medusa's heads have no such field
-    groups = (_GATE_UP, _QKV) if qkv else (_GATE_UP,)
+    chosen = (layout.gate_up_fused, _GATE_UP), (layout.qkv_fused, _QKV)
+    groups = [group for fused, group in chosen if fused]
     numbered: dict[str, dict[int, tuple[str, ...]]] = {}
     for name in names:
         fused, joined = name, (name,)
@@ -33,17 +34,22 @@ def fused_parts(names: Iterable[str], config: Any) -> dict[str, list[tuple[str, 
                 if f".{part}." in name:
                     joined = tuple(name.replace(part, other) for other in parts)
                     fused = name.replace(part, together)
-        expert = _EXPERT.fullmatch(fused)
+        expert = _EXPERT.fullmatch(fused) if layout.gate_up_fused else None
         if expert:
             fused = f"{expert[1]}.{expert[3]}"
         numbered.setdefault(fused, {})[int(expert[2]) if expert else 0] = joined
     return {name: [parts[i] for i in sorted(parts)] for name, parts in numbered.items()}
 
 
-def fuse(params: Mapping[str, np.ndarray], config: Any) -> dict[str, np.ndarray]:
-    """Parameters for `fused`: gate and up as [d, 2, f], experts stacked.
+def fuse(params: Mapping[str, np.ndarray], config: Any, layout: Layout) -> dict[str, np.ndarray]:
+    """Returns float parameters in the shapes of a layout.
 
-    For `fused_qkv` also q, k and v as [d, k (g + 2) e]: the queries of a key head, it, its value.
+    Args:
+        params: all parameters of a model by name, or all parts of some arrays of the layout.
+        config: of the model; q, k and v are joined by its `head_dim`.
+        layout: with `gate_up_fused`, gate and up become [d, 2, f] and experts are stacked; with
+            `qkv_fused`, q, k and v become [d, k (g + 2) e]: for every key head its g queries, the
+            key and the value.
     """
 
     def join(names: tuple[str, ...]) -> np.ndarray:
@@ -56,6 +62,8 @@ def fuse(params: Mapping[str, np.ndarray], config: Any) -> dict[str, np.ndarray]
         return parts[0] if len(parts) == 1 else np.stack(parts, axis=1)
 
     return {
-        name: np.stack([join(part) for part in parts]) if ".experts." in name else join(parts[0])
-        for name, parts in fused_parts(params, config).items()
+        name: np.stack([join(part) for part in parts])
+        if layout.gate_up_fused and ".experts." in name
+        else join(parts[0])
+        for name, parts in fused_parts(params, layout).items()
     }

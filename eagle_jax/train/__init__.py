@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
+from eagle_jax import lazy
 from eagle_jax.config import TrainConfig
 
 
@@ -15,3 +17,11 @@ def run(config: TrainConfig, *, restart: bool = False, dry_run: bool = False) ->
 
 
 __all__ = ["run"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    return lazy.submodule(__name__, name)
+
+
+def __dir__() -> list[str]:
+    return lazy.names(__name__)

@@ -12,30 +12,56 @@ from __future__ import annotations
 import argparse
 import json
 
-from eagle_jax import cli, distributed, settings
+from eagle_jax import cli, compilation_cache, distributed, settings
 from eagle_jax.config import TrainConfig
 from eagle_jax.train import run
 
+_DESCRIPTION = """\
+Train a target or a draft as a Python config file says.
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eagle_jax.train", description=__doc__)
-    settings.add_arguments(parser, "a TrainConfig file")
-    parser.add_argument(
+Starting the same command again resumes from the newest checkpoint in `output_dir`. Progress goes to
+standard error; the last line of standard output is one JSON object with the result.
+"""
+
+_EPILOG = """\
+exit status
+  0    finished
+  2    an error, told in one line
+  130  Ctrl-C, 143 SIGTERM: the step in flight was saved, the same command goes on from there
+
+examples
+  {prog} --config configs/tiny/eagle.py
+  {prog} --config configs/tiny/eagle.py --set output_dir=runs/a --set optim.learning_rate=1e-3
+  {prog} --config configs/tiny/eagle.py --dry-run
+"""
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The command line."""
+    out = cli.Parser(
+        prog=prog,
+        description=_DESCRIPTION,
+        epilog=_EPILOG.format(prog=prog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    settings.add_arguments(out, "a TrainConfig file")
+    out.add_argument(
         "--restart", action="store_true", help="delete what output_dir holds of an earlier run"
     )
-    parser.add_argument(
+    out.add_argument(
         "--dry-run", action="store_true", help="build and compile everything, train nothing"
     )
-    distributed.add_arguments(parser)
-    return parser.parse_args()
+    distributed.add_arguments(out)
+    return out
 
 
-def main() -> None:
-    """Parse, train, print the result."""
-    arguments = _arguments()
-    distributed.join(arguments, preemptible=True)
-    config = settings.load(arguments.config, arguments.overrides, kind=TrainConfig)
-    result = run(config, restart=arguments.restart, dry_run=arguments.dry_run)
+def main(argv: list[str] | None = None, prog: str = "python -m eagle_jax.train") -> None:
+    """Parses, trains, prints the result."""
+    args = parser(prog).parse_args(argv)
+    distributed.join(args, preemptible=True)
+    compilation_cache.enable()
+    config = settings.load(args.config, args.overrides, kind=TrainConfig)
+    result = run(config, restart=args.restart, dry_run=args.dry_run)
     if distributed.first():
         print(json.dumps(result), flush=True)
 

@@ -29,7 +29,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from eagle_jax import distributed, outputs, sharding
+from eagle_jax import distributed, hardware, outputs, sharding
 from eagle_jax.config import OptimConfig, TrainConfig
 from eagle_jax.models import cast
 from eagle_jax.train import data, divergence, metrics, objectives, offline
@@ -467,7 +467,7 @@ def _step_tokens(config: TrainConfig) -> int:
 
 def _report(trainer: Trainer, output: Path, start: int) -> metrics.Report:
     config, device = trainer.config, trainer.mesh.devices.flat[0]
-    peak = metrics.peak_flops(device.device_kind, config.peak_flops)
+    peak = config.peak_flops or hardware.peak_flops(device.device_kind)
     tokens = _step_tokens(config)
     flops = trainer.objective.flops_per_token(config.data.sequence_length) * tokens
     share = None if peak is None else flops / (peak * trainer.mesh.size)

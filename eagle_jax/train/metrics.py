@@ -18,34 +18,6 @@ from eagle_jax import outputs
 
 TRACE, EVENTS, CURVE = "metrics.jsonl", "events", "loss.png"
 
-# Dense bfloat16 peak of one device in FLOP/s, by a part of its `device_kind`; first match counts.
-_PEAK_FLOPS = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L4": 121e12,
-    "T4": 65e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
-
-
-def peak_flops(device_kind: str, override: float = 0.0) -> float | None:
-    """Peak FLOP/s of one device: `override` if set, else looked up; None if unknown (CPUs)."""
-    if override:
-        return override
-    words = device_kind.replace("-", " ").split()
-    for name, peak in _PEAK_FLOPS.items():
-        parts = name.split()  # whole words: an L40 is no L4
-        if any(words[i : i + len(parts)] == parts for i in range(len(words))):
-            return peak
-    return None
-
 
 class Stopwatch:
     """Training time proper: without compilation, validation and checkpoints."""

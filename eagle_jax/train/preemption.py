@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from eagle_jax import interrupts
+
 
 class Preemption:
     """Hears SIGTERM and SIGINT between `with` and its end; a second one acts as it always does.
@@ -30,14 +32,22 @@ class Preemption:
         wanted = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,)
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._hear) for number in wanted}
+            interrupts.watch.allow_one()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._handlers:  # nothing was heard
+            interrupts.watch.disallow()
+        self._restore()
+
+    def _restore(self) -> None:
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 
     def _hear(self, number: int, _: object) -> None:
-        self.__exit__()
+        if number != signal.SIGINT:  # the next Ctrl-C is the second signal
+            interrupts.watch.disallow()
+        self._restore()
         name = signal.Signals(number).name
         # Not print: the handler may have interrupted one.
         os.write(2, f"\n{name}: saving after this step; once more ends at once\n".encode())

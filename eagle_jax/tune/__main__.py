@@ -1,4 +1,4 @@
-"""Command line of tuning: `python -m eagle_jax.tune --params tiny`."""
+"""Command line of tuning: `eagle-jax tune --model tiny`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import sys
 from typing import Any
 
-from eagle_jax import cli
+from eagle_jax import cli, compilation_cache
+from eagle_jax.commands import options
 
 _EPILOG = """\
 what it does
@@ -21,36 +22,29 @@ what it does
 what it leaves
   tuning.json in the model's directory, or in the user's cache where that cannot be written: an
   entry per device, dtype, batch size, greedy or sampled decoding, and weights. From then on
-  generate(..., method="auto") and python -m eagle_jax.decode --method auto use it. After a change
-  of weights or drafts, tune again. The last line of standard output is one JSON object.
+  generate(..., method="auto") and eagle-jax generate --method auto use it. After a change of
+  weights or drafts, tune again. A draft given with --draft has to be loaded wherever you decode,
+  too. The last line of standard output is one JSON object.
 
 Other work on the machine disturbs: it makes intervals wide, and then vanilla is chosen. The
 shipped model takes 6.5 minutes of processor time on CPUs, most of it compilation.
 
 examples
-  python -m eagle_jax.tune
-  python -m eagle_jax.tune --params MODEL --draft HEAD --temperature 0 --batch-size 1 2 4 8
-  python -m eagle_jax.tune --params MODEL --data data --task mt_bench --new-tokens 256
+  {prog}
+  {prog} --model MODEL --draft HEAD --temperature 0 --batch-size 1 2 4 8
+  {prog} --model MODEL --data data --task mt_bench --new-tokens 256
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = "python -m eagle_jax.tune") -> argparse.ArgumentParser:
     """The command line."""
-    out = argparse.ArgumentParser(
-        prog="python -m eagle_jax.tune",
+    out = cli.Parser(
+        prog=prog,
         description="Find the fastest decoding method for a model on this machine, and store it.",
-        epilog=_EPILOG,
+        epilog=_EPILOG.format(prog=prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    out.add_argument(
-        "--params", default="tiny", metavar="MODEL", help="shipped pair or directory (tiny)"
-    )
-    out.add_argument(
-        "--draft",
-        action="append",
-        metavar="DIR",
-        help="another draft for the same target; then load it wherever you decode, too",
-    )
+    options.add_model(out)
     out.add_argument("--data", default="", metavar="DIR", help="directory of question files")
     out.add_argument(
         "--task", default="own", metavar="NAME", help="DIR/NAME.jsonl (default: prompts of our own)"
@@ -73,44 +67,26 @@ def parser() -> argparse.ArgumentParser:
         help="prompts decoded together; an entry each, for a power of two and less (1)",
     )
     out.add_argument("--new-tokens", type=int, default=96, metavar="N", help="longest answer (96)")
-    out.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: by device")
-    for name in ("--quantize", "--quantize-drafts"):
-        out.add_argument(name, choices=("int8",), help="as python -m eagle_jax.decode")
-    out.add_argument(
-        "--tensor", type=int, default=0, metavar="N", help="devices, as python -m eagle_jax.decode"
-    )
-    out.add_argument("--expert", type=int, default=1, metavar="N", help="groups that share experts")
     return out
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
-    args = parser().parse_args(argv)
+def main(argv: list[str] | None = None, prog: str = "python -m eagle_jax.tune") -> None:
+    """Runs the command line."""
+    args = parser(prog).parse_args(argv)
     if args.limit < 0:
         raise ValueError(f"limit={args.limit}: must be at least 0")
+    compilation_cache.enable()
     from eagle_jax.decode import tuning_store
     from eagle_jax.decode.prompts import encode
     from eagle_jax.evaluate.tasks import read_tasks
-    from eagle_jax.params import load
-    from eagle_jax.sharding import decoding_mesh
     from eagle_jax.tune import tune
 
     (questions,) = read_tasks([args.task], args.data, args.limit).values()
-    mesh = decoding_mesh(args.tensor, args.expert)
-    params = load(
-        args.params,
-        draft=args.draft,
-        dtype=args.dtype,
-        sharding=mesh,
-        quantize=args.quantize,
-        quantize_drafts=args.quantize_drafts,
-    )
+    params = options.load_model(args)
     for path in tuning_store.places(params):
         tuning_store.entries(path)  # a damaged file is told before the work, not after
     prompts = [encode(params, question.turns[0], raw=False) for question in questions]
-    print(
-        f"{args.params} on {tuning_store.device(params)}, {len(prompts)} prompts", file=sys.stderr
-    )
+    print(f"{args.model} on {tuning_store.device(params)}, {len(prompts)} prompts", file=sys.stderr)
     found, stored = [], ""
     runs = [
         tune(

@@ -1,8 +1,9 @@
 """How many drafted tokens any tree would get accepted, from what one wide tree was seen to get.
 
-`Probe` and `Recorder` are methods that decode as the one they hold does and keep a record of every
-round: which nodes were accepted, and for EAGLE's dynamic tree the scores of its whole pool. From
-these a smaller tree's acceptance follows by counting. What is copied from the text itself is
+A `Recorder` is a method that decodes as the one it holds does and keeps a record of every round:
+which nodes were accepted. EAGLE's `Probe` (`eagle_jax.drafters.eagle.tuning`) also records the
+scores of a dynamic tree's whole pool. From these a smaller tree's acceptance follows by counting.
+What is copied from the text itself is
 counted on finished answers, without a model.
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +20,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from eagle_jax.decode.method import Context, Method, Models, Prompt, Rule, Verified
-from eagle_jax.decode.methods.eagle import Eagle, EagleState
 from eagle_jax.decode.methods.prompt_lookup import lookup
-from eagle_jax.decode.tree import DynamicTree, Proposal, StaticTree, chain, kept, rerank
+from eagle_jax.decode.tree import DynamicTree, Proposal, StaticTree, chain
 from eagle_jax.params import Params
 
 NOTHING = -1  # where no drafted token was accepted
@@ -53,7 +52,8 @@ class Record:
     count: Int[Array, " b"]
 
 
-def _empty(inner: Any, now: Any, rows: int, rounds: int, depth: int, pool: int) -> Record:
+def empty_record(inner: Any, now: Any, rows: int, rounds: int, depth: int, pool: int) -> Record:
+    """A record without rounds, with room for `rounds` of each row."""
     return Record(
         inner,
         now,
@@ -63,7 +63,7 @@ def _empty(inner: Any, now: Any, rows: int, rounds: int, depth: int, pool: int) 
     )
 
 
-def _note(state: Record, verified: Verified, nodes: Array, scores: Array, inner: Any) -> Record:
+def noted(state: Record, verified: Verified, nodes: Array, scores: Array, inner: Any) -> Record:
     """With this round in the record, unless the row is finished."""
     depth = jnp.arange(1, nodes.shape[1] + 1)
     nodes = jnp.where(depth[None] < verified.committed[:, None], nodes, NOTHING)
@@ -108,7 +108,7 @@ class Recorder:
     def init(self, models: Models, prompt: Prompt, slots: int) -> Record:
         rows = prompt.tokens.shape[0]
         inner = self.inner.init(models, prompt, slots)
-        return _empty(inner, (), rows, self.rounds, self.depth, 0)
+        return empty_record(inner, (), rows, self.rounds, self.depth, 0)
 
     def propose(self, models: Models, context: Context, state: Record) -> tuple[Proposal, Record]:
         proposal, inner = self.inner.propose(models, context, state.inner)
@@ -117,42 +117,7 @@ class Recorder:
     def update(self, models: Models, state: Record, verified: Verified) -> Record:
         inner = self.inner.update(models, state.inner, verified)
         none = jnp.zeros((state.count.shape[0], 0), jnp.float32)
-        return _note(state, verified, verified.path[:, 1:], none, inner)
-
-
-@dataclasses.dataclass(frozen=True)
-class Probe(Eagle):
-    """EAGLE with a dynamic tree; its record has accepted candidates and all scores of the pool.
-
-    Nodes of the record are indices into the pool.
-    """
-
-    tree: DynamicTree = DynamicTree()
-    rounds: int = 64
-
-    def init(self, models: Models, prompt: Prompt, slots: int) -> Any:
-        inner = super().init(models, prompt, slots)
-        rows, tree = prompt.tokens.shape[0], self.tree
-        now = (
-            jnp.zeros((rows, tree.drafted), jnp.int32),
-            jnp.zeros((rows, tree.pool), jnp.float32),
-        )
-        return _empty(inner, now, rows, self.rounds, tree.depth, tree.pool)
-
-    def propose(self, models: Models, context: Context, state: Any) -> tuple[Proposal, Any]:
-        feature, inner = self.catch_up(models, context, state.inner)
-        pool = self.pool(self.tree, models, context, inner, feature)
-        scores = pool[1].astype(jnp.float32)
-        chosen = jax.vmap(functools.partial(kept, tree=self.tree))(pool[1])
-        proposal = rerank(*pool, context.root(), self.tree)
-        return proposal, dataclasses.replace(state, inner=inner, now=(chosen, scores))
-
-    def update(self, models: Models, state: Any, verified: Verified) -> Any:
-        inner: EagleState = super().update(models, state.inner, verified)
-        chosen, scores = state.now
-        node = jnp.maximum(verified.path[:, 1:] - 1, 0)
-        found = jnp.take_along_axis(chosen, node, axis=1, mode="clip").astype(jnp.int32)
-        return _note(state, verified, found, scores, inner)
+        return noted(state, verified, verified.path[:, 1:], none, inner)
 
 
 # --- What follows from the records -------------------------------------------------------------

@@ -10,42 +10,33 @@ import collections
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from eagle_jax import sharding
-from eagle_jax.decode import (
-    DynamicTree,
-    Eagle,
-    Medusa,
-    Recycling,
-    Speculative,
-    Vanilla,
-    best_tree,
-    chain,
-    executables,
-)
+from eagle_jax import interrupts, sharding
+from eagle_jax.decode import Recycling, Vanilla, best_tree, executables
 from eagle_jax.decode.method import Method
-from eagle_jax.decode.methods import medusa, recycling
+from eagle_jax.decode.methods import recycling
 from eagle_jax.decode.program import bucket_prompt
-from eagle_jax.decode.session import Options
+from eagle_jax.decode.sampling import Sampling, SamplingParams, Vocabulary
+from eagle_jax.decode.session import make_program
+from eagle_jax.drafters import DrafterSpec, registry
 from eagle_jax.evaluate import metrics
 from eagle_jax.evaluate.runner import Star
 from eagle_jax.params import Params
-from eagle_jax.tune.acceptance import Copies, Pools, Probe, Ranks, Record, Recorder, static
-from eagle_jax.tune.predict import Evidence, Prediction, Steps, Times
+from eagle_jax.tune.acceptance import Copies, Record, Recorder
+from eagle_jax.tune.drafts import DraftTuning
+from eagle_jax.tune.predict import RECYCLING, Evidence, Prediction, Steps, Times
 
 VANILLA = Vanilla()
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 _STAR = Star(2)
 _STEP_TOKENS = 24  # rounds of one run of a star
 _THREADS = 4  # programs compiled at a time, as in eagle_jax.evaluate
-_CHAIN = 3  # of the run that tells what a draft's step costs
-_LENGTH = 6  # of a small model's chain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,17 +104,18 @@ class Bench:
         """Decode; a star goes on where any star's prefill ends, which then is compiled once."""
         star = isinstance(method, Star)
         new = min(_STEP_TOKENS, self.new_tokens) if star else self.new_tokens
-        options = Options(method, new, temperature, ignore_eos=star)
-        settings, _ = options.check(self.params)
         longest = max(map(len, unit.prompts))
-        program = options.program(self.params, method, longest)
-        first = options.program(self.params, _STAR, longest) if star else program
+        program = make_program(self.params, method, longest, new)
+        first = make_program(self.params, _STAR, longest, new) if star else program
+        drawn = SamplingParams(temperature=temperature, ignore_eos=star)
+        rows = [drawn] * len(unit.prompts)
+        settings = Sampling.of(rows, Vocabulary.of(self.params))
         context = self.params.target_config.max_position_embeddings
         prompts = [np.array(prompt, np.int32) for prompt in unit.prompts]
         limits = [min(len(prompt) + new, context) for prompt in prompts]
-        only, clock = self.params.only(method.draft), executables.Clock()
-        state = executables.start(first, only, prompts, limits, list(unit.seeds), clock)
-        state = executables.advance(program, only, state, settings, clock)
+        clock = executables.Clock()
+        state = executables.start(first, self.params, prompts, limits, list(unit.seeds), clock)
+        state = executables.advance(program, self.params, state, settings, clock)
         tokens, length, rounds = jax.device_get((state.tokens, state.length, state.rounds))
         rows = zip(tokens, prompts, length, strict=True)
         return Run(
@@ -131,22 +123,19 @@ class Bench:
             int(rounds.max()),
             int(rounds.sum()),
             tuple(tuple(row[len(prompt) : end].tolist()) for row, prompt, end in rows),
-            jax.device_get(state.method) if isinstance(method, Recorder | Probe) else None,
+            jax.device_get(state.method) if isinstance(state.method, Record) else None,
         )
 
     def interleaved(
         self, methods: Sequence[Method], units: Sequence[Unit], temperature: float, what: str
     ) -> list[list[Run]]:
         """[units][methods] runs in turn, after every method has been compiled and run once."""
-        with ThreadPoolExecutor(sharding.at_a_time(self.params.target, _THREADS)) as pool:
+        threads = sharding.at_a_time(self.params.target, _THREADS)
+        with interrupts.thread_pool(threads) as pool:
             # A star's prefill first, for all of them.
             runs = [pool.submit(self.run, m, units[0], temperature) for m in methods]
-            try:
-                for run in self.bar(as_completed(runs), len(runs), f"compiling, {what}"):
-                    run.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            for run in self.bar(as_completed(runs), len(runs), f"compiling, {what}"):
+                run.result()
         out = []
         for unit in self.bar(units, len(units), what):
             out.append([self.run(method, unit, temperature) for method in methods])
@@ -184,11 +173,17 @@ def calibrate(
     steps: Mapping[str, Steps] | None = None,
 ) -> Evidence:
     """Acceptance at one temperature, and what drafts cost unless `steps` has it."""
-    probes = _probes(bench, Times(passes).most())
-    methods: dict[str, Method] = {"vanilla": VANILLA, **probes}
+    tuners, most = _tuners(bench.params), Times(passes).most()
+    probes = {
+        name: tuner.probe(bench.params.drafts[name].config if name != RECYCLING else None, most, n)
+        for n in [bench.new_tokens]
+        for name, tuner in tuners.items()
+    }
+    beside: dict[str, Method] = {}
     if steps is None:
-        heads = [kind for kind, method in probes.items() if isinstance(method, Probe)]
-        methods |= {f"{kind} chain": Eagle(chain(_CHAIN), head=kind) for kind in heads}  # type: ignore[arg-type]
+        found = ((_beside(name), tuner.beside()) for name, tuner in tuners.items())
+        beside = {name: method for name, method in found if method is not None}
+    methods: dict[str, Method] = {"vanilla": VANILLA, **probes, **beside}
     what = f"acceptance at T={temperature:g}"
     runs = bench.interleaved(list(methods.values()), units, temperature, what)
     one = float(np.median([row[0].seconds / row[0].passes for row in runs]))
@@ -196,12 +191,23 @@ def calibrate(
     # Everything in the units of the pass times, which were taken at another moment.
     scale = passes[1] / one if temperature == 0 else 1.0
     times = Times(passes, max(one - passes[1], 0.0) if temperature > 0 else 0.0)
-    found = {
+    records = {
         name: [row[i].state for row in runs] for i, name in enumerate(methods) if name in probes
     }
+
+    def drafting(name: str) -> float:
+        """Seconds of a round less the target's pass."""
+        return max(seconds[name] * scale - times.of(methods[name].nodes), 0.0)
+
     if steps is None:
-        scaled = {name: value * scale for name, value in seconds.items()}
-        steps = {kind: _steps(kind, method, scaled, times) for kind, method in probes.items()}
+        steps = {
+            name: tuner.steps(
+                probes[name],
+                drafting(name),
+                drafting(_beside(name)) if _beside(name) in beside else None,
+            )
+            for name, tuner in tuners.items()
+        }
     texts = [
         (prompt, answer)
         for unit, row in zip(units, runs, strict=True)
@@ -210,50 +216,30 @@ def calibrate(
     return Evidence(
         times,
         steps,
-        {k: Pools.of(found[k], m.tree) for k, m in probes.items() if isinstance(m, Probe)},
-        {k: _ranks(found[k], m) for k, m in probes.items() if isinstance(m, Recorder)},
+        {name: tuner.learn(records[name], probes[name]) for name, tuner in tuners.items()},
         texts,
         [Copies.of(prompt, answer, bench.new_tokens) for prompt, answer in texts],
     )
 
 
-def _ranks(records: Sequence[Record], method: Recorder) -> Ranks:
-    return Ranks.of(records, static(method.inner))
+class _RecyclingTuning(DraftTuning):
+    """Calibration of token recycling, which has a draft of no kind."""
+
+    def probe(self, config: Any, most: int, rounds: int) -> Method:
+        del config
+        tree = best_tree(recycling.ACCURACY, min(max(most - 1, 7), 60))
+        return Recorder(Recycling(tree), rounds)
 
 
-def _probes(bench: Bench, most: int) -> dict[str, Any]:
-    """Wide trees to learn from, of what this device can verify; by kind of draft."""
-    rounds, drafted = bench.new_tokens, max(most - 1, 7)
-    out: dict[str, Any] = {}
-    for kind, deep in (("eagle", 6), ("eagle3", 8)):
-        if kind in bench.params.drafts:
-            # Compiling takes time with every level, on CPUs most of all.
-            depth, k = (4, 4) if most < 32 or jax.default_backend() == "cpu" else (deep, 10)
-            tree = DynamicTree(depth, k, min(drafted, 59, k + (depth - 1) * k * k))
-            out[kind] = Probe(tree, head=kind, rounds=rounds)  # type: ignore[arg-type]
-    if "medusa" in bench.params.drafts:
-        heads: Any = bench.params.drafts["medusa"].config
-        tree = best_tree(medusa.ACCURACY[: heads.num_heads], min(drafted, 63))
-        out["medusa"] = Recorder(Medusa(tree), rounds)
-    if "model" in bench.params.drafts:
-        out["model"] = Recorder(Speculative(_LENGTH), rounds)
-    tree = best_tree(recycling.ACCURACY, min(drafted, 60))
-    out["recycling"] = Recorder(Recycling(tree), rounds)
-    return out
+def _tuners(params: Params) -> dict[str, DraftTuning]:
+    """What is calibrated: the kinds of drafts that there are, and recycling."""
+    found = {kind: spec.tuner() for kind, spec in registry.specs().items() if kind in params.drafts}
+    return found | {RECYCLING: _RecyclingTuning(DrafterSpec(RECYCLING, None, None))}
 
 
-def _steps(kind: str, method: Any, seconds: Mapping[str, float], times: Times) -> Steps:
-    """What the draft's steps cost: the round less the target's pass."""
-
-    def beside(name: str, nodes: int) -> float:
-        return max(seconds[name] - times.of(nodes), 0.0)
-
-    whole = beside(kind, method.nodes)
-    if isinstance(method, Probe):
-        one = beside(f"{kind} chain", _CHAIN + 1) / _CHAIN
-        wide = (whole - one) / max(method.depth - 1, 1)
-        return Steps({1: one, method.tree.k: max(wide, one)})
-    return Steps({1: whole / method.depth if kind == "model" else whole})
+def _beside(name: str) -> str:
+    """The name of the second run of a draft, the one for its time only."""
+    return f"{name} beside"
 
 
 # --- Finalists ---------------------------------------------------------------------------------

@@ -12,23 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from eagle_jax.decode import (
-    DynamicTree,
-    Eagle,
-    EagleLookup,
-    Lookahead,
-    Medusa,
-    PromptLookup,
-    Recycling,
-    Speculative,
-    Vanilla,
-    best_tree,
-    chain,
-    static_tree,
-)
+from eagle_jax.decode import Lookahead, PromptLookup, Recycling, Vanilla
 from eagle_jax.decode.method import Method
-from eagle_jax.decode.tree import MC_SIM_7B_63, StaticTree
-from eagle_jax.tune.acceptance import COPY, LONGEST_COPY, Copies, Pools, Ranks, pooled
+from eagle_jax.drafters import registry
+from eagle_jax.tune.acceptance import COPY, LONGEST_COPY, Copies, pooled
+
+RECYCLING = "recycling"
+"""The name of token recycling among the drafts: it is calibrated as a draft is, without one."""
 
 # A round cannot commit more than its tree is deep, and hardly ever does that: passes that take
 # longer than so many single ones are not worth their tree.
@@ -82,18 +72,24 @@ class Evidence:
     Attributes:
         times: of the target.
         steps: of drafts, by kind; "recycling" too.
-        pools: of EAGLE heads, by kind.
-        ranks: of "medusa", "model" and "recycling".
+        learned: what `DraftTuning.learn` made of the records, by kind; "recycling" too.
         texts: prompts and vanilla's answers.
         copies: of the same answers.
     """
 
     times: Times
     steps: Mapping[str, Steps]
-    pools: Mapping[str, Pools]
-    ranks: Mapping[str, Ranks]
+    learned: Mapping[str, Any]
     texts: Sequence[tuple[Sequence[int], Sequence[int]]]
     copies: Sequence[Copies]
+
+    def verifying(self, method: Method) -> float:
+        """Seconds of a round without the draft: the target's pass, and noise."""
+        return self.times.of(method.nodes) + self.times.noise * (method.depth + 1)
+
+    def tokens(self) -> int:
+        """Tokens of all answers."""
+        return sum(len(answer) for _, answer in self.texts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,37 +106,14 @@ class Prediction:
         return self.tau / self.seconds
 
 
-def widths(tree: StaticTree | DynamicTree) -> list[int]:
-    """Nodes that each step of an EAGLE draft reads; the first is the root's."""
-    if isinstance(tree, DynamicTree):
-        return [1] + [tree.k] * (tree.depth - 1)
-    parents = {path[:-1] for path in tree.paths}
-    counts = [sum(len(path) == depth for path in parents) for depth in range(tree.depth)]
-    return [count for count in counts if count]
-
-
 def predict(method: Any, evidence: Evidence) -> Prediction:
     """What `method` should do, by the evidence for its family."""
-    if isinstance(method, EagleLookup):
-        return _with_lookup(method, evidence)
-    seconds = evidence.times.of(method.nodes) + evidence.times.noise * (method.depth + 1)
-    if isinstance(method, Eagle):
-        pools = evidence.pools[method.head]
-        if isinstance(method.tree, DynamicTree):
-            tau = pools.tau(method.tree)
-        else:
-            tau = pools.ranks().tau(method.tree)
-        seconds += evidence.steps[method.head].of(widths(method.tree))
-        return Prediction(method.head, method, tau, seconds)
-    if isinstance(method, Speculative):
-        tau = evidence.ranks["model"].tau(chain(method.length))
-        seconds += evidence.steps["model"].of([1] * method.length)
-        return Prediction("speculative", method, tau, seconds)
-    if isinstance(method, Medusa | Recycling):
-        name = "medusa" if isinstance(method, Medusa) else "recycling"
-        seconds += evidence.steps[name].of([1])
-        return Prediction(name, method, evidence.ranks[name].tau(method.tree), seconds)
-    tokens = sum(len(answer) for _, answer in evidence.texts)
+    if method.draft is not None:
+        return registry.by_kind(method.draft).tuner().predict(method, evidence)
+    seconds, tokens = evidence.verifying(method), evidence.tokens()
+    if isinstance(method, Recycling):
+        tau = evidence.learned[RECYCLING].tau(method.tree)
+        return Prediction(RECYCLING, method, tau, seconds + evidence.steps[RECYCLING].of([1]))
     if isinstance(method, PromptLookup):
         rounds = sum(copy.walk(method.length)[0] for copy in evidence.copies)
         return Prediction("prompt_lookup", method, tokens / max(rounds, 1), seconds)
@@ -151,51 +124,17 @@ def predict(method: Any, evidence: Evidence) -> Prediction:
     return Prediction("vanilla", method, 1.0, seconds)
 
 
-def _with_lookup(method: EagleLookup, evidence: Evidence) -> Prediction:
-    eagle = predict(method.eagle, evidence)
-    walks = [
-        copy.walk(method.lookup.length, method.lookup.min_ngram, eagle.tau)
-        for copy in evidence.copies
-    ]
-    copying, others = (sum(counts) for counts in zip(*walks, strict=True))
-    shared = evidence.times.of(method.nodes) + evidence.times.noise * (method.depth + 1)
-    steps = evidence.steps[method.eagle.head]
-    # The first step catches up with what was committed, whoever drafts.
-    seconds = copying * (shared + steps.of([1]))
-    seconds += others * (shared + steps.of(widths(method.eagle.tree)))
-    rounds = max(copying + others, 1)
-    tokens = sum(len(answer) for _, answer in evidence.texts)
-    return Prediction("eagle_lookup", method, tokens / rounds, seconds / rounds)
-
-
 def candidates(evidence: Evidence) -> list[Method]:
     """The grid: everything that the drafts there are evidence for allow and this device can use."""
+    from eagle_jax.tune.drafts import fitted  # which imports this module
+
     most = evidence.times.most()
     out: list[Method] = []
-    for head, pools in evidence.pools.items():
-        kind: Any = head
-        deepest = pools.tree.depth
-        trees: list[StaticTree | DynamicTree] = [chain(d) for d in range(1, deepest + 1)]
-        trees += [static_tree([[0], [1]]), static_tree([[0], [1], [2]]), MC_SIM_7B_63]
-        trees += _fitted(pools.ranks(), pools.tree.k, most)
-        trees += [
-            DynamicTree(depth, k, drafted)
-            for depth in range(2, deepest + 1)
-            for k in (2, 3, 4, 6, 8, 10)
-            for drafted in (2, 3, 5, 7, 11, 15, 23, 31, 47, 59)
-            if k <= pools.tree.k and drafted <= min(pools.tree.drafted, k + (depth - 1) * k**2)
-        ]
-        own = [Eagle(tree, head=kind) for tree in dict.fromkeys(trees) if tree.nodes <= most]
-        out += own
-        ranked = sorted(own, key=lambda m: -predict(m, evidence).tokens_per_second)
-        out += [EagleLookup(eagle, copier(n, 6)) for eagle in ranked[:2] for n in _lengths(most)]
-    if "medusa" in evidence.ranks:
-        out += [Medusa(tree) for tree in _fitted(evidence.ranks["medusa"], 10, most)]
-    if "model" in evidence.ranks:
-        longest = evidence.ranks["model"].ranks.shape[1]
-        out += [Speculative(length) for length in range(1, longest + 1)]
-    out += [Recycling(tree) for tree in _fitted(evidence.ranks["recycling"], 8, most)]
-    out += [copier(length) for length in _lengths(most)]
+    for kind in evidence.learned:
+        if kind != RECYCLING:
+            out += registry.by_kind(kind).tuner().candidates(evidence)
+    out += [Recycling(tree) for tree in fitted(evidence.learned[RECYCLING], 8, most)]
+    out += [copier(length) for length in copy_lengths(most)]
     sizes = [(2, 1, 1), (2, 2, 2), (3, 1, 2), (3, 2, 2), (3, 3, 3), (4, 4, 4), (5, 7, 7)]
     lookaheads = [Lookahead(*size) for size in [*sizes, (5, 15, 15)]]
     out += [method for method in lookaheads if method.nodes <= most]
@@ -207,15 +146,9 @@ def copier(length: int, at_least: int = 1) -> PromptLookup:
     return PromptLookup(COPY["max_ngram"], at_least, length, COPY["latest"], COPY["truncate"])
 
 
-def _lengths(most: int) -> list[int]:
+def copy_lengths(most: int) -> list[int]:
+    """Lengths of copied drafts that are tried, of those with fewer nodes than `most`."""
     return [n for n in (1, 2, 3, 4, 5, 7, 10, LONGEST_COPY) if n < most]
-
-
-def _fitted(ranks: Ranks, widest: int, most: int) -> list[StaticTree]:
-    """The best static trees of a few sizes for what was seen."""
-    accuracy = ranks.accuracy(widest)
-    sizes = [n for n in (1, 2, 3, 5, 7, 11, 15, 23, 31, 47, 63) if n < most]
-    return [best_tree(accuracy, n) for n in sizes if n <= widest or len(accuracy) > 1]
 
 
 def finalists(predictions: Sequence[Prediction], more: int = 2) -> list[Prediction]:

@@ -20,11 +20,14 @@ import safetensors.numpy
 import torch
 from model_directories import assert_same, edit, message, random_params
 
-from eagle_jax.checkpoint import drafts, files, hf
 from eagle_jax.checkpoint import export as exporting
+from eagle_jax.checkpoint import files, hf
 from eagle_jax.checkpoint.lazy_tensor import lazily
 from eagle_jax.config import Eagle3Config, EagleConfig, MedusaConfig, TransformerConfig
-from eagle_jax.models import DRAFTS, Transformer, bind
+from eagle_jax.drafters import registry
+from eagle_jax.drafters.eagle3.checkpoint import Eagle3Files
+from eagle_jax.drafters.files import ExportTarget
+from eagle_jax.models import Transformer, bind
 from eagle_jax.models.transformer import packed_mask
 
 # Seven layers: the official rule gives 2, 3, 4.
@@ -270,7 +273,7 @@ def ours(directory, mistake=lambda config, params: (config, params)) -> np.ndarr
 
     @jax.jit
     def run(known, weights, features):
-        module = bind(DRAFTS[config.kind], config, known)
+        module = bind(registry.by_kind(config.kind).module_class(), config, known)
         target = bind(Transformer, TARGET, weights)
         if config.kind == "medusa":
             return jnp.concatenate(module.logits(features, target), axis=-1)
@@ -299,7 +302,7 @@ def check_same(got: np.ndarray, expected: np.ndarray, error: float = 1e-4) -> No
 def export(source, to, layout, **options):
     config, params = hf.open_draft(source, TARGET)
     embedding = lazily(target_params()["embed_tokens.embedding"])
-    target = exporting.Target(TARGET, embedding, "some/target", ["LlamaForCausalLM"])
+    target = ExportTarget(TARGET, embedding, "some/target", ["LlamaForCausalLM"])
     with files.staged(to) as directory:
         exporting.write(
             directory,
@@ -591,14 +594,17 @@ def test_seeded_misreadings_are_seen(tmp_path, name):
 @pytest.mark.parametrize(
     ("part", "mistake"),
     [
-        ("_tensors", lambda x: x.pop("d2t")),
-        ("_tensors", lambda x: x.update(d2t=x["d2t"] * 0)),
-        ("_tensors", lambda x: x.update({"fc.weight": lazily(np.zeros((D, 3 * D), np.float32))})),
-        ("_tensors", lambda x: x.pop("norm.weight")),
-        ("_settings", lambda x: targets_theta({}, x)),
-        ("_settings", lambda x: shift_layers({}, x)),
-        ("_settings", lambda x: x.update(draft_vocab_size=DRAFT_V + 1)),
-        ("_settings", lambda x: x.update(norm_before_residual=True)),
+        ("export_tensors", lambda x: x.pop("d2t")),
+        ("export_tensors", lambda x: x.update(d2t=x["d2t"] * 0)),
+        (
+            "export_tensors",
+            lambda x: x.update({"fc.weight": lazily(np.zeros((D, 3 * D), np.float32))}),
+        ),
+        ("export_tensors", lambda x: x.pop("norm.weight")),
+        ("export_settings", lambda x: targets_theta({}, x)),
+        ("export_settings", lambda x: shift_layers({}, x)),
+        ("export_settings", lambda x: x.update(draft_vocab_size=DRAFT_V + 1)),
+        ("export_settings", lambda x: x.update(norm_before_residual=True)),
     ],
 )
 def test_an_export_that_reads_otherwise_does_not_count(
@@ -606,14 +612,14 @@ def test_an_export_that_reads_otherwise_does_not_count(
 ):
     """Catches an export that is not read again: a fault of the writer would reach a user."""
     source = publish(tmp_path / "head", "eagle3", {"rope_theta": 300.0})
-    right = getattr(exporting, part)
+    right = getattr(Eagle3Files, part)
 
     def wrong(*arguments):
         result = right(*arguments)
         mistake(result)
         return result
 
-    monkeypatch.setattr(exporting, part, wrong)
+    monkeypatch.setattr(Eagle3Files, part, wrong)
     message(export, source, tmp_path / "new", layout)
     assert [path.name for path in tmp_path.iterdir()] == ["head"]
 
@@ -662,4 +668,4 @@ def test_a_missing_table_of_a_torch_head(tmp_path):
     assert f"{source}: has no d2t, though draft_vocab_size=15" in message(
         hf.load_draft, source, TARGET
     )
-    assert drafts.kind_of({}, tensors) == "eagle3"
+    assert registry.recognise({}, tensors).kind == "eagle3"

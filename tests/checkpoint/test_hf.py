@@ -9,6 +9,8 @@ from model_directories import assert_same, edit, message, random_params, retenso
 
 from eagle_jax.checkpoint import hf, safetensors
 from eagle_jax.config import TransformerConfig
+from eagle_jax.layout import Layout
+from eagle_jax.models.weight_layout import fuse
 
 # Every size differs from every other, so that a wrong axis cannot pass.
 TARGET = TransformerConfig(
@@ -51,11 +53,17 @@ def test_round_trip_is_bit_exact(tmp_path, config, dtype):
 
 
 def test_a_layout_in_memory_is_not_written(target):
-    """Catches `fused` in a file, whose reader has all matrices apart."""
-    layout = {"fused": True, "fused_qkv": True}
-    hf.save_target(target, dataclasses.replace(TARGET, **layout), random_params(TARGET))
-    assert not layout.keys() & json.loads((target / "config.json").read_text()).keys()
-    edit(target, **layout)
+    """Catches arrays of a fused layout in a file, whose reader has all matrices apart, and a file
+    whose words are taken for a layout."""
+    layout = Layout(gate_up_fused=True, qkv_fused=True)
+    fused = fuse(random_params(TARGET), TARGET, layout)
+    assert "params: lacks tensors layers.0.mlp" in message(
+        hf.save_target, target / "new", TARGET, fused
+    )
+    hf.save_target(target, TARGET, random_params(TARGET))
+    words = {"fused": True, "quantize": "int8", **dataclasses.asdict(layout)}
+    assert not words.keys() & json.loads((target / "config.json").read_text()).keys()
+    edit(target, **words)
     assert hf.load_target(target)[0] == TARGET
 
 
@@ -106,7 +114,7 @@ def test_old_config_keys(target):
     edit(target, rope_theta=7, num_attention_heads=2, hidden_size=24)
     # Derived: two heads, each 12 wide, and as many for keys.
     text = message(hf.load_target, target)
-    assert "q_proj.weight has shape (32, 24), the configuration implies (24, 24)" in text
+    assert "k_proj.weight has shape (16, 24), the configuration implies (24, 24)" in text
 
 
 @pytest.mark.parametrize(
@@ -180,7 +188,7 @@ def test_old_config_keys(target):
         ({"hidden_size": "24", "head_dim": "absent"}, ["hidden_size='24': must be a whole"]),
         ({"num_attention_heads": 0, "head_dim": "absent"}, ["num_attention_heads=0: must be a"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads=3"]),
-        ({"intermediate_size": 64}, ["mlp.gate_proj.weight", "(56, 24)", "(64, 24)"]),
+        ({"intermediate_size": 64}, ["mlp.down_proj.weight", "(24, 56)", "(24, 64)"]),
         ({"num_hidden_layers": 1}, ["unexpected", "model.layers.1.", "and 5 more"]),
         ({"num_hidden_layers": 3}, ["lacks", "model.layers.2."]),
     ],

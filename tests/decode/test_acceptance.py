@@ -2,6 +2,7 @@
 
 import functools
 
+import decoding
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +14,20 @@ from scipy import stats
 
 from eagle_jax.decode.acceptance import Exact, Rejection, Typical, walk
 from eagle_jax.decode.method import Accepted, Context, Rule
-from eagle_jax.decode.sampling import Sampling, draft_noise, perturb, position_noise, sampling
+from eagle_jax.decode.sampling import (
+    Sampling,
+    draft_noise,
+    perturb,
+    position_noise,
+    process,
+)
 from eagle_jax.decode.tree import Proposal, Shape, chain
 
 ROWS, NODES, VOCAB = 3, 9, 5
+
+
+def drawn(rows: int, *args) -> Sampling:
+    return decoding.sampling(*args, rows=rows, vocab=VOCAB)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -29,14 +40,14 @@ def judge(
     noise = None if settings.greedy else position_noise(seeds, length, longest, vocab)
     nothing = jnp.zeros((b, 1), jnp.int32)
     context = Context(nothing, length, seeds, noise, settings, longest)
-    return rule(proposal, logits, targets, context)
+    return rule(proposal, process(logits, settings), targets, context)
 
 
 def exact(tokens, shape: Shape, targets, longest: int) -> Accepted:
     """`Exact`, which reads nothing but these."""
     zeros = jnp.zeros(tokens.shape[0], jnp.int32)
     logits = jnp.full((*tokens.shape, VOCAB), jnp.nan)
-    context = Context(tokens, zeros, zeros.astype(jnp.uint32), None, sampling(), longest)
+    context = Context(tokens, zeros, zeros.astype(jnp.uint32), None, drawn(len(tokens)), longest)
     return Exact()(Proposal(tokens, shape), logits, targets, context)
 
 
@@ -172,10 +183,10 @@ def test_typical_equals_the_naive_rule(rule: Typical, options: tuple) -> None:
     proposal = Proposal(jnp.asarray(tokens), stacked(parents))
     zeros = jnp.zeros(rows, jnp.int32)
     arrays = (jnp.asarray(logits), jnp.asarray(targets), zeros.astype(jnp.uint32), zeros)
-    got = judge(rule, proposal, *arrays, sampling(*options))
-    drawn, longer = reference.Rule(*options), 0
+    got = judge(rule, proposal, *arrays, drawn(rows, *options))
+    law, longer = reference.Rule(*options), 0
     for row in range(rows):
-        expected = typical(parents[row], tokens[row], logits[row], targets[row], rule, drawn)
+        expected = typical(parents[row], tokens[row], logits[row], targets[row], rule, law)
         count = int(got.count[row])
         assert got.emitted[row, : count + 1].tolist() == expected, row
         longer += count > 1
@@ -188,7 +199,7 @@ def test_greedy_rules_are_exact() -> None:
     zeros = jnp.zeros(60, jnp.int32)
     chained = stacked([[0, *range(NODES - 1)]] * 60)
     targets = jnp.asarray(logits.argmax(axis=-1).astype(np.int32))
-    arrays = (jnp.asarray(logits), targets, zeros.astype(jnp.uint32), zeros, sampling())
+    arrays = (jnp.asarray(logits), targets, zeros.astype(jnp.uint32), zeros, drawn(60))
     for rule, shape in ((Typical(), stacked(parents)), (Rejection(), chained)):
         proposal = Proposal(jnp.asarray(tokens), shape)
         got, wanted = judge(rule, proposal, *arrays), judge(Exact(), proposal, *arrays)
@@ -237,7 +248,7 @@ def test_rejection_equals_the_sequential_rule() -> None:
     """Catches q of the wrong node, coins or noise of the wrong position, raw distributions, the
     residual of another depth, and a bonus token after a full chain that is not the target's."""
     rows = 600
-    proposal, logits, got = speculate(rows, sampling(RULE.temperature, RULE.top_k))
+    proposal, logits, got = speculate(rows, drawn(rows, RULE.temperature, RULE.top_k))
     assert proposal.logits is not None
     tokens, p, q = (np.asarray(x) for x in (proposal.tokens, logits, proposal.logits))
     for row in range(rows):
@@ -258,7 +269,7 @@ def test_rejection_follows_the_targets_law() -> None:
     shows: every emitted token has the target's distribution given those before it, and the first
     is accepted with probability sum(min(p, q))."""
     rows = 40000
-    _, _, got = speculate(rows, sampling(RULE.temperature, RULE.top_k))
+    _, _, got = speculate(rows, drawn(rows, RULE.temperature, RULE.top_k))
     count, emitted = np.asarray(got.count), np.asarray(got.emitted)
     p, q = tables()
 

@@ -1,5 +1,6 @@
 """`python -m eagle_jax.decode --input --output`: a file of prompts."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 import eagle_jax
-from eagle_jax.decode import generate
+from eagle_jax.decode import SamplingParams, generate
 from eagle_jax.decode.__main__ import main
 from eagle_jax.decode.batching.answer_file import answer_file
 from eagle_jax.params import Params
@@ -151,8 +152,8 @@ def test_the_command_line(tiny_model, source, whole, tmp_path, capsys) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"batch_size": 0}, "batch_size=0: must be at least 1"),
-        ({"limit": 0}, "limit=0: must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0: must be a whole number above 0"),
+        ({"limit": 0}, "limit=0: must be a whole number above 0"),
         ({"raw": True}, "raw=True: a file of conversations"),
         ({"exact": True}, "exact=True: prompts of a file are"),
     ],
@@ -177,3 +178,51 @@ def test_bad_settings_leave_no_file(params, source, tmp_path, bad) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         answer_file(params, source, tmp_path / "answers.jsonl", **OPTIONS | bad)
     assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_lines_with_settings_of_their_own(params, tmp_path) -> None:
+    """Catches a line that is answered with another's settings, text behind a stop string, and a
+    resumed file whose lines were made with other settings."""
+    own: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {},
+        {"repetition_penalty": 1.5, "seed": 99, "logprobs": 1},
+        {"stop": ["e", "a"], "min_tokens": 4},
+    ]
+    source, path = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+
+    def write() -> None:
+        lines = [{"messages": ask, "sampling": x} for ask, x in zip(PROMPTS[:4], own, strict=True)]
+        source.write_text("\n".join(map(json.dumps, lines)) + "\n")
+
+    write()
+    answer_file(params, source, path, batch_size=3, **OPTIONS)
+    shared = SamplingParams(temperature=1.0)
+    for i, row in enumerate(records(path)):
+        sampling = dataclasses.replace(shared, seed=SEED + i).override(own[i])
+        alone = generate(params, PROMPTS[i], sampling=sampling, max_new_tokens=NEW)
+        assert row["messages"][-1]["content"] == alone.text
+        assert row["finish"] == alone.finish
+        assert row["settings"]["sampling"] == sampling.to_dict()
+        assert ("logprobs" in row) == ("logprobs" in own[i])
+        if "logprobs" in row:
+            assert [one["token"] for one in row["logprobs"]] == alone.tokens.tolist()
+    before = path.read_bytes()
+    assert answer_file(params, source, path, **OPTIONS)["already_answered"] == 4
+    own[2]["repetition_penalty"] = 1.4
+    write()
+    with pytest.raises(ValueError, match="with these settings.*'repetition_penalty': 1.5"):
+        answer_file(params, source, path, **OPTIONS)
+    # A line beyond the limit has settings that are not looked at.
+    assert answer_file(params, source, path, limit=2, **OPTIONS)["already_answered"] == 2
+    assert path.read_bytes() == before
+    for wrong, said in (
+        ({"topp": 1}, ":4: sampling: unknown setting 'topp'; use temperature"),
+        ({"top_p": "x"}, ":4: top_p='x': must be a number"),
+        ([], ":4: sampling=[]: must be an object of settings"),
+        ({"logit_bias": {"99999": 1}}, ":4: logit_bias: token id 99999 is outside"),
+    ):
+        own[3] = wrong  # type: ignore[assignment]
+        write()
+        with pytest.raises(ValueError, match=re.escape(f"{source}{said}")):
+            answer_file(params, source, tmp_path / "other.jsonl", **OPTIONS)

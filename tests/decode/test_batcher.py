@@ -18,8 +18,7 @@ from eagle_jax.decode.batching import schedule as stages
 from eagle_jax.decode.batching.batcher import Batcher, Piece
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.program import Program, State, capacity
-from eagle_jax.decode.sampling import sampling
-from eagle_jax.decode.session import Options
+from eagle_jax.decode.sampling.params import NAMES, SamplingParams
 from eagle_jax.params import Params
 
 ROWS = 3
@@ -53,7 +52,9 @@ def make(params: Params | None = None, **options: Any) -> Batcher:
         "max_new_tokens": decoding.NEW,
         "chunk": 2,
     }
-    return Batcher(params or decoding.trained_pair(), **(defaults | options))
+    settings = {name: options.pop(name) for name in NAMES if name in options}
+    sampling = SamplingParams(**settings)
+    return Batcher(params or decoding.trained_pair(), sampling=sampling, **(defaults | options))
 
 
 def submit(batcher: Batcher, which: range) -> list[int]:
@@ -75,10 +76,9 @@ def joined(pieces: list[Piece]) -> dict[int, tuple[list[int], int]]:
 
 def make_program(method: Method) -> tuple[Program, Params]:
     """What `make` decodes with."""
-    params = decoding.trained_pair().only(method.draft)
-    draft = None if method.draft is None else params.drafts[method.draft].config
+    params = decoding.trained_pair().with_draft(method.draft)
     slots = capacity(128, decoding.NEW, method.depth)
-    return Program(method, params.target_config, draft, slots, ()), params
+    return Program.of(params, method, slots), params
 
 
 def alone(method: Method, temperature: float) -> list[tuple[list[int], int]]:
@@ -90,7 +90,9 @@ def alone(method: Method, temperature: float) -> list[tuple[list[int], int]]:
         prompts = PROMPTS[rows]
         limits = [len(p) + n for p, n in zip(prompts, NEW[rows], strict=True)]
         state = executables.start(program, params, prompts, limits, SEEDS[rows], clock)
-        state = executables.advance(program, params, state, sampling(temperature), clock)
+        state = executables.advance(
+            program, params, state, decoding.sampling(temperature, rows=ROWS), clock
+        )
         for row, prompt in enumerate(prompts):
             text = np.asarray(state.tokens)[row, len(prompt) : int(state.length[row])]
             out.append((text.tolist(), int(state.rounds[row])))
@@ -127,7 +129,9 @@ def test_a_replaced_row_is_as_if_new(name: str) -> None:
         executables.start(program, params, PROMPTS[rows], limits[rows], SEEDS[rows], clock)
         for rows in (slice(0, 3), slice(3, 6))
     )
-    old = executables.advance(program, params, old, sampling(temperature), clock, 2)
+    old = executables.advance(
+        program, params, old, decoding.sampling(temperature, rows=ROWS), clock, 2
+    )
     before = jax.device_get(old)
     args = ([PROMPTS[4]], [limits[4]], [SEEDS[4]], clock)
     after = executables.replace_rows(program, params, old, [1], *args)
@@ -583,9 +587,9 @@ def test_cancelled_around_a_move(when: str, monkeypatch, eager) -> None:
 def test_batch_sizes_of_a_table(rows: int, chosen: dict[int, Method]) -> None:
     """Catches sizes out of order, and `rows` with the method of a size above it."""
     table = dict(reversed(TABLE.items()))
-    found = stages.methods(decoding.trained_pair(), table, rows, Options())
+    found = stages.methods(decoding.trained_pair(), table, rows, 0.0)
     assert list(found.items()) == list(chosen.items())
-    assert stages.methods(decoding.trained_pair(), METHOD, rows, Options()) == {rows: METHOD}
+    assert stages.methods(decoding.trained_pair(), METHOD, rows, 0.0) == {rows: METHOD}
 
 
 @pytest.mark.parametrize(

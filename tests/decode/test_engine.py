@@ -28,36 +28,32 @@ from eagle_jax.decode import (
 )
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.program import Program, State, bucket_prompt, capacity
-from eagle_jax.decode.sampling import sampling
 from eagle_jax.params import Draft, Params
 from eagle_jax.testing import random_draft, tiny_eagle3
 
 COUNT = 12
 
 
-def make_program(
-    method: Method, more: int = 0, eos: tuple[int, ...] = (), pair: Params | None = None
-) -> Program:
+def make_program(method: Method, more: int = 0, pair: Params | None = None) -> Program:
     """The program that `generate` would use; `more` slots make it one of its own."""
     pair = pair or decoding.trained_pair()
     longest = bucket_prompt(max(map(len, decoding.PROMPTS)))
     slots = capacity(longest, decoding.NEW, method.depth) + more
-    draft = None if method.draft is None else pair.drafts[method.draft].config
-    return Program(method, pair.target_config, draft, slots, eos)
+    return Program.of(pair, method, slots)
 
 
 def start(program: Program, counts: list[int], pair: Params | None = None) -> State:
     prompts = [np.array(prompt) for prompt in decoding.PROMPTS]
     limits = [len(prompt) + count for prompt, count in zip(prompts, counts, strict=True)]
-    pair = (pair or decoding.trained_pair()).only(program.method.draft)
+    pair = (pair or decoding.trained_pair()).with_draft(program.method.draft)
     return executables.start(program, pair, prompts, limits, decoding.SEEDS, executables.Clock())
 
 
 def advance(
     program, state, temperature: float = 0.0, rounds: int = 1000, pair: Params | None = None, **more
 ) -> State:
-    pair = (pair or decoding.trained_pair()).only(program.method.draft)
-    settings = sampling(temperature, **more)
+    pair = (pair or decoding.trained_pair()).with_draft(program.method.draft)
+    settings = decoding.sampling(temperature, vocab=pair.target_config.vocab_size, **more)
     return executables.advance(program, pair, state, settings, executables.Clock(), rounds)
 
 
@@ -286,8 +282,8 @@ def test_an_end_token_inside_the_accepted_path_ends_the_answer_there() -> None:
     middle = [token for (row, token), at in first.items() if at % 4 in (1, 2) and at > 4]
     eos = tuple(sorted(set(middle), key=middle.index)[:2])
     assert len(eos) == 2 and any(token in prompt for token in eos for prompt in decoding.PROMPTS)
-    program = make_program(decoding.Clairvoyant((True, True, True)), eos=eos)
-    state = advance(program, start(program, [20] * 4))
+    program = make_program(decoding.Clairvoyant((True, True, True)))
+    state = advance(program, start(program, [20] * 4), stop_token_ids=eos)
     expected = []
     for answer in whole:
         ends = [i for i, token in enumerate(answer) if token in eos]

@@ -12,7 +12,7 @@ import pytest
 from eagle_jax import load
 from eagle_jax.decode import Eagle, chain, engine, executables, generate, session, stream
 from eagle_jax.decode.program import State
-from eagle_jax.decode.session import Options
+from eagle_jax.decode.session import check_method, make_program
 from eagle_jax.models import attention, bind, cast, init_params
 from eagle_jax.models.cache import empty, write
 from eagle_jax.models.transformer import Transformer, packed_mask
@@ -52,10 +52,10 @@ def pair(windowed: bool = False) -> Params:
 
 
 def decoded(method, exact: bool, windowed: bool = False) -> State:
-    options = Options(method, NEW, 1.0, ignore_eos=True, exact=exact)
-    settings, method = options.check(pair(windowed))
-    params, clock = pair(windowed).only(method.draft), executables.Clock()
-    program = options.program(params, method, max(map(len, PROMPTS)))
+    method = check_method(pair(windowed), method, len(PROMPTS), 1.0, exact)
+    settings = decoding.sampling(1.0)
+    params, clock = pair(windowed).with_draft(method.draft), executables.Clock()
+    program = make_program(params, method, max(map(len, PROMPTS)), NEW, exact=exact)
     limits = [len(prompt) + NEW for prompt in PROMPTS]
     prompts = [np.array(prompt) for prompt in PROMPTS]
     state = executables.start(program, params, prompts, limits, decoding.SEEDS, clock)

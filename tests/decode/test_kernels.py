@@ -16,6 +16,7 @@ from eagle_jax.decode import (
     generate,
     static_tree,
 )
+from eagle_jax.layout import Layout
 from eagle_jax.models import Transformer, cast, kernels, quantize
 from eagle_jax.models.kernels import device
 from eagle_jax.params import Draft, Params
@@ -41,24 +42,23 @@ METHODS = {
 }
 
 
+LAYOUT = Layout(gate_up_fused=True, qkv_fused=True)
+
+
 @functools.cache
 def pair() -> Params:
     """In bfloat16 and in decoding's layout, of sizes that the kernels take."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
-    layout = {"fused": True, "fused_qkv": True}
-    config = tiny_target(VOCAB, **layout, **sizes)
-    configs = (
-        tiny_draft(config, **layout),
-        tiny_eagle3(config, **layout, head_dim=16),
-        tiny_medusa(config),
-    )
-    target = cast(random_params(Transformer, config, 3), jnp.bfloat16)
-    drafts = {own.kind: random_draft(own, 4) for own in configs}
+    config = tiny_target(VOCAB, **sizes)
+    configs = tiny_draft(config), tiny_eagle3(config, head_dim=16), tiny_medusa(config)
+    target = cast(random_params(Transformer, config, 3, layout=LAYOUT), jnp.bfloat16)
+    drafts = {own.kind: random_draft(own, 4, layout=LAYOUT) for own in configs}
     drafts = {
-        kind: Draft(cast(draft.params, jnp.bfloat16), draft.config)
+        kind: Draft(cast(draft.params, jnp.bfloat16), draft.config, LAYOUT)
         for kind, draft in drafts.items()
     }
-    return Params(target, {**drafts, config.kind: Draft(target, config)}, config)
+    drafts[config.kind] = Draft(target, config, LAYOUT)
+    return Params(target, drafts, config, LAYOUT)
 
 
 def small_drafts() -> Params:
@@ -67,10 +67,10 @@ def small_drafts() -> Params:
     head = {"lm_head.kernel": pair().target["lm_head.kernel"], "d2t": jnp.zeros(VOCAB, jnp.int32)}
     eagle = drafts["eagle"]
     config = dataclasses.replace(eagle.config, draft_vocab_size=VOCAB)
-    drafts["eagle"] = Draft({**eagle.params, **head}, config)
+    drafts["eagle"] = Draft({**eagle.params, **head}, config, LAYOUT)
+    layout = dataclasses.replace(LAYOUT, quantize="int8")
     for kind, draft in drafts.items():
-        config = dataclasses.replace(draft.config, quantize="int8")
-        drafts[kind] = Draft(quantize.quantize_params(draft.params), config)
+        drafts[kind] = Draft(quantize.quantize_params(draft.params), draft.config, layout)
     return dataclasses.replace(pair(), drafts=drafts)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from eagle_jax import aot, sharding
 from eagle_jax.decode import DynamicTree, Eagle, Medusa, executables, generate, static_tree
+from eagle_jax.layout import Layout
 from eagle_jax.models import Transformer, bind, cast, kernels, quantize
 from eagle_jax.models import cache as caches
 from eagle_jax.models.kernels import device
@@ -24,11 +25,11 @@ from eagle_jax.testing import (
     tiny_target,
 )
 
-drawing = importlib.import_module("eagle_jax.decode.sampling")  # a function has that name too
+drawing = importlib.import_module("eagle_jax.decode.top_k")  # a function has that name too
 
 VOCAB, LAYERS, WIDTH, SLOTS = 64, 2, 64, 16
 SIZES = {"hidden_size": WIDTH, "intermediate_size": 96, "head_dim": 16}
-LAYOUT = {"fused": True, "fused_qkv": True}
+LAYOUT = Layout(gate_up_fused=True, qkv_fused=True)
 KERNELS = {
     "product": kernels.skinny_matmul,
     "gated": kernels.skinny_matmul,
@@ -87,22 +88,26 @@ KINDS = {
     "qwen": {"attention_bias": True, "qk_norm": True},
     "gemma": {"post_norms": True, "unit_offset_norm": True, "final_logit_softcapping": 30.0},
     "int8": {},
-    "three products": {"fused_qkv": False},
+    "three products": {},
 }
 
 
 @functools.cache
 def target(kind: str):
-    config = tiny_target(VOCAB, **(LAYOUT | SIZES | KINDS[kind]))
-    params = cast(random_params(Transformer, config, 3, scale=6.0), jnp.bfloat16)
+    config, layout = tiny_target(VOCAB, **(SIZES | KINDS[kind])), LAYOUT
+    if kind == "three products":
+        layout = dataclasses.replace(layout, qkv_fused=False)
+    params = random_params(Transformer, config, 3, scale=6.0, layout=layout)
+    params = cast(params, jnp.bfloat16)
     if kind == "int8":
-        return dataclasses.replace(config, quantize="int8"), quantize.quantize_params(params)
-    return config, params
+        layout = dataclasses.replace(layout, quantize="int8")
+        params = quantize.quantize_params(params)
+    return config, layout, params
 
 
 def one_pass(kind: str, rows: int, devices: jax.sharding.Mesh | None):
     """A function of a cache: a pass after it, and the cache with two of the pass's tokens."""
-    config, params = target(kind)
+    config, layout, params = target(kind)
     if devices is not None:
         params = put(params, devices)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, VOCAB, (rows, 4)), jnp.int32)
@@ -111,7 +116,7 @@ def one_pass(kind: str, rows: int, devices: jax.sharding.Mesh | None):
 
     def run(params, cache):
         with sharding.using(devices):
-            model = bind(Transformer, config, params)
+            model = bind(Transformer, config, params, layout)
             positions = lengths[:, None] + jnp.arange(4, dtype=jnp.int32)[None]
             mask = jnp.broadcast_to(jnp.tril(jnp.ones((4, 4), bool))[None], (rows, 4, 4))
             output = model(tokens, positions, mask, cache=cache, lengths=lengths)
@@ -186,23 +191,25 @@ METHODS = {
 
 @functools.cache
 def pair(k_heads: int) -> Params:
-    config, params = target("llama")
-    more = {**LAYOUT, "num_attention_heads": 4, "num_key_value_heads": k_heads, "head_dim": 16}
+    config, layout, params = target("llama")
+    more = {"num_attention_heads": 4, "num_key_value_heads": k_heads, "head_dim": 16}
     more["intermediate_size"] = 96
     configs = (
         tiny_draft(config, **more),
         tiny_eagle3(config, **more, draft_vocab_size=32),
         tiny_medusa(config),
     )
-    drafts = {own.kind: random_draft(own, 4) for own in configs}
+    drafts = {own.kind: random_draft(own, 4, layout=LAYOUT) for own in configs}
     where = mesh(2, 4)
     placed = {
         kind: Draft(
-            put(cast(draft.params, jnp.bfloat16), draft_place(draft.config, where)), draft.config
+            put(cast(draft.params, jnp.bfloat16), draft_place(draft.config, where)),
+            draft.config,
+            LAYOUT,
         )
         for kind, draft in drafts.items()
     }
-    return Params(put(params, where), placed, config)
+    return Params(put(params, where), placed, config, layout)
 
 
 def texts(params: Params, method, rows: int) -> list[list[int]]:

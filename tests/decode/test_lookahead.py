@@ -13,7 +13,6 @@ from eagle_jax.decode import Lookahead, Vanilla, executables, generate
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.methods.lookahead import Pool, insert
 from eagle_jax.decode.program import Program
-from eagle_jax.decode.sampling import sampling
 from eagle_jax.testing import tiny_params
 
 SETTINGS: dict[str, dict] = {
@@ -174,9 +173,9 @@ def test_rounds_equal_plain_lookahead(name: str, method: Lookahead) -> None:
     """Catches a window that shifts to the wrong side or mixes columns, n-grams under another key,
     text that is pooled twice or never, and guesses of another token than the root."""
     pair, rounds = decoding.random_pair(), 7
-    program = Program(decoding.Recording(method), pair.target_config, None, 256, ())
+    program = Program.of(pair, decoding.Recording(method), 256)
     prompts, limits, clock = [np.array(p) for p in decoding.PROMPTS], [200] * 4, executables.Clock()
-    bare = pair.only(None)
+    bare = pair.with_draft(None)
     state = executables.start(program, bare, prompts, limits, decoding.SEEDS, clock)
     windows = np.asarray(state.method.inner.window)
     wide = reference.Pair.of(pair)
@@ -188,7 +187,9 @@ def test_rounds_equal_plain_lookahead(name: str, method: Lookahead) -> None:
         assert set(window.flat) <= set(prompt)
     assert len(set(windows[3].flat)) > 1  # from all over the prompt
     for _ in range(rounds):
-        state = executables.advance(program, bare, state, sampling(**SETTINGS[name]), clock, 1)
+        state = executables.advance(
+            program, bare, state, decoding.sampling(**SETTINGS[name]), clock, 1
+        )
         recorded = jax.device_get(state.method)
         for row, expected in enumerate(plain):
             assert recorded.tokens[row].tolist() == expected.round()
@@ -208,9 +209,9 @@ def test_long_prompts_are_pooled(prompt_pool: bool) -> None:
     )
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1, decoding.VOCAB, length) for length in (200, 129, 3, 4)]
-    program = Program(method, pair.target_config, None, 512, ())
+    program = Program.of(pair, method, 512)
     seeds, clock = decoding.SEEDS, executables.Clock()
-    state = executables.start(program, pair.only(None), prompts, [240] * 4, seeds, clock)
+    state = executables.start(program, pair.with_draft(None), prompts, [240] * 4, seeds, clock)
     for row, prompt in enumerate(prompts):
         expected = Plain(None, method, prompt.tolist(), [], reference.Rule())
         if prompt_pool:

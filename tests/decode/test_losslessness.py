@@ -21,10 +21,10 @@ from eagle_jax.decode import (
     PromptLookup,
     Recycling,
     Rejection,
+    SamplingParams,
     Speculative,
     Typical,
     Vanilla,
-    engine,
     executables,
     generate,
     static_tree,
@@ -32,7 +32,7 @@ from eagle_jax.decode import (
 from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.method import Method, Rule
 from eagle_jax.decode.program import Program
-from eagle_jax.decode.sampling import position_noise, sampling
+from eagle_jax.decode.sampling import position_noise, value
 from eagle_jax.params import Params
 from eagle_jax.testing import tiny_params, tiny_target
 
@@ -157,12 +157,37 @@ def exact_law() -> dict[tuple[int, ...], float]:
     return reference.answer_law(reference.Pair.of(small_pair()), PROMPT, 3, RULE)
 
 
-def draw(method: Method, slots: int = 12) -> collections.Counter[tuple[int, ...]]:
+# With the prompt, three texts of three tokens: much repeats, and min-p excludes some answers.
+PENALISED = SamplingParams(
+    temperature=1.3, min_p=0.1, repetition_penalty=1.3, frequency_penalty=0.7, logit_bias={1: 0.5}
+)
+
+
+@functools.cache
+def penalised_law() -> dict[tuple[int, ...], float]:
+    """Exact probability of every answer under `PENALISED`."""
+    pair, law = reference.Pair.of(small_pair()), {(): 1.0}
+    for _ in range(3):
+        longer = {}
+        for answer, mass in law.items():
+            text = [*PROMPT, *answer]
+            logits = reference.target(pair, text)[1][-1]
+            probs = reference.softmax(
+                reference.filtered(PENALISED, text, len(PROMPT), logits, eos=())
+            )
+            longer |= {(*answer, token): mass * float(p) for token, p in enumerate(probs)}
+        law = longer
+    return law
+
+
+def draw(
+    method: Method, slots: int = 12, row: SamplingParams | None = None
+) -> collections.Counter[tuple[int, ...]]:
     """Answers of `ROWS * CALLS` seeds, counted."""
     pair, clock = small_pair(), executables.Clock()
-    draft = None if method.draft is None else pair.drafts[method.draft].config
-    program = Program(method, pair.target_config, draft, slots, ())
-    settings = sampling(RULE.temperature, RULE.top_k, RULE.top_p)
+    program = Program.of(pair, method, slots)
+    row = row or SamplingParams(temperature=RULE.temperature, top_p=RULE.top_p)
+    settings = decoding.arrays([row] * ROWS, [len(PROMPT)] * ROWS, vocab=3)
     counts: collections.Counter[tuple[int, ...]] = collections.Counter()
     for call in range(CALLS):
         seeds = list(range(call * ROWS, (call + 1) * ROWS))
@@ -173,9 +198,11 @@ def draw(method: Method, slots: int = 12) -> collections.Counter[tuple[int, ...]
     return counts
 
 
-def p_value(counts: collections.Counter[tuple[int, ...]]) -> float:
+def p_value(
+    counts: collections.Counter[tuple[int, ...]], law: dict[tuple[int, ...], float] | None = None
+) -> float:
     """Of Pearson's chi-square over all possible answers; 0 if an impossible one was seen."""
-    possible = {answer: mass for answer, mass in exact_law().items() if mass > 0}
+    possible = {answer: mass for answer, mass in (law or exact_law()).items() if mass > 0}
     if not set(counts) <= set(possible):
         return 0.0
     expected = np.array(list(possible.values())) * ROWS * CALLS
@@ -226,6 +253,16 @@ def test_answers_follow_the_exact_law(method: Method) -> None:
     assert p_value(draw(method)) > 1e-3
 
 
+@pytest.mark.usefixtures("unpadded")
+@pytest.mark.parametrize("name", ["vanilla", "eagle", "eagle2", "speculative rejection"])
+def test_penalised_answers_follow_the_exact_law(name: str) -> None:
+    """Catches a penalty of another path, or min-p of raw logits, that vanilla shares."""
+    law = penalised_law()
+    assert sum(law.values()) == pytest.approx(1.0) and min(law.values()) == 0
+    assert p_value(draw(LAW[name], row=PENALISED), law) > 1e-3
+    assert p_value(draw(LAW[name]), law) < 1e-9  # the two laws are told apart
+
+
 # The three classic bugs, each seeded into every kind of method that can have it.
 
 
@@ -238,7 +275,7 @@ def test_reused_noise_would_be_rejected(name: str, monkeypatch: pytest.MonkeyPat
         noise = position_noise(seeds, jnp.zeros_like(first), 1, vocab)
         return jnp.broadcast_to(noise, (noise.shape[0], count, vocab))
 
-    monkeypatch.setattr(engine, "position_noise", reused)
+    monkeypatch.setattr(value, "position_noise", reused)
     assert p_value(draw(LAW[name], slots=14)) < 1e-9
 
 
@@ -260,7 +297,11 @@ class Unprocessed(Exact):
         accepted = super().__call__(proposal, logits, targets, context)
         assert context.noise is not None
         noise = jnp.take_along_axis(context.noise, proposal.shape.depth[:, :, None], axis=1)
-        raw = jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+        # Rules see processed logits: the temperature is undone, and what top-p excluded comes back.
+        kept = jnp.isfinite(logits)
+        least = jnp.min(jnp.where(kept, logits, jnp.inf), axis=-1, keepdims=True)
+        raw = jnp.where(kept, logits, least) * RULE.temperature
+        raw = jnp.argmax(raw + noise, axis=-1).astype(jnp.int32)
         leaf = ~jnp.any(
             (proposal.shape.parents[:, None, 1:] == jnp.arange(targets.shape[1])[None, :, None]),
             axis=2,

@@ -16,6 +16,7 @@ from eagle_jax.params import Params
 
 NEW = 40
 FILTERS = ["--top-k", "9", "--top-p", "0.9"]
+PENALISED = ["--temperature", "1", "--min-p", "0.05", "--frequency-penalty", "0.5", "--stop", "q"]
 TREE = ["--tree", "chain-2", "--plain"]
 UNUSUAL = {"seed": 3, "temperature": 2.0, "top_k": 9, "top_p": 0.9, "raw": True}
 # Plain drafting takes a round more under this seed.
@@ -56,6 +57,7 @@ def test_a_quantised_target(program, tiny_model) -> None:
         (["--temperature", "1", "--seed", "3"], {"temperature": 1.0, "seed": 3}),
         (["--seed", "3", "--temperature", "2", *FILTERS, "--raw", *TREE], UNUSUAL),
         (["--method", "vanilla"], {"method": "vanilla"}),
+        (PENALISED, {"temperature": 1.0, "min_p": 0.05, "frequency_penalty": 0.5, "stop": "q"}),
     ],
 )
 def test_the_streamed_answer_is_the_generated_one(program, params, arguments, options) -> None:
@@ -73,7 +75,7 @@ def test_json_is_one_line(program, params) -> None:
     whole = generate(params, "Hi", max_new_tokens=NEW, temperature=1.0, seed=3)
     record = json.loads(out)
     assert (status, err, out.count("\n")) == (0, "", 1)
-    assert record["text"] == whole.text
+    assert (record["text"], record["finish"]) == (whole.text, whole.finish)
     assert record["new_tokens"] == list(whole.statistics.new_tokens)
     assert record["rounds"] == list(whole.statistics.rounds)
 

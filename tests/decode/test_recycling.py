@@ -13,7 +13,6 @@ from eagle_jax.decode import Recycling, Vanilla, chain, executables, generate, s
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.methods.recycling import store
 from eagle_jax.decode.program import Program
-from eagle_jax.decode.sampling import sampling
 from eagle_jax.testing import tiny_params
 
 SETTINGS: dict[str, dict] = {
@@ -86,12 +85,14 @@ def test_matrix_equals_a_plain_one_round_by_round(name: str, coupled: bool) -> N
         Plain(wide, prompt, reference.Rule(seed=seed, **SETTINGS[name]), coupled)
         for prompt, seed in zip(decoding.PROMPTS, decoding.SEEDS, strict=True)
     ]
-    program, clock = Program(method, pair.target_config, None, 256, ()), executables.Clock()
+    program, clock = Program.of(pair, method, 256), executables.Clock()
     prompts, limits = [np.array(prompt) for prompt in decoding.PROMPTS], [200] * 4
-    bare = pair.only(None)
+    bare = pair.with_draft(None)
     state = executables.start(program, bare, prompts, limits, decoding.SEEDS, clock)
     for _ in range(rounds):
-        state = executables.advance(program, bare, state, sampling(**SETTINGS[name]), clock, 1)
+        state = executables.advance(
+            program, bare, state, decoding.sampling(**SETTINGS[name]), clock, 1
+        )
         recorded = jax.device_get(state.method)
         for row, expected in enumerate(plain):
             drafted = expected.round()

@@ -1,5 +1,6 @@
 """Processors against naive numpy, with ties and extremes; noise keyed by position and row."""
 
+import decoding
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +15,16 @@ from eagle_jax.decode.sampling import (
     position_noise,
     position_uniform,
     process,
-    sampling,
 )
 from eagle_jax.decode.top_k import top_k
 
 VOCAB = 7
 jitted = jax.jit(process)
+
+
+def sampling(*args, rows: int = 1, **fields):
+    return decoding.sampling(*args, rows=rows, vocab=VOCAB, **fields)
+
 
 # Halves and few values: ties are exact, and temperatures divide without rounding.
 tied = st.lists(st.integers(-6, 6).map(lambda n: n / 2), min_size=VOCAB, max_size=VOCAB)
@@ -38,25 +43,25 @@ def test_process_equals_naive_numpy(
     """Catches >= for >, the token that crosses p left out, top-p before top-k, k over the
     vocabulary, and ties broken by the sort."""
     rule = reference.Rule(temperature, top_k, top_p)
-    got = jitted(jnp.array(logits, jnp.float32), sampling(temperature, top_k, top_p))
+    got = jitted(jnp.array([logits], jnp.float32), sampling(temperature, top_k, top_p))
     expected = reference.process(np.array(logits), rule)
-    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    np.testing.assert_allclose(got[0], expected, rtol=1e-6)
 
 
 def test_extremes() -> None:
     """Catches a filter that leaves nothing, and one that NaNs on a certain token."""
-    logits = jnp.array([0.0, 3.0, 1e30, -1e30, 2.0], jnp.float32)
+    logits = jnp.array([[0.0, 3.0, 1e30, -1e30, 2.0]], jnp.float32)
     for settings_ in (sampling(1.0, top_p=1e-9), sampling(1.0, top_k=1), sampling(1e-3, 3, 0.5)):
         kept = np.isfinite(jitted(logits, settings_))
-        assert kept.tolist() == [False, False, True, False, False]
-    flat = jitted(jnp.zeros(5, jnp.float32), sampling(1.0, top_k=2, top_p=0.1))
+        assert kept[0].tolist() == [False, False, True, False, False]
+    flat = jitted(jnp.zeros((1, 5), jnp.float32), sampling(1.0, top_k=2, top_p=0.1))
     assert np.isfinite(flat).all()  # all tie: all stay
 
 
 def test_process_works_on_any_leading_axes() -> None:
     """Catches a threshold of one row applied to another."""
     logits = np.random.default_rng(0).normal(size=(2, 3, VOCAB)).astype(np.float32)
-    got = jitted(jnp.asarray(logits), sampling(0.7, 3, 0.8))
+    got = jitted(jnp.asarray(logits), sampling(0.7, 3, 0.8, rows=2))
     rule = reference.Rule(0.7, 3, 0.8)
     for i in range(2):
         for j in range(3):
@@ -94,7 +99,7 @@ def test_noise_of_drafts_and_coins_has_keys_of_its_own() -> None:
 def test_argmax_of_perturbed_logits_has_the_processed_law() -> None:
     """Catches noise of another law (uniform, normal, scaled by temperature)."""
     logits, rows = np.array([1.0, 0.0, -1.0, 2.0, 0.5], np.float32), 20000
-    settings_, rule = sampling(1.5, 4), reference.Rule(1.5, 4)
+    settings_, rule = sampling(1.5, 4, rows=rows), reference.Rule(1.5, 4)
 
     @jax.jit
     def draw(seeds):
@@ -112,10 +117,10 @@ def test_greedy_needs_no_noise_and_switches_filters_off() -> None:
     """Catches a division by temperature 0, and settings that compile a program twice."""
     logits = jnp.array([[0.0, 2.0, 1.0]])
     greedy = sampling(0.0, 2, 0.5)
-    assert (greedy.greedy, greedy.use_top_k, greedy.use_top_p) == (True, False, False)
+    assert (greedy.greedy, greedy.filters) == (True, ())
     np.testing.assert_array_equal(perturb(logits, None, greedy), logits)
     plain = sampling(0.5, 0, 1.0)
-    assert (plain.greedy, plain.use_top_k, plain.use_top_p) == (False, False, False)
+    assert (plain.greedy, plain.filters) == (False, ())
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ from eagle_jax.decode import (
 from eagle_jax.decode.batching import schedule as stages
 from eagle_jax.decode.batching.batcher import Batcher
 from eagle_jax.decode.program import capacity
+from eagle_jax.decode.sampling import SamplingParams
+from eagle_jax.layout import Layout
 from eagle_jax.models import param_shapes
 from eagle_jax.models.transformer import Transformer
 from eagle_jax.params import Draft, Params
@@ -41,7 +43,8 @@ from eagle_jax.testing import (
     tiny_target,
 )
 
-drawing = importlib.import_module("eagle_jax.decode.sampling")  # a function has that name too
+HOT = SamplingParams(temperature=1.0)
+drawing = importlib.import_module("eagle_jax.decode.top_k")  # a function has that name too
 
 VOCAB = 64
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6}
@@ -60,12 +63,15 @@ METHODS = {
 }
 
 
+LAYOUT = Layout(gate_up_fused=True)
+
+
 @functools.cache
 def pair(experts: int = 0) -> Params:
     """One target, and a draft of every kind whose sizes eight devices can share."""
     more = {"num_experts": experts, "num_experts_per_tok": 2} if experts else {}
-    target = tiny_target(VOCAB, intermediate_size=64, fused=True, **HEADS, **more)
-    size = {**HEADS, "intermediate_size": 64, "fused": True}
+    target = tiny_target(VOCAB, intermediate_size=64, **HEADS, **more)
+    size = {**HEADS, "intermediate_size": 64}
     drafts = (
         tiny_draft(target, **size),
         tiny_eagle3(target, draft_vocab_size=32, **size),
@@ -73,9 +79,10 @@ def pair(experts: int = 0) -> Params:
         tiny_model(target, **(size | {"num_experts": 0, "num_experts_per_tok": 0})),
     )
     return Params(
-        random_params(Transformer, target, seed=1),
-        {config.kind: random_draft(config, seed=2) for config in drafts},
+        random_params(Transformer, target, seed=1, layout=LAYOUT),
+        {config.kind: random_draft(config, seed=2, layout=LAYOUT) for config in drafts},
         target,
+        LAYOUT,
     )
 
 
@@ -83,7 +90,7 @@ def placed(params: Params, mesh: jax.sharding.Mesh) -> Params:
     def put(weights):
         return jax.device_put(weights, sharding.weight_shardings(mesh, weights, stored=False))
 
-    drafts = {kind: Draft(put(d.params), d.config) for kind, d in params.drafts.items()}
+    drafts = {kind: Draft(put(d.params), d.config, d.layout) for kind, d in params.drafts.items()}
     return dataclasses.replace(params, target=put(params.target), drafts=drafts)
 
 
@@ -112,6 +119,20 @@ def test_devices_change_no_text(method, tensor, devices):
     assert texts(params, method, 0.0, prompts)[:4] == alone(method, 0.0)
 
 
+@pytest.mark.parametrize("method", ["vanilla", "eagle2"])
+def test_settings_on_several_devices(method):
+    """Catches counts, masks or biases of one part of the vocabulary only."""
+    rows = [
+        SamplingParams(temperature=1.0, repetition_penalty=1.5, frequency_penalty=0.5, seed=3),
+        SamplingParams(logit_bias={3: 2.0, 60: 1.0}, bad_words=[[9], [3, 60]], presence_penalty=1),
+        SamplingParams(temperature=0.8, allowed_token_ids=range(20, 50), min_p=0.02, top_k=9),
+        SamplingParams(temperature=1.2, top_p=0.9, min_tokens=9, stop_token_ids=[5, 40]),
+    ]
+    options = {"method": METHODS[method], "max_new_tokens": 20, "sampling": rows}
+    wanted = generate(pair(), PROMPTS, **options)
+    assert generate(placed(pair(), mesh(tensor=2, devices=4)), PROMPTS, **options) == wanted
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_rows_that_no_group_divides(rows):
     """Catches a batch that is padded with another row's text, or refused."""
@@ -132,7 +153,7 @@ def test_experts_on_different_devices(method):
 def test_rows_are_replaced_on_a_mesh(rows):
     """Catches a row that is put into one group's part only, and a program that is made twice."""
     params = placed(pair(), mesh(tensor=4))
-    options = {"max_prompt": 20, "max_new_tokens": 20, "temperature": 1.0, "chunk": 4}
+    options = {"max_prompt": 20, "max_new_tokens": 20, "sampling": HOT, "chunk": 4}
     batcher = Batcher(params, method=METHODS["eagle"], rows=rows, **options)
     numbers = [batcher.submit(prompt, seed=3 + i) for i, prompt in enumerate(PROMPTS)]
     found: dict[int, list[int]] = {number: [] for number in numbers}
@@ -151,7 +172,7 @@ def test_batch_sizes_on_a_mesh(monkeypatch):
     monkeypatch.setattr(stages, "MOVE", 1)
     params = placed(pair(), mesh(tensor=4))
     table = {1: METHODS["eagle"], 3: "vanilla", 4: METHODS["eagle"]}
-    options = {"max_prompt": 20, "max_new_tokens": 20, "temperature": 1.0, "chunk": 2}
+    options = {"max_prompt": 20, "max_new_tokens": 20, "sampling": HOT, "chunk": 2}
     batcher = Batcher(params, method=table, rows=4, **options)
     batcher.warm_up()
     made = len(executables.executables())
@@ -203,7 +224,7 @@ def test_every_method_runs_on_a_mesh(method):
     text = compiled(method, params)
     assert texts(params, method, 1.0) == alone(method, 1.0)
     config = params.target_config
-    large = {shape.shape for shape in param_shapes(Transformer, config).values()}
+    large = {shape.shape for shape in param_shapes(Transformer, config, params.layout).values()}
     for draft in params.drafts.values():
         large |= {x.shape for x in draft.params.values()}
     large = {shape for shape in large if len(shape) > 1}
@@ -223,10 +244,11 @@ def test_a_draft_vocabulary_on_a_mesh():
         pair().target_config,
         **HEADS,
         intermediate_size=64,
-        fused=True,
         draft_vocab_size=32,
     )
-    whole = dataclasses.replace(pair(), drafts={"eagle": random_draft(draft, seed=2)})
+    whole = dataclasses.replace(
+        pair(), drafts={"eagle": random_draft(draft, seed=2, layout=LAYOUT)}
+    )
     params = placed(whole, mesh(tensor=4))
     head = params.drafts["eagle"].params["lm_head.kernel"]
     assert head.addressable_shards[0].data.shape == (32, 8)

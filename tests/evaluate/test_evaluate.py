@@ -374,7 +374,7 @@ def test_bandwidth_share(finished, tiny_model, monkeypatch) -> None:
     run = {"new_tokens": [6], "rounds": [3], "accepted": [1.0], "prefill": 1.0, "decode": 0.5,
            "tokens": [[1] * 6]}  # fmt: skip
     measured = metrics.measured(unit, [run], run["tokens"], kv)
-    monkeypatch.setattr(metrics, "peak_bytes", lambda kind: 1e6)
+    monkeypatch.setattr(metrics, "peak_bandwidth", lambda kind: 1e6)
     methods = {"vanilla": Vanilla(), "eagle": Eagle(chain(2))}
     rows = metrics.Table(params, "any")
     rows._methods = {(name, 0.0): method for name, method in methods.items()}

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import reference
 
-from eagle_jax.models import Eagle3Draft, Transformer, bind, init_params
+from eagle_jax.drafters.eagle3.module import Eagle3Draft
+from eagle_jax.models import Transformer, bind, init_params
 from eagle_jax.models import cache as caches
 from eagle_jax.models.transformer import packed_mask
 from eagle_jax.params import Draft, Params

@@ -16,6 +16,7 @@ import eagle_jax
 from eagle_jax.checkpoint import hf, safetensors
 from eagle_jax.config import RopeScaling, TransformerConfig
 from eagle_jax.decode.methods.prompt_lookup import PromptLookup
+from eagle_jax.layout import PLAIN, Layout
 from eagle_jax.models import Transformer, bind, init_params
 from eagle_jax.models.transformer import packed_mask
 from eagle_jax.models.weight_layout import fuse
@@ -185,9 +186,9 @@ def their_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
         return model(torch.as_tensor(tokens)).logits.numpy()
 
 
-def run(config, params, tokens, positions, mask, **cached):
+def run(config, params, tokens, positions, mask, layout=PLAIN, **cached):
     def apply(params, tokens, positions, mask, cached):
-        module = bind(Transformer, config, params)
+        module = bind(Transformer, config, params, layout)
         output = module(tokens, positions, mask, **cached)
         return output, module.logits(output.features)
 
@@ -195,10 +196,11 @@ def run(config, params, tokens, positions, mask, **cached):
     return jax.jit(apply)(*arrays)
 
 
-def causal_pass(config, params, tokens):
+def causal_pass(config, params, tokens, layout=PLAIN):
     b, t = tokens.shape
     positions = np.broadcast_to(np.arange(t)[None], (b, t))
-    return run(config, params, tokens, positions, packed_mask(jnp.zeros((b, t), jnp.int32)))
+    mask = packed_mask(jnp.zeros((b, t), jnp.int32))
+    return run(config, params, tokens, positions, mask, layout)
 
 
 def close(got, expected) -> None:
@@ -238,20 +240,21 @@ TREES = ["mistral", "qwen2 windows", "llama yarn", "mixtral window", "gemma2", "
 def test_tree_block_equals_its_paths_run_as_sequences(name: str, directory) -> None:
     """Catches a window that counts cache slots or nodes where it must count positions."""
     path, config = directory(name), CASES[name][1]
-    config = dataclasses.replace(config, fused=True, fused_qkv=True)
-    model, params = open_theirs(path), fuse(hf.load_target(path)[1], config)
+    layout = Layout(gate_up_fused=True, qkv_fused=True)
+    model, params = open_theirs(path), fuse(hf.load_target(path)[1], config, layout)
     tokens, lengths = random_tokens(2), [14, 3]
     paths = [_path(node) for node in range(len(_PARENTS))]
     nodes = random_tokens(2, len(_PARENTS) + 5)[:, 5:]
     depth = np.array([len(ancestors) - 1 for ancestors in paths])
     mask = np.array([[u in ancestors for u in range(len(paths))] for ancestors in paths])
-    whole, _ = causal_pass(config, params, tokens)
+    whole, _ = causal_pass(config, params, tokens, layout)
     _, got = run(
         config,
         params,
         nodes,
         np.array(lengths)[:, None] + depth[None],
         np.broadcast_to(mask[None], (2, *mask.shape)),
+        layout,
         cache=whole.block,  # slots from `lengths` on hold other tokens' keys
         lengths=np.array(lengths),
     )
@@ -413,7 +416,9 @@ def test_bfloat16_runs_and_stays_near(name: str, directory) -> None:
     _, exact = causal_pass(config, hf.load_target(path)[1], tokens)
     params = eagle_jax.load(path, dtype="bfloat16")
     for length in (1, LENGTH):  # few tokens gather their experts, many go through all
-        output, logits = causal_pass(params.target_config, params.target, tokens[:, :length])
+        output, logits = causal_pass(
+            params.target_config, params.target, tokens[:, :length], params.layout
+        )
         assert output.features.dtype == jnp.bfloat16
         assert {x.dtype for x in jax.tree.leaves(output.block)} == {jnp.dtype(jnp.bfloat16)}
         wanted = np.asarray(exact[:, :length])
@@ -427,9 +432,9 @@ def test_initial_parameters_are_those_of_the_checkpoint_format(name: str, joined
     config = CASES[name][1]
     shapes = jax.eval_shape(lambda: init_params(Transformer, config, 0))
     assert {name: x.shape for name, x in shapes.items()} == hf.shapes(config)
-    decoding = dataclasses.replace(config, fused=True, fused_qkv=joined)
-    fused = jax.eval_shape(lambda: init_params(Transformer, decoding, 0))
-    expected = {name: x.shape for name, x in fuse(random_params(config), decoding).items()}
+    layout = Layout(gate_up_fused=True, qkv_fused=joined)
+    fused = jax.eval_shape(lambda: init_params(Transformer, config, 0, layout))
+    expected = {name: x.shape for name, x in fuse(random_params(config), config, layout).items()}
     assert {name: x.shape for name, x in fused.items()} == expected
 
 

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from eagle_jax.decode import chain
+from eagle_jax.layout import Layout
 from eagle_jax.models import Transformer, bind, cast, init_params, kernels, quantize
 from eagle_jax.models import cache as caches
 from eagle_jax.models.attention import kernel_attention, two_segment_attention
@@ -19,7 +20,7 @@ from eagle_jax.models.linear import Parts, RMSNorm, join, matmul
 from eagle_jax.models.rotary import angles, rotary
 from eagle_jax.testing import tiny_target
 
-sampling = importlib.import_module("eagle_jax.decode.sampling")  # a function has that name too
+sampling = importlib.import_module("eagle_jax.decode.top_k")  # a function has that name too
 
 BFLOAT16 = jnp.bfloat16
 
@@ -377,23 +378,24 @@ def test_who_asks_for_the_largest(interpreted, monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     ("joined", "changes"),
-    [(True, {}), (False, {}), (True, {"quantize": "int8"}), (True, {"tie_word_embeddings": True})],
+    [(True, {}), (False, {}), (True, {"int8": True}), (True, {"tie_word_embeddings": True})],
     ids=["bfloat16", "q, k and v apart", "int8", "tied head"],
 )
 @pytest.mark.parametrize("t", [2, 5])
 def test_a_pass_with_all_of_them(interpreted, monkeypatch, t: int, joined: bool, changes) -> None:
     """Catches heads, tokens and layers that are mixed up between one kernel and the next."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
-    config = tiny_target(64, fused=True, fused_qkv=joined, **sizes)
-    config = dataclasses.replace(config, **changes)
-    floats = dataclasses.replace(config, quantize=None)
-    params = cast(init_params(Transformer, floats, 0), BFLOAT16)
+    tied = changes.get("tie_word_embeddings", False)
+    config = tiny_target(64, tie_word_embeddings=tied, **sizes)
+    layout = Layout(gate_up_fused=True, qkv_fused=joined)
+    params = cast(init_params(Transformer, config, 0, layout), BFLOAT16)
     rng = np.random.default_rng(0)
     params = {
         name: jnp.asarray(rng.normal(size=x.shape) * (0.1 if x.ndim > 1 else 1.0), x.dtype)
         for name, x in params.items()
     }
-    if config.quantize:
+    if "int8" in changes:
+        layout = dataclasses.replace(layout, quantize="int8")
         params = quantize.quantize_params(params)
     b, slots, lengths = 2, 48, jnp.array([7, 33])
     cache = tuple(
@@ -416,7 +418,7 @@ def test_a_pass_with_all_of_them(interpreted, monkeypatch, t: int, joined: bool,
         )
 
     def run():
-        model = bind(Transformer, config, params)
+        model = bind(Transformer, config, params, layout)
         places = lengths[:, None] + shape.depth
         output = model(tokens, places, shape.ancestors, cache=cache, lengths=lengths)
         return model.logits(output.features), output.residuals, output.block

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import reference
 
-from eagle_jax.models import MedusaHeads, Transformer, bind, init_params
+from eagle_jax.drafters.medusa.module import MedusaHeads
+from eagle_jax.models import Transformer, bind, init_params
 from eagle_jax.params import Draft
 from eagle_jax.testing import tiny_medusa, tiny_params, tiny_target
 

@@ -10,9 +10,12 @@ import pytest
 from slow_models import VOCAB, conversations, lively, packed, softmax, target_features, three_rows
 
 from eagle_jax.config import Distillation, MedusaConfig, MedusaTraining
-from eagle_jax.models import MedusaHeads, Transformer, init_params
+from eagle_jax.drafters.medusa.module import MedusaHeads
+from eagle_jax.drafters.medusa.objective import MedusaObjective
+from eagle_jax.drafters.model.objective import DistillationObjective
+from eagle_jax.models import Transformer, init_params
 from eagle_jax.testing import tiny_target
-from eagle_jax.train.objectives import DistillationObjective, MedusaObjective, means
+from eagle_jax.train.objectives import means
 
 TARGET_CONFIG = tiny_target(VOCAB)
 TARGET = lively(init_params(Transformer, TARGET_CONFIG, 0), 0)

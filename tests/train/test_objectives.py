@@ -18,9 +18,11 @@ from slow_models import (
 )
 
 from eagle_jax.config import EagleConfig, FeatureRegression
-from eagle_jax.models import EagleDraft, Transformer, init_params
+from eagle_jax.drafters.eagle.module import EagleDraft
+from eagle_jax.drafters.eagle.objective import FeatureRegressionObjective
+from eagle_jax.models import Transformer, init_params
 from eagle_jax.testing import tiny_draft, tiny_target
-from eagle_jax.train.objectives import FeatureRegressionObjective, NextTokenObjective, means
+from eagle_jax.train.objectives import NextTokenObjective, means
 from eagle_jax.train.objectives.base import project, rank
 
 TARGET_CONFIG = tiny_target(VOCAB)

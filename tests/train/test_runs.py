@@ -19,6 +19,7 @@ from eagle_jax.config import (
     TrainConfig,
     TrainingTimeTest,
 )
+from eagle_jax.drafters.eagle3.objective import TrainingTimeTestObjective
 from eagle_jax.settings import load
 from eagle_jax.testing import tiny_draft, tiny_target
 from eagle_jax.text import Tokenizer, read_conversations
@@ -120,7 +121,7 @@ def test_vocabulary_of_a_run(base, capsys):
     """Another vocabulary than the most frequent tokens, or another one in the export."""
     config = run_of(base, "eagle3", draft_vocab_size=9)
     task = objectives.build(config)
-    assert isinstance(task, objectives.TrainingTimeTestObjective)
+    assert isinstance(task, TrainingTimeTestObjective)
     counts = counted(config.data)
     ends = Tokenizer.load(config.data.tokenizer).eos_ids
     rest = sorted((x for x in counts if x not in ends), key=lambda x: (-counts[x], x))

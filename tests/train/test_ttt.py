@@ -13,9 +13,12 @@ from slow_models import VOCAB, conversations, lively, target_features, target_re
 from slow_models import packed as pack
 
 from eagle_jax.config import Eagle3Config, TrainingTimeTest
+from eagle_jax.drafters.eagle3 import objective as eagle3
+from eagle_jax.drafters.eagle3 import ttt_attention
+from eagle_jax.drafters.eagle3.objective import TrainingTimeTestObjective
 from eagle_jax.models import Transformer, init_params
 from eagle_jax.testing import tiny_target
-from eagle_jax.train.objectives import TrainingTimeTestObjective, eagle3, means, ttt_attention
+from eagle_jax.train.objectives import means
 
 TARGET_CONFIG = tiny_target(VOCAB)
 TARGET = lively(init_params(Transformer, TARGET_CONFIG, 0), 0)

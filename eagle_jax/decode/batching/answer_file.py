@@ -17,21 +17,23 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Unpack
 
 from tqdm import tqdm
 
 from eagle_jax import distributed, outputs
 from eagle_jax.checkpoint import files
+from eagle_jax.checks import check_whole
 from eagle_jax.decode import tuning_store
 from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.batching.batcher import Batcher, Piece
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.method_cli import spell
 from eagle_jax.decode.program import bucket_prompt
-from eagle_jax.decode.session import Options
+from eagle_jax.decode.sampling import SamplingParams, Settings, Vocabulary, rows_of
+from eagle_jax.decode.session import check_method
 from eagle_jax.params import Params
-from eagle_jax.text import read_prompts
+from eagle_jax.text import read_requests
 
 Messages = list[dict[str, str]]
 _START = b'{"index": '  # of every line written here
@@ -46,24 +48,31 @@ def answer_file(
     *,
     batch_size: int = 8,
     limit: int | None = None,
-    seed: int = 0,
+    sampling: SamplingParams | None = None,
+    method: str | Method = "eagle",
     max_new_tokens: int = 256,
     raw: bool = False,
-    **options: Any,
+    exact: bool = False,
+    **settings: Unpack[Settings],
 ) -> dict[str, Any]:
     """Answer every conversation of `source` and append to `target`.
 
     Args:
         params: of the model.
-        source: conversations, JSONL, plain or gzip.
+        source: conversations, JSONL, plain or gzip. A line may have settings of its own,
+            `"sampling": {"temperature": 0.5}`, which go before those given here.
         target: receives one line per prompt: `{"index", "messages", "finish", "settings"}`;
-            "finish" is "stop" (the model ended its answer) or "length".
+            "finish" is "stop" (an end token or a stop string) or "length"; "settings" are all that
+            the answer depends on besides the model. With `logprobs`, the line has those too.
         batch_size: rows decoded together; an answer that is finished makes room for a prompt.
         limit: answer the first so many only.
-        seed: row i of the file is sampled with seed + i, so batching never changes an answer.
+        sampling: how tokens are drawn; row i of the file takes the seed plus i, unless the line has
+            a seed of its own, so batching never changes an answer.
+        method: as in `generate`.
         max_new_tokens: longest answer; prompts that leave less room than this are skipped.
         raw: not allowed here, answers are chat turns.
-        **options: as `generate`.
+        exact: not allowed here.
+        **settings: the fields of `SamplingParams` as keywords, in the place of `sampling`.
 
     Returns:
         Counts, seconds and tokens per second, for one JSON line.
@@ -76,42 +85,40 @@ def answer_file(
     outputs.check_file("output", target)
     if raw:
         raise ValueError("raw=True: a file of conversations is answered through the chat template")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    check_whole("batch_size", batch_size)
     if params.tokenizer is None:
         raise ValueError("params: answering conversations needs a tokenizer")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: must be at least 1")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed}: must be at least 0 and below 2**32")
-    shared = Options(max_new_tokens=max_new_tokens, **options)
-    if shared.exact:
+    if limit is not None:
+        check_whole("limit", limit)
+    [shared] = rows_of(1, sampling, settings)
+    if exact:
         raise ValueError(
             "exact=True: prompts of a file are prefilled as rows get free; use generate"
         )
     # One method for all groups of prompts, also where the last has fewer rows.
-    shared = dataclasses.replace(shared, method=shared.check(params, batch_size)[1])
+    method = check_method(params, method, batch_size, shared.temperature)
+    check_whole("max_new_tokens", max_new_tokens)
     context = params.target_config.max_position_embeddings
     if max_new_tokens >= context:
         raise ValueError(f"max_new_tokens={max_new_tokens}: the context is {context}; use less")
-    settings = {
+    # What an answer depends on besides its prompt.
+    common = {
         "model": model_fingerprint(params),
         "dtype": params.dtype.name,
-        "seed": seed,
         "max_new_tokens": max_new_tokens,
-        "temperature": shared.temperature,
-        "top_k": shared.top_k,
-        "top_p": shared.top_p,
-        **_target_changes(params, shared.method),
+        **_target_changes(params, method),
     }
-    prompts = list(itertools.islice(read_prompts(source), limit))
+    lines = list(itertools.islice(read_requests(source), limit))
+    prompts = [prompt for _, prompt, _ in lines]
+    drawn = _settings(params, shared, lines)
+    settings_of = [{**common, "sampling": row.to_dict()} for row in drawn]
     encoded = [params.tokenizer.chat(prompt) for prompt in prompts]
     room = context - max_new_tokens
     fitting = [i for i, ids in enumerate(encoded) if len(ids) <= room]
 
     begin, tokens, rounds = time.perf_counter(), 0, 0
     with _opened(target) as out:
-        done = _answered(target, prompts, settings)
+        done = _answered(target, prompts, settings_of)
         distributed.wait_for_all("answers")  # before the first process writes more
         waiting = sorted(set(fitting) - done, key=lambda i: (-len(encoded[i]), i))
         before = len(fitting) - len(waiting)
@@ -119,13 +126,15 @@ def answer_file(
             # One cache size per bucket of prompts: attention reads all of it.
             for _, group in itertools.groupby(waiting, lambda i: _bucket(encoded[i])):
                 asked = {i: encoded[i] for i in group}
-                for i, ids, last in _decode(params, asked, batch_size, seed, shared):
-                    text = params.tokenizer.decode(ids)
+                for i, ids, text, logprobs, last in _decode(
+                    params, asked, drawn, method, max_new_tokens, batch_size
+                ):
                     line = {
                         "index": i,
                         "messages": [*prompts[i], {"role": "assistant", "content": text}],
                         "finish": last.finish,
-                        "settings": settings,
+                        "settings": settings_of[i],
+                        **({} if logprobs is None else {"logprobs": logprobs}),
                     }
                     with outputs.naming(target):
                         out.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -154,7 +163,7 @@ def model_fingerprint(params: Params) -> str:
     """
     root = params.directory
     if root is None or not root.is_dir():
-        return tuning_store.fingerprint(params.only(None))
+        return tuning_store.fingerprint(params.with_draft(None))
     directory = root / "target" if (root / "target").is_dir() else root
     digest = hashlib.sha256(files.fingerprint(directory).encode())
     for name in _TEXT_FILES:
@@ -172,7 +181,7 @@ def _target_changes(params: Params, method: str | Method) -> dict[str, Any]:
     if isinstance(method, Method) and rule != Exact():
         # The answers then depend on what is drafted, too.
         changes["method"] = spell(method)
-        changes["drafts"] = tuning_store.fingerprint(params.only(method.draft))
+        changes["drafts"] = tuning_store.fingerprint(params.with_draft(method.draft))
     return changes
 
 
@@ -195,32 +204,57 @@ def _bucket(ids: Sequence[int]) -> int:
     return bucket_prompt(len(ids))
 
 
+def _settings(
+    params: Params, shared: SamplingParams, lines: Sequence[tuple[str, Messages, dict[str, Any]]]
+) -> list[SamplingParams]:
+    """The settings of every line: those of all, with the line's own in their place."""
+    vocabulary, out = Vocabulary.of(params), []
+    for i, (where, _, record) in enumerate(lines):
+        own = dataclasses.replace(shared, seed=(shared.seed + i) % 2**32)
+        try:
+            own = own.override(record.get("sampling", {}))
+            vocabulary.resolve(own)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        out.append(own)
+    return out
+
+
 def _decode(
     params: Params,
     prompts: dict[int, list[int]],
+    sampling: Sequence[SamplingParams],
+    method: Method,
+    max_new_tokens: int,
     batch_size: int,
-    seed: int,
-    options: Options,
-) -> Iterator[tuple[int, list[int], Piece]]:
-    """Index, answer and last piece of every prompt, as they finish."""
-    shared = {name: value for name, value in vars(options).items() if name != "exact"}
+) -> Iterator[tuple[int, list[int], str, list[Any] | None, Piece]]:
+    """Index, answer, text, log-probabilities and last piece of every prompt, as they finish."""
+    # Rows with stop strings wait for the host, which looks between chunks.
+    chunk = 16 if any(sampling[i].stop for i in prompts) else max_new_tokens
     batcher = Batcher(
         params,
+        method=method,
         rows=min(batch_size, len(prompts)),
         max_prompt=max(map(len, prompts.values())),
-        chunk=options.max_new_tokens,
+        max_new_tokens=max_new_tokens,
+        chunk=chunk,
         waiting=len(prompts),
-        **shared,
     )
-    asked = {batcher.submit(ids, seed=(seed + i) % 2**32): i for i, ids in prompts.items()}
-    answers: dict[int, list[int]] = collections.defaultdict(list)
+    asked = {batcher.submit(ids, sampling[i]): i for i, ids in prompts.items()}
+    pieces: dict[int, list[Piece]] = collections.defaultdict(list)
     for piece in batcher.run():
-        answers[piece.request] += piece.tokens.tolist()
+        pieces[piece.request].append(piece)
         if piece.finish is not None:
-            yield asked[piece.request], answers.pop(piece.request), piece
+            own = pieces.pop(piece.request)
+            tokens = [token for part in own for token in part.tokens.tolist()]
+            logprobs = None
+            if piece.logprobs is not None:
+                logprobs = [dataclasses.asdict(x) for part in own for x in part.logprobs or ()]
+            text = "".join(part.text or "" for part in own)
+            yield asked[piece.request], tokens, text, logprobs, piece
 
 
-def _answered(path: Path, prompts: Sequence[Messages], settings: dict[str, Any]) -> set[int]:
+def _answered(path: Path, prompts: Sequence[Messages], settings: list[dict[str, Any]]) -> set[int]:
     """Indices of finished lines; a line that a kill cut short is cut away."""
     if not path.exists():
         return set()
@@ -247,15 +281,19 @@ class _OtherSettings(ValueError):
     """Says in which settings a finished line differs."""
 
 
-def _index(line: bytes, prompts: Sequence[Messages], settings: dict[str, Any]) -> int:
+def _index(line: bytes, prompts: Sequence[Messages], settings: list[dict[str, Any]]) -> int:
     """Which prompt a finished line answers; one beyond the limit is not looked at."""
     record = json.loads(line)
     index, asked, found = record["index"], record["messages"][:-1], record["settings"]
     if type(index) is not int or index < 0 or (index < len(prompts) and asked != prompts[index]):
         raise ValueError
-    if found != settings:
-        names = [name for name in settings | found if found.get(name) != settings.get(name)]
+    if index < len(settings):
+        wanted = settings[index]
+    else:  # its own settings stand in a line that was not read
+        wanted = {**settings[0], "sampling": found.get("sampling")} if settings else found
+    if found != wanted:
+        names = [name for name in wanted | found if found.get(name) != wanted.get(name)]
         raise _OtherSettings(
-            ", ".join(f"{n} is {found.get(n)!r} there and {settings.get(n)!r} here" for n in names)
+            ", ".join(f"{n} is {found.get(n)!r} there and {wanted.get(n)!r} here" for n in names)
         )
     return index

@@ -20,109 +20,38 @@ import dataclasses
 import itertools
 import queue
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from eagle_jax.checks import check_flag
+from eagle_jax.checks import check_flag, check_whole
 from eagle_jax.decode import executables
+from eagle_jax.decode.batching.request import (
+    BatcherStatistics,
+    Piece,
+    Read,
+    Request,
+    nobody,
+    sampling_of,
+)
 from eagle_jax.decode.batching.schedule import (
     Stage,
     Table,
     check_count,
     methods,
     pause,
+    reporting,
     stages,
     wanted,
 )
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.program import bucket_prompt
 from eagle_jax.decode.prompts import encode
-from eagle_jax.decode.sampling import sampling
-from eagle_jax.decode.session import Options, check_params, check_seeds
+from eagle_jax.decode.sampling import Capacities, Sampling, SamplingParams, Vocabulary, rows_of
+from eagle_jax.decode.sampling.stop import Answer
+from eagle_jax.decode.session import check_params
 from eagle_jax.params import Params
-from eagle_jax.text import StreamDecoder
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """What a request got in one chunk. Joined, a request's pieces are the whole answer.
-
-    Attributes:
-        request: what `submit` returned.
-        text: the newly certain part of the answer; none without tokenizer.
-        tokens: [n] newly committed ids, the end token included.
-        finish: "stop" (the model ended its answer), "length" (the request's limit or the context
-            did), or none while the answer goes on.
-        rounds: target passes of this request so far.
-    """
-
-    request: int
-    text: str | None
-    tokens: np.ndarray
-    finish: str | None
-    rounds: int
-
-
-@dataclasses.dataclass(frozen=True)
-class BatcherStatistics:
-    """What a batcher has done so far, and what it is at.
-
-    Attributes:
-        waiting, occupied: requests in the queue and in rows, now.
-        rows: of the batch, now.
-        finished: requests answered to their end.
-        new_tokens: committed tokens of all requests.
-        rounds: passes over a request's tree, of all requests.
-        passes: rounds of the whole batch.
-        moves: changes of the batch size that took requests along.
-        tau: mean acceptance length, `new_tokens` per `rounds`.
-        occupancy: share of a pass's rows that had a request, on average.
-        compile_seconds, prefill_seconds, decode_seconds: wall clock, apart from each other.
-    """
-
-    waiting: int
-    occupied: int
-    rows: int
-    finished: int
-    new_tokens: int
-    rounds: int
-    passes: int
-    moves: int
-    tau: float
-    occupancy: float
-    compile_seconds: float
-    prefill_seconds: float
-    decode_seconds: float
-
-
-@dataclasses.dataclass(eq=False)
-class _Request:
-    """A request on its way.
-
-    Attributes:
-        id: its number.
-        text: [n] what its next prefill takes: the prompt and, in a move, all that was committed.
-        limit: length of the text at which it ends.
-        seed: of its noise.
-        decoder: of its answer; none without tokenizer.
-        seen: length of its text that was handed out.
-        rounds: target passes so far, in all rows that it had.
-        row_rounds: of these, in the row that it has.
-        cancelled: nobody wants it.
-    """
-
-    id: int
-    text: np.ndarray
-    limit: int
-    seed: int
-    decoder: StreamDecoder | None
-    seen: int
-    rounds: int = 0
-    row_rounds: int = 0
-    cancelled: bool = False
 
 
 class Batcher:
@@ -147,10 +76,7 @@ class Batcher:
         rows: int = 8,
         max_prompt: int = 512,
         max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        ignore_eos: bool = False,
+        sampling: SamplingParams | None = None,
         chunk: int = 16,
         prefill_rows: int = 1,
         waiting: int = 1024,
@@ -167,7 +93,8 @@ class Batcher:
             rows: b, requests decoded together at most.
             max_prompt: longest prompt, in tokens. With `max_new_tokens` it sets the cache's size.
             max_new_tokens: longest answer; a request may ask for less.
-            temperature, top_k, top_p, ignore_eos: as in `generate`, for all requests.
+            sampling: settings of requests that bring none; by default greedy. Tuned methods are
+                those for its temperature.
             chunk: rounds between two looks at the batch at most, i.e. how long new text, a new
                 prompt and a cancellation wait. While prompts wait, a row that is done ends a chunk.
             prefill_rows: p, prompts prefilled together; p rows must then be done to end a chunk.
@@ -192,27 +119,26 @@ class Batcher:
             raise ValueError(
                 f"prefill_rows={prefill_rows}: with rows={rows}, use at most {max(rows - 1, 1)}"
             )
-        options = Options(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            ignore_eos=ignore_eos,
-        )
-        table = methods(params, method, rows, options)
-        self._settings = sampling(temperature, top_k, top_p)
+        check_whole("max_new_tokens", max_new_tokens)
+        [self._default] = rows_of(1, sampling)
+        self._vocabulary, self._capacities = Vocabulary.of(params), Capacities()
+        self._vocabulary.resolve(self._default)
+        table = methods(params, method, rows, self._default.temperature)
+        self._sampling: Sampling | None = None  # of the rows as they are now
         self._context = params.target_config.max_position_embeddings
         self._max_prompt = min(max_prompt, self._context - 1)
         self._max_new_tokens = int(max_new_tokens)
-        self._stages = stages(params, table, options, self._max_prompt, prefill_rows)
+        self._stages = stages(params, table, self._max_prompt, self._max_new_tokens, prefill_rows)
+        if self._default.logprobs is not None:
+            self._stages = reporting(self._stages)
         self._params = self._stages[-1].params  # no draft of `params` that nobody uses is kept
         self._chunk, self._longest_queue = chunk, waiting
         self._clock = executables.Clock()
 
         self._lock = threading.Lock()
         self._ids = itertools.count()
-        self._queue: collections.deque[_Request] = collections.deque()
-        self._requests: dict[int, _Request] = {}  # waiting and in rows
+        self._queue: collections.deque[Request] = collections.deque()
+        self._requests: dict[int, Request] = {}  # waiting and in rows
         self._pieces: collections.deque[Piece] = collections.deque()  # not handed out yet
         self._finished = self._tokens = self._rounds = self._passes = self._moves = 0
         self._places = 0  # rows of all passes
@@ -224,15 +150,24 @@ class Batcher:
         return self._stage.method
 
     def submit(
-        self, prompt: Any, *, seed: int = 0, max_new_tokens: int | None = None, raw: bool = False
+        self,
+        prompt: Any,
+        sampling: SamplingParams | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        raw: bool = False,
+        seed: int | None = None,
     ) -> int:
         """Queue a prompt.
 
         Args:
             prompt: one, in any form that `generate` takes.
-            seed: of its sampling noise.
+            sampling: its settings; by default the batcher's. Requests with different settings
+                share one compiled program. The first request that wants log-probabilities makes the
+                batcher compile programs that report them.
             max_new_tokens: longest answer; by default, and at most, the batcher's.
             raw: as in `generate`.
+            seed: in the place of the settings' own.
 
         Returns:
             The request's number, by which its pieces are known.
@@ -248,7 +183,10 @@ class Batcher:
                 f"prompt: {len(ids)} tokens, and this batcher takes max_prompt={self._max_prompt}; "
                 "shorten it or raise max_prompt"
             )
-        (seed,) = check_seeds([seed], 1)
+        [sampling] = [self._default] if sampling is None else rows_of(1, sampling)
+        if seed is not None:
+            sampling = dataclasses.replace(sampling, seed=seed)
+        sampling = self._vocabulary.resolve(sampling)
         new = self._max_new_tokens if max_new_tokens is None else max_new_tokens
         check_count("max_new_tokens", new)
         if new > self._max_new_tokens:
@@ -259,12 +197,14 @@ class Batcher:
         with self._lock:
             if len(self._queue) >= self._longest_queue:
                 raise queue.Full(f"waiting={self._longest_queue}: the queue is full; try again")
-            request = _Request(
+            request = Request(
                 id=next(self._ids),
                 text=ids,
+                prompt=len(ids),
                 limit=min(len(ids) + int(new), self._context),
-                seed=seed,
-                decoder=None if tokenizer is None else StreamDecoder(tokenizer),
+                sampling=sampling,
+                ends=self._vocabulary.ends(sampling),
+                answer=Answer(tokenizer, sampling.stop, sampling.min_tokens),
                 seen=len(ids),
             )
             self._queue.append(request)
@@ -323,6 +263,7 @@ class Batcher:
         self._drop_cancelled()
         left = [request.limit - request.seen for request in self._rows if request]
         here = self._passes - self._entered
+        self._report_logprobs()
         stage = wanted(self._stages, self._stage, left, len(self._queue), here)
         if stage is not self._stage:
             self._move(stage)
@@ -336,16 +277,20 @@ class Batcher:
             stage.program,
             stage.params,
             self._state,
-            self._settings,
+            self._arrays(),
             self._clock,
             min(rounds, self._chunk),
             enough,
         )
         self._collect()
 
-    def warm_up(self) -> None:
-        """Compile every program now: a size of batch or prompts costs its first one seconds
-        otherwise."""
+    def warm_up(self, *sampling: SamplingParams) -> None:
+        """Compile programs now: otherwise the first batch or prompt of a size takes seconds.
+
+        Args:
+            *sampling: settings that requests will bring. Greedy or not, with filters or without
+                makes four programs of every size; by default those of the batcher's own settings.
+        """
         longest = self._max_prompt
         if len(self._stages) > 1:  # a prefill may be of an answer too
             longest = min(longest + self._max_new_tokens, self._context) - 1
@@ -354,11 +299,12 @@ class Batcher:
         for stage in (*(stage for stage in self._stages if stage is not before), before):
             self._enter(stage)
             for size in sorted(sizes):
-                nobody = _Request(-1, np.zeros(size, np.int32), size, 0, None, 0)
-                self._prefill([nobody], [stage.rows])
-            self._state = executables.advance(
-                stage.program, stage.params, self._state, self._settings, self._clock, 0
-            )
+                self._prefill([nobody(size)], [stage.rows])
+            for settings in (self._default, *sampling):
+                arrays = self._arrays_of([nobody(1, self._vocabulary.resolve(settings))])
+                self._state = executables.advance(
+                    stage.program, stage.params, self._state, arrays, self._clock, 0
+                )
             if stage is not before:
                 del self._state
         self._insert_all(live)
@@ -389,13 +335,9 @@ class Batcher:
         rows = [i for i, request in enumerate(self._rows) if request and request.cancelled]
         if not rows:
             return
-        done = np.array(self._state.done)
-        done[rows] = True
+        self._state, self._sampling = executables.end_rows(self._state, rows), None
         for row in rows:
             self._rows[row] = None
-        # Placed as it was, so that the same program goes on.
-        done = jax.device_put(done, self._state.done.sharding)
-        self._state = dataclasses.replace(self._state, done=done)
 
     def _move(self, stage: Stage) -> None:
         live = self._leave()
@@ -403,7 +345,26 @@ class Batcher:
         self._insert_all(live)
         self._moves += bool(live)
 
-    def _leave(self) -> list[_Request]:
+    def _report_logprobs(self) -> None:
+        """Goes on with programs that report log-probabilities, once a request wants them."""
+        with self._lock:
+            asked = any(request.sampling.logprobs is not None for request in self._queue)
+        if asked and self._stage.program.logprobs is None:
+            at = self._stages.index(self._stage)
+            self._stages = reporting(self._stages)
+            self._move(self._stages[at])
+
+    def _arrays(self) -> Sampling:
+        """The settings of the requests in rows."""
+        if self._sampling is None:
+            self._sampling = self._arrays_of(self._rows)
+        return self._sampling
+
+    def _arrays_of(self, requests: Sequence[Request | None]) -> Sampling:
+        arrays = sampling_of(requests, len(self._rows), self._vocabulary, self._capacities)
+        return executables.placed(self._params, arrays)
+
+    def _leave(self) -> list[Request]:
         """The requests in rows with all of their text; the batch's memory is free then."""
         tokens, live = jax.device_get(self._state.tokens), []
         for row, request in enumerate(self._rows):
@@ -416,29 +377,32 @@ class Batcher:
     def _enter(self, stage: Stage) -> None:
         """A batch of this size, without requests."""
         self._stage, self._entered = stage, self._passes
-        self._rows: list[_Request | None] = [None] * stage.rows
+        self._rows: list[Request | None] = [None] * stage.rows
+        self._sampling = None
         self._state = executables.vacant(stage.program, stage.params, stage.rows, self._clock)
 
-    def _next_group(self) -> list[_Request]:
+    def _next_group(self) -> list[Request]:
         """Up to `prefill_rows` waiting requests, as many as rows are free."""
         free = len(self._rows) - self._occupied()
         with self._lock:
             count = min(self._stage.prefill_rows, free, len(self._queue))
             return [self._queue.popleft() for _ in range(count)]
 
-    def _insert_all(self, requests: list[_Request]) -> None:
+    def _insert_all(self, requests: list[Request]) -> None:
         for first in range(0, len(requests), self._stage.prefill_rows):
             self._insert(requests[first : first + self._stage.prefill_rows])
 
-    def _insert(self, group: list[_Request]) -> None:
+    def _insert(self, group: list[Request]) -> None:
         """Give free rows to a group of at most `prefill_rows` requests."""
         free = [row for row, request in enumerate(self._rows) if request is None][: len(group)]
         for row, request in zip(free, group, strict=True):
             self._rows[row], request.row_rounds = request, 0
+        self._sampling = None
         self._prefill(group, free)
 
-    def _prefill(self, group: list[_Request], rows: list[int]) -> None:
-        """Padded to `prefill_rows`: with the first request, for a row that there is not."""
+    def _prefill(self, group: list[Request], rows: list[int]) -> None:
+        """Prefills a group, padded to `prefill_rows` by repeating its first request with a row that
+        is out of range, which is dropped."""
         stage = self._stage
         missing = stage.prefill_rows - len(group)
         group, rows = group + group[:1] * missing, rows + [stage.rows] * missing
@@ -449,40 +413,33 @@ class Batcher:
             rows,
             [request.text for request in group],
             [request.limit for request in group],
-            [request.seed for request in group],
+            [request.sampling.seed for request in group],
             self._clock,
         )
 
     def _collect(self) -> None:
         """Makes a piece of every row's new tokens; rows that are done become free."""
-        state = self._state
-        tokens, length, done, rounds = jax.device_get(
-            (state.tokens, state.length, state.done, state.rounds)
-        )
-        passes = 0
+        state, passes, stopped = self._state, 0, []
+        read = Read.of(state)
         for row, request in enumerate(self._rows):
             if request is None or request.cancelled:
                 continue
-            new = tokens[row, request.seen : length[row]].copy()
-            took = int(rounds[row]) - request.row_rounds
-            request.seen, request.row_rounds = int(length[row]), int(rounds[row])
-            request.rounds += took
-            self._tokens, self._rounds = self._tokens + len(new), self._rounds + took
-            passes = max(passes, took)  # the row that finished last took part in all of them
-            finish = None
-            if done[row]:
-                finish = "stop" if new[-1] in self._stage.program.eos else "length"
-                self._rows[row] = None
+            before = request.rounds
+            # The row that finished last took part in all passes.
+            passes = max(passes, int(read.rounds[row]) - request.row_rounds)
+            piece = request.take(row, read)
+            self._tokens += len(piece.tokens)
+            self._rounds += request.rounds - before
+            if piece.finish:
+                stopped += [row] * (not read.done[row])
+                self._rows[row] = self._sampling = None
                 self._finished += 1
-            text = None
-            if request.decoder is not None:
-                text = request.decoder.feed(new.tolist())
-                text += request.decoder.flush() if finish else ""
             with self._lock:
                 if not request.cancelled:  # another thread may have cancelled it by now
-                    piece = Piece(request.id, text, new, finish, request.rounds)
                     self._pieces.append(piece)
-                if finish:
+                if piece.finish:
                     self._requests.pop(request.id, None)
+        if stopped:
+            self._state = executables.end_rows(self._state, stopped)
         self._passes += passes
         self._places += passes * len(self._rows)

@@ -16,7 +16,8 @@ from eagle_jax.decode import tuning_store
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.program import Program
 from eagle_jax.decode.registry import AUTO
-from eagle_jax.decode.session import Options
+from eagle_jax.decode.sampling.checks import MOST_LOGPROBS
+from eagle_jax.decode.session import check_method, make_program
 from eagle_jax.params import Params
 
 Table = Mapping[int, str | Method]
@@ -48,7 +49,7 @@ class Stage:
 
 
 def methods(
-    params: Params, method: str | Method | Table, rows: int, options: Options
+    params: Params, method: str | Method | Table, rows: int, temperature: float
 ) -> dict[int, Method]:
     """Checked methods by batch size, the sizes rising up to `rows`.
 
@@ -58,14 +59,14 @@ def methods(
             itself takes the method of the largest size below, if it has none; or "auto", the table
             of all tunings that are stored for sizes up to `rows`.
         rows: the largest batch.
-        options: all else that `generate` takes; its `method` is not looked at.
+        temperature: of the requests; a tuning is for 0 or for more.
 
     Raises:
         ValueError: no entry is small enough, a size is no whole number above 0, or what `generate`
             raises of a method.
     """
     if isinstance(method, str) and method == AUTO:
-        method = tuning_store.table(params, rows, options.temperature)
+        method = tuning_store.table(params, rows, temperature)
     table = method if isinstance(method, Mapping) else {rows: method}
     for size in table:
         check_count("batch size", size)
@@ -75,17 +76,14 @@ def methods(
             f"method: a table for batch sizes {sorted(table)}, and rows={rows}; add one for 1"
         )
     chosen = {**{size: table[size] for size in sizes}, rows: table[sizes[-1]]}
-    return {
-        size: dataclasses.replace(options, method=entry).check(params, size)[1]
-        for size, entry in chosen.items()
-    }
+    return {size: check_method(params, entry, size, temperature) for size, entry in chosen.items()}
 
 
 def stages(
     params: Params,
     table: Mapping[int, Method],
-    options: Options,
     max_prompt: int,
+    max_new_tokens: int,
     prefill_rows: int,
 ) -> tuple[Stage, ...]:
     """The stages of what `methods` returned, in its order."""
@@ -94,10 +92,20 @@ def stages(
             rows,
             min(prefill_rows, max(rows - 1, 1)),
             method,
-            options.program(params, method, max_prompt),
-            params.only(method.draft),
+            make_program(params, method, max_prompt, max_new_tokens),
+            params.with_draft(method.draft),
         )
         for rows, method in table.items()
+    )
+
+
+def reporting(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """The same stages with programs that report log-probabilities."""
+    return tuple(
+        dataclasses.replace(
+            stage, program=dataclasses.replace(stage.program, logprobs=MOST_LOGPROBS)
+        )
+        for stage in stages
     )
 
 

@@ -7,6 +7,7 @@ otherwise EAGLE's tree is (the idea of SAM decoding, arXiv 2411.10666, with plai
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,9 @@ import jax.numpy as jnp
 from eagle_jax.checks import short
 from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
-from eagle_jax.decode.methods.eagle import Eagle, EagleState
 from eagle_jax.decode.methods.prompt_lookup import PromptLookup, lookup
 from eagle_jax.decode.tree import Proposal, Shape, chain
+from eagle_jax.drafters.eagle.method import Eagle, EagleState, default_tree
 from eagle_jax.params import Params
 
 
@@ -34,6 +35,8 @@ class EagleLookup:
         max_ngram=16, min_ngram=8, length=16, latest=True, truncate=True
     )
     rule: Rule = dataclasses.field(default=Exact(), init=False)
+
+    wraps: ClassVar[str] = "eagle"  # the field with the method that drafts
 
     def __post_init__(self) -> None:
         for name, kind in (("eagle", Eagle), ("lookup", PromptLookup)):
@@ -94,6 +97,11 @@ class EagleLookup:
 
     def update(self, models: Models, state: EagleState, verified: Verified) -> EagleState:
         return self.eagle.update(models, state, verified)
+
+
+def eagle_lookup() -> EagleLookup:
+    """What `method="eagle_lookup"` stands for."""
+    return EagleLookup(Eagle(default_tree()))
 
 
 def _widen(state: EagleState, rows: int) -> EagleState:

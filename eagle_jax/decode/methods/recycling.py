@@ -125,7 +125,7 @@ class Recycling:
         if state.logits is None or context.noise is None:
             return found
         noise = gather(context.noise[:, depth - 1], found)
-        scores = gather(state.logits, parents) / context.sampling.temperature + noise
+        scores = context.sampling.scaled(gather(state.logits, parents)) + noise
         _, order = jax.lax.top_k(scores, self.width)
         return jnp.take_along_axis(found, order, axis=2)
 

@@ -1,9 +1,9 @@
 """What is trained, and against what: a loss as a function of parameters.
 
-Five objectives behind one interface, `Objective`. Next-token cross-entropy trains a target, the
-others train drafts against a frozen target, which runs on the same batch or left its features there
-before. All work on packed sequences: `loss_mask` marks assistant tokens, and a row counts if the
-token whose distribution it predicts is marked.
+One interface, `Objective`. Next-token cross-entropy trains a target. The others belong to drafters
+(`eagle_jax.drafters.<kind>.objective`) and train drafts against a frozen target, which runs on the
+same batch or left its features there before. All work on packed sequences: `loss_mask` marks
+assistant tokens, and a row counts if the token whose distribution it predicts is marked.
 
 | | row i reads | predicts | weight |
 |---|---|---|---|
@@ -17,21 +17,13 @@ distribution | mask[i+2+j] |
 
 from eagle_jax.train.objectives.base import Batch, Objective, Sums, means
 from eagle_jax.train.objectives.build import assemble, build, target_directory
-from eagle_jax.train.objectives.distillation import DistillationObjective
-from eagle_jax.train.objectives.eagle1 import FeatureRegressionObjective
-from eagle_jax.train.objectives.eagle3 import TrainingTimeTestObjective
-from eagle_jax.train.objectives.medusa import MedusaObjective
 from eagle_jax.train.objectives.next_token import NextTokenObjective
 
 __all__ = [
     "Batch",
-    "DistillationObjective",
-    "FeatureRegressionObjective",
-    "MedusaObjective",
     "NextTokenObjective",
     "Objective",
     "Sums",
-    "TrainingTimeTestObjective",
     "assemble",
     "build",
     "means",

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from eagle_jax import config as configs
+from eagle_jax.config import DraftObjective, TransformerConfig
 from eagle_jax.models import Transformer, bind
 from eagle_jax.models.attention import AttentionKernel
 from eagle_jax.models.linear import Embedding
@@ -20,20 +20,14 @@ from eagle_jax.models.transformer import packed_mask
 from eagle_jax.train.objectives.base import Batch, transformer_flops
 from eagle_jax.types import Hidden, ParamDict
 
-Settings = (
-    configs.FeatureRegression
-    | configs.TrainingTimeTest
-    | configs.MedusaTraining
-    | configs.Distillation
-)
 # All that is needed of a target whose features are stored.
 ENDS = ("embed_tokens.embedding", "norm.scale", "lm_head.kernel")
 _LARGEST = 127  # of int8, both ways
 
 
-def layers(settings: Settings) -> tuple[int, ...]:
-    """The residual streams that an objective reads beside the features after the final norm."""
-    return settings.draft.aux_layers if isinstance(settings, configs.TrainingTimeTest) else ()
+def layers(settings: DraftObjective) -> tuple[int, ...]:
+    """The residual streams that a draft reads beside the features after the final norm."""
+    return getattr(settings.draft, "aux_layers", ())
 
 
 def ends(frozen: Mapping[str, Any]) -> ParamDict:
@@ -42,7 +36,7 @@ def ends(frozen: Mapping[str, Any]) -> ParamDict:
 
 
 def features(
-    config: configs.TransformerConfig,
+    config: TransformerConfig,
     layers: Sequence[int],
     frozen: ParamDict,
     batch: Batch,
@@ -91,13 +85,13 @@ def _expand(batch: Batch, dtype: jnp.dtype) -> tuple[Hidden, ...]:
     return tuple(stored[:, :, i] for i in range(stored.shape[2]))
 
 
-def embedding(config: configs.TransformerConfig, frozen: ParamDict) -> Embedding:
+def embedding(config: TransformerConfig, frozen: ParamDict) -> Embedding:
     """The target's embedding, which needs nothing else of it."""
     return bind(_embedding, config, {"embedding": frozen[ENDS[0]]})
 
 
 def flops(
-    settings: Settings, config: configs.TransformerConfig, sequence_length: int
+    settings: DraftObjective, config: TransformerConfig, sequence_length: int
 ) -> tuple[float, float]:
     """`transformer_flops` of the target, without its layers where features are stored."""
     body, head = transformer_flops(config, sequence_length)

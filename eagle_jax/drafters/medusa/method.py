@@ -9,12 +9,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from eagle_jax.checks import check_flag
-from eagle_jax.config import MedusaConfig
 from eagle_jax.decode.acceptance import Exact, Rejection
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
 from eagle_jax.decode.sampling import perturb
 from eagle_jax.decode.top_k import top_k
 from eagle_jax.decode.tree import Proposal, StaticTree, best_tree, check_tree
+from eagle_jax.drafters.medusa.config import MedusaConfig
 from eagle_jax.params import Params
 
 # How often the candidate of rank 0, 1, ... of each head is the token that greedy decoding puts

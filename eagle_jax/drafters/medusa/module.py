@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from eagle_jax.config import MedusaConfig
+from eagle_jax.drafters.medusa.config import MedusaConfig
+from eagle_jax.layout import PLAIN, Layout
 from eagle_jax.models.linear import Linear
 from eagle_jax.models.per_device import per_device
 from eagle_jax.models.transformer import Output, Transformer, vocabulary_head
@@ -33,14 +34,14 @@ class ResidualBlock(nnx.Module):
 class MedusaHead(nnx.Module):
     """Residual blocks, then a vocabulary head, or a square matrix before the target's."""
 
-    def __init__(self, config: MedusaConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: MedusaConfig, layout: Layout = PLAIN, *, rngs: nnx.Rngs) -> None:
         d, v = config.hidden_size, config.vocab_size
-        more: dict[str, Any] = {"quantization": config.quantize, "rngs": rngs}
+        more: dict[str, Any] = {"quantization": layout.quantize, "rngs": rngs}
         self.blocks = nnx.List(ResidualBlock(d, **more) for _ in range(config.num_layers))
         tied = config.tie_lm_head
         self.lm_head = None if tied else Linear(d, v, **more)
         self.lm_proj = Linear(d, d, **more) if tied else None
-        if self.lm_proj is not None and config.quantize is None:
+        if self.lm_proj is not None and layout.quantize is None:
             self.lm_proj.kernel = nnx.Param(jnp.eye(d))  # at first, every head is the target's
 
     def __call__(self, x: Hidden) -> Hidden:
@@ -52,8 +53,10 @@ class MedusaHead(nnx.Module):
 class MedusaHeads(nnx.Module):
     """All heads over the same feature."""
 
-    def __init__(self, config: MedusaConfig, *, rngs: nnx.Rngs) -> None:
-        self.heads = nnx.List(MedusaHead(config, rngs=rngs) for _ in range(config.num_heads))
+    def __init__(self, config: MedusaConfig, layout: Layout = PLAIN, *, rngs: nnx.Rngs) -> None:
+        self.heads = nnx.List(
+            MedusaHead(config, layout, rngs=rngs) for _ in range(config.num_heads)
+        )
 
     def __call__(self, features: Hidden) -> list[Hidden]:
         """What each head's vocabulary matrix reads, [b, t, d] per head."""

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from eagle_jax.config import Eagle3Config
+from eagle_jax.drafters.eagle.module import target_tokens
+from eagle_jax.drafters.eagle3.config import Eagle3Config
+from eagle_jax.layout import PLAIN, Layout
 from eagle_jax.models.attention import AttentionKernel
 from eagle_jax.models.cache import AXES
-from eagle_jax.models.eagle import target_tokens
 from eagle_jax.models.layers import MLP, Attention
 from eagle_jax.models.linear import Embedding, Linear, Parts, RMSNorm, join, total
 from eagle_jax.models.per_device import per_device
@@ -25,13 +26,13 @@ from eagle_jax.types import Hidden, KeyValue
 class Eagle3Layer(nnx.Module):
     """The decoder layer: attention reads [embedding ; state], each with a norm of its own."""
 
-    def __init__(self, config: Eagle3Config, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Eagle3Config, layout: Layout = PLAIN, *, rngs: nnx.Rngs) -> None:
         d, eps, layer = config.hidden_size, config.rms_norm_eps, config.layer()
         self.input_layernorm = RMSNorm(d, eps, rngs=rngs)
         self.hidden_norm = RMSNorm(d, eps, rngs=rngs)
-        self.self_attn = Attention(layer, inputs=2, rngs=rngs)
+        self.self_attn = Attention(layer, layout, inputs=2, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(d, eps, rngs=rngs)
-        self.mlp = MLP(layer, rngs=rngs)
+        self.mlp = MLP(layer, layout, rngs=rngs)
 
     def read(self, embeddings: Hidden, state: Hidden) -> Float[Array, "b t d2"]:
         """What attention projects."""
@@ -46,9 +47,9 @@ class Eagle3Layer(nnx.Module):
 class Eagle3Draft(nnx.Module):
     """`fc`, one layer, norm and head; `d2t` is a table of int32 offsets, not a weight."""
 
-    def __init__(self, config: Eagle3Config, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Eagle3Config, layout: Layout = PLAIN, *, rngs: nnx.Rngs) -> None:
         d, eps, fused = config.hidden_size, config.rms_norm_eps, len(config.aux_layers)
-        wide, quantization = config.feature_size, config.quantize
+        wide, quantization = config.feature_size, layout.quantize
         self.embed_tokens = Embedding(config.vocab_size, d, rngs=rngs) if wide != d else None
         self.fc_norm = (
             nnx.List(RMSNorm(wide, eps, rngs=rngs) for _ in range(fused))
@@ -56,7 +57,7 @@ class Eagle3Draft(nnx.Module):
             else None
         )
         self.fc = Linear(fused * wide, d, quantization=quantization, rngs=rngs)
-        self.midlayer = Eagle3Layer(config, rngs=rngs)
+        self.midlayer = Eagle3Layer(config, layout, rngs=rngs)
         self.norm = RMSNorm(d, eps, rngs=rngs)
         self.lm_head = Linear(d, config.draft_vocab_size, quantization=quantization, rngs=rngs)
         self.d2t = nnx.Variable(jnp.zeros(config.draft_vocab_size, jnp.int32))

@@ -19,11 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from eagle_jax import config as configs
 from eagle_jax.checkpoint import hf
-from eagle_jax.models import Eagle3Draft, bind, init_params
+from eagle_jax.config import TrainConfig, TransformerConfig
+from eagle_jax.drafters.eagle3 import ttt_attention
+from eagle_jax.drafters.eagle3.config import TrainingTimeTest
+from eagle_jax.drafters.eagle3.module import Eagle3Draft
+from eagle_jax.models import bind, init_params
 from eagle_jax.models.attention import AttentionKernel
-from eagle_jax.train.objectives import target, ttt_attention
+from eagle_jax.train.objectives import target
 from eagle_jax.train.objectives.base import (
     Batch,
     Sums,
@@ -36,6 +39,14 @@ from eagle_jax.train.objectives.base import (
     project,
     rank,
     shift,
+)
+from eagle_jax.train.objectives.build import Vocabulary
+from eagle_jax.train.objectives.checks import (
+    check_ahead,
+    check_decay,
+    check_layers,
+    check_length,
+    check_same,
 )
 from eagle_jax.types import Hidden, KeyValue, ParamDict
 
@@ -83,8 +94,8 @@ class TrainingTimeTestObjective:
         chunk: queries whose attention scores are held at once.
     """
 
-    settings: configs.TrainingTimeTest
-    target_config: configs.TransformerConfig
+    settings: TrainingTimeTest
+    target_config: TransformerConfig
     target: Mapping[str, Any] = dataclasses.field(repr=False)
     d2t: np.ndarray = dataclasses.field(repr=False)
     coverage: float | None = None
@@ -246,3 +257,28 @@ class TrainingTimeTestObjective:
         del tokenizer  # the target has it
         params = {**params, "d2t": np.asarray(self.d2t)}
         hf.save_draft(directory, self.settings.draft, params, dtype, coverage=self.coverage)
+
+
+def build(
+    config: TrainConfig,
+    target_config: TransformerConfig,
+    target_params: Mapping[str, Any],
+    vocabulary: Vocabulary,
+) -> TrainingTimeTestObjective:
+    """The objective of a run.
+
+    Raises:
+        ValueError: the draft does not fit the target or the text.
+    """
+    settings: TrainingTimeTest = config.objective  # pyright: ignore[reportAssignmentType]
+    draft = settings.draft
+    check_length("objective.target", target_config, config)
+    check_same("vocab_size", draft.vocab_size, target_config.vocab_size)
+    check_same("hidden_size", draft.feature_size, target_config.hidden_size)
+    check_decay(settings.decay)
+    check_ahead("objective.steps", settings.steps, config)
+    check_layers(draft.aux_layers, target_config.num_hidden_layers)
+    d2t, coverage = vocabulary(draft, config.data)
+    return TrainingTimeTestObjective(
+        settings, target_config, target_params, d2t, coverage, config.attention, config.remat
+    )

@@ -14,7 +14,6 @@ So extrapolated states never outlive a round.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from eagle_jax.checks import check_flag, check_number
-from eagle_jax.config import Eagle3Config, EagleConfig
 from eagle_jax.decode.acceptance import Exact
 from eagle_jax.decode.method import Context, Models, Prompt, Rule, Verified
 from eagle_jax.decode.prefill import fill
@@ -36,13 +34,34 @@ from eagle_jax.decode.tree import (
     check_levels,
     check_tree,
     rerank,
+    static_tree,
 )
+from eagle_jax.drafters.draft_vocabulary import size_of
 from eagle_jax.models import cache as caches
 from eagle_jax.models.transformer import packed_mask
 from eagle_jax.params import Params
 from eagle_jax.types import Hidden, KeyValue, Tokens
 
 _LARGEST = 1000.0  # factor of scores, and one over the smallest
+
+# One level wide on CPUs, where every draft step costs a third of a target pass and every verified
+# token costs arithmetic (python -m eagle_jax.evaluate compares); the paper's tree elsewhere.
+_CPU_TREE = static_tree([[0], [1], [2]])
+
+
+def default_tree() -> StaticTree:
+    """The tree that `method="eagle"` uses on this backend."""
+    return _CPU_TREE if jax.default_backend() == "cpu" else MC_SIM_7B_63
+
+
+def eagle() -> Eagle:
+    """What `method="eagle"` stands for: EAGLE-1."""
+    return Eagle(default_tree())
+
+
+def eagle2() -> Eagle:
+    """What `method="eagle2"` stands for: the same head with a dynamic tree."""
+    return Eagle(DynamicTree())
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +86,8 @@ class Eagle:
 
     Attributes:
         tree: rank paths (a chain is a tree too), or the envelope of a dynamic tree.
-        head: which draft: "eagle" (of EAGLE-1 and EAGLE-2) or "eagle3".
+        head: the kind of draft: "eagle" (of EAGLE-1 and EAGLE-2), "eagle3", or any other whose
+            module has the methods of `EagleDraft`.
         coupled: rank children under the noise that the target will draw with, so that at
             temperature > 0 the draft follows the target's draw; without it by likelihood alone, at
             temperature 1, as EAGLE-2 and EAGLE-3 do (EAGLE-1 draws children from its law).
@@ -78,7 +98,7 @@ class Eagle:
     """
 
     tree: StaticTree | DynamicTree = MC_SIM_7B_63
-    head: Literal["eagle", "eagle3"] = "eagle"
+    head: str = "eagle"
     coupled: bool = True
     confidence: float = 1.1
     sharpness: float = 1.0
@@ -101,8 +121,7 @@ class Eagle:
 
     def check(self, params: Params) -> None:
         config = params.drafts[self.head].config
-        assert isinstance(config, EagleConfig | Eagle3Config)
-        vocab = config.draft_vocab_size or config.vocab_size
+        vocab = size_of(config) or config.vocab_size
         check_flag("coupled", self.coupled)
         for name in ("confidence", "sharpness"):
             check_number(name, getattr(self, name), 1 / _LARGEST, _LARGEST)
@@ -299,7 +318,8 @@ class Eagle:
             if (ids := models.draft.tokens()) is not None:
                 noise = noise[:, ids]
             noise = jnp.broadcast_to(noise[:, None, :], scores.shape)
-            scores = process(scores, context.sampling) * self.confidence + noise
+            scores = process(scores, context.sampling)
+            scores = context.sampling.choose(scores * self.confidence, scores) + noise
         return scores
 
     def _likeliest(
@@ -310,7 +330,7 @@ class Eagle:
         assert isinstance(self.tree, DynamicTree)
         scores = self._scores(models, context, feature, depth)
         if self.coupled and context.noise is not None:
-            scores = scores * self.sharpness
+            scores = context.sampling.choose(scores * self.sharpness, scores)
         log, index = likeliest(scores, self.tree.k)
         return log, self._known(models, index)
 

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
-from eagle_jax.config import EagleConfig
+from eagle_jax.drafters.eagle.config import EagleConfig
+from eagle_jax.layout import PLAIN, Layout
 from eagle_jax.models.attention import AttentionKernel
 from eagle_jax.models.cache import AXES
 from eagle_jax.models.layers import DecoderLayer
@@ -30,10 +31,10 @@ from eagle_jax.types import Hidden, KeyValue, Logits
 class EagleDraft(nnx.Module):
     """`layer(fc([embedding(t_{i+1}) ; f_i]))`, embedding first, as published heads have it."""
 
-    def __init__(self, config: EagleConfig, *, rngs: nnx.Rngs) -> None:
-        d, quantization = config.hidden_size, config.quantize
+    def __init__(self, config: EagleConfig, layout: Layout = PLAIN, *, rngs: nnx.Rngs) -> None:
+        d, quantization = config.hidden_size, layout.quantize
         self.fc = Linear(2 * d, d, bias=config.bias, quantization=quantization, rngs=rngs)
-        self.layers = nnx.List([DecoderLayer(config.layer(), input_norm=False, rngs=rngs)])
+        self.layers = nnx.List([DecoderLayer(config.layer(), layout, input_norm=False, rngs=rngs)])
         known = config.draft_vocab_size
         self.lm_head = (
             None if known is None else Linear(d, known, quantization=quantization, rngs=rngs)

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from eagle_jax import config as configs
 from eagle_jax.checkpoint import hf
-from eagle_jax.models import MedusaHeads, bind, init_params
+from eagle_jax.config import TrainConfig, TransformerConfig
+from eagle_jax.drafters.medusa.config import MedusaTraining
+from eagle_jax.drafters.medusa.module import MedusaHeads
+from eagle_jax.models import bind, init_params
 from eagle_jax.models.attention import AttentionKernel
 from eagle_jax.train.objectives import target
 from eagle_jax.train.objectives.base import (
@@ -32,6 +34,13 @@ from eagle_jax.train.objectives.base import (
     shift,
     soft_labels,
     weighted_sums,
+)
+from eagle_jax.train.objectives.build import Vocabulary
+from eagle_jax.train.objectives.checks import (
+    check_ahead,
+    check_decay,
+    check_length,
+    check_same,
 )
 from eagle_jax.types import Hidden, ParamDict
 
@@ -49,8 +58,8 @@ class MedusaObjective:
         kernel: as in `TrainConfig` (`attention`).
     """
 
-    settings: configs.MedusaTraining
-    target_config: configs.TransformerConfig
+    settings: MedusaTraining
+    target_config: TransformerConfig
     target: Mapping[str, Any] = dataclasses.field(repr=False)
     kernel: AttentionKernel = "xla"
 
@@ -134,3 +143,25 @@ class MedusaObjective:
     ) -> None:
         del tokenizer  # the target has it
         hf.save_draft(directory, self.settings.draft, params, dtype)
+
+
+def build(
+    config: TrainConfig,
+    target_config: TransformerConfig,
+    target_params: Mapping[str, Any],
+    vocabulary: Vocabulary,
+) -> MedusaObjective:
+    """The objective of a run.
+
+    Raises:
+        ValueError: the draft does not fit the target or the text.
+    """
+    del vocabulary
+    settings: MedusaTraining = config.objective  # pyright: ignore[reportAssignmentType]
+    draft = settings.draft
+    check_length("objective.target", target_config, config)
+    check_same("vocab_size", draft.vocab_size, target_config.vocab_size)
+    check_same("hidden_size", draft.hidden_size, target_config.hidden_size)
+    check_decay(settings.decay)
+    check_ahead("objective.draft.num_heads", draft.num_heads, config)
+    return MedusaObjective(settings, target_config, target_params, config.attention)

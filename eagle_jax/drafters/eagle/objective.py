@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from eagle_jax import config as configs
 from eagle_jax.checkpoint import hf
-from eagle_jax.models import EagleDraft, bind, init_params
+from eagle_jax.config import TrainConfig, TransformerConfig
+from eagle_jax.drafters.eagle.config import FeatureRegression
+from eagle_jax.drafters.eagle.module import EagleDraft
+from eagle_jax.models import bind, init_params
 from eagle_jax.models.attention import AttentionKernel
 from eagle_jax.models.transformer import packed_mask
 from eagle_jax.train.objectives import target
@@ -32,6 +34,8 @@ from eagle_jax.train.objectives.base import (
     shift,
     weighted_sums,
 )
+from eagle_jax.train.objectives.build import Vocabulary
+from eagle_jax.train.objectives.checks import check_length
 from eagle_jax.types import Hidden, ParamDict
 
 
@@ -47,8 +51,8 @@ class FeatureRegressionObjective:
         kernel, remat: as in `TrainConfig` (`attention`, `remat`).
     """
 
-    settings: configs.FeatureRegression
-    target_config: configs.TransformerConfig
+    settings: FeatureRegression
+    target_config: TransformerConfig
     target: Mapping[str, Any] = dataclasses.field(repr=False)
     kernel: AttentionKernel = "xla"
     remat: bool = False
@@ -140,3 +144,30 @@ def _regression_rows(
         "top1": place < 1,
         "top3": place < 3,
     }
+
+
+def build(
+    config: TrainConfig,
+    target_config: TransformerConfig,
+    target_params: Mapping[str, Any],
+    vocabulary: Vocabulary,
+) -> FeatureRegressionObjective:
+    """The objective of a run.
+
+    Raises:
+        ValueError: the draft does not fit the target or the text.
+    """
+    del vocabulary
+    settings: FeatureRegression = config.objective  # pyright: ignore[reportAssignmentType]
+    draft = settings.draft
+    if draft.draft_vocab_size is not None:
+        raise ValueError(
+            f"objective.draft.draft_vocab_size={draft.draft_vocab_size}: EAGLE-1 is trained on the "
+            "target's whole vocabulary; leave it out, and convert the trained head with "
+            "--draft-vocabulary"
+        )
+    hf.check_fit(target_config, draft)
+    check_length("objective.target", target_config, config)
+    return FeatureRegressionObjective(
+        settings, target_config, target_params, config.attention, config.remat
+    )

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
-from eagle_jax import config as configs
 from eagle_jax.checkpoint import hf
+from eagle_jax.config import TrainConfig, TransformerConfig
+from eagle_jax.drafters.model.config import Distillation
 from eagle_jax.models import Transformer, bind, init_params
 from eagle_jax.models.attention import AttentionKernel
 from eagle_jax.models.transformer import packed_mask
@@ -29,6 +30,8 @@ from eagle_jax.train.objectives.base import (
     transformer_flops,
     weighted_sums,
 )
+from eagle_jax.train.objectives.build import Vocabulary
+from eagle_jax.train.objectives.checks import check_length, check_same
 from eagle_jax.types import Hidden, ParamDict
 
 
@@ -44,8 +47,8 @@ class DistillationObjective:
         kernel, remat: as in `TrainConfig` (`attention`, `remat`).
     """
 
-    settings: configs.Distillation
-    target_config: configs.TransformerConfig
+    settings: Distillation
+    target_config: TransformerConfig
     target: Mapping[str, Any] = dataclasses.field(repr=False)
     kernel: AttentionKernel = "xla"
     remat: bool = False
@@ -98,3 +101,24 @@ def _rows(
     logits = project(features, kernel)
     place = rank(logits, best)
     return {"loss": cross_entropy(logits, probs), "top1": place < 1, "top3": place < 3}
+
+
+def build(
+    config: TrainConfig,
+    target_config: TransformerConfig,
+    target_params: Mapping[str, Any],
+    vocabulary: Vocabulary,
+) -> DistillationObjective:
+    """The objective of a run.
+
+    Raises:
+        ValueError: the draft does not fit the target or the text.
+    """
+    del vocabulary
+    settings: Distillation = config.objective  # pyright: ignore[reportAssignmentType]
+    check_length("objective.target", target_config, config)
+    check_same("vocab_size", settings.draft.vocab_size, target_config.vocab_size)
+    check_length("objective.draft", settings.draft, config)
+    return DistillationObjective(
+        settings, target_config, target_params, config.attention, config.remat
+    )

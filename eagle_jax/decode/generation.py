@@ -1,0 +1,99 @@
+"""What decoding returns: `Generation`, its `Statistics`, and log-probabilities."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What a generation did and what it cost.
+
+    Attributes:
+        new_tokens: committed tokens, per row; an end token counts.
+        rounds: target passes over a tree, per row (the prompt's pass is not one).
+        tau: mean acceptance length over all rows: committed tokens per round, the bonus token of
+            every round included, so vanilla's is 1.
+        accepted_per_depth: share of rounds that committed a drafted token at depth 1, 2, ...
+        compile_seconds, prefill_seconds, decode_seconds: wall clock, apart from each other.
+        tokens_per_second: committed tokens of all rows over `decode_seconds`.
+        device: what it ran on.
+        method: what decoded, as options of `python -m eagle_jax.decode`.
+    """
+
+    new_tokens: tuple[int, ...]
+    rounds: tuple[int, ...]
+    tau: float
+    accepted_per_depth: tuple[float, ...]
+    compile_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    tokens_per_second: float
+    device: str
+    method: str
+
+    def json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probabilities at one position of an answer, by the target's own logits.
+
+    Attributes:
+        token: the token of the answer.
+        logprob: its log-probability, before any sampling setting (temperature included).
+        top: the likeliest tokens there and their log-probabilities, likeliest first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generation:
+    """The answer to one prompt, or to a batch; for a batch every field but `statistics` is a list.
+
+    Two generations are equal if they are the same answer: the same `text`, `tokens` and `finish`.
+
+    Attributes:
+        text: decoded answer without special tokens and without the stop string; None without
+            tokenizer.
+        tokens: [n] ids of the answer, its end token included.
+        statistics: of the whole call.
+        finish: "stop" (an end token or a stop string), "length" (`max_new_tokens` or the context),
+            or None while the answer goes on.
+        logprobs: a `TokenLogprob` per token, where `SamplingParams.logprobs` asks for them.
+        drafted: [n] bool, whether each token was a draft that the target accepted; False for the
+            bonus token that the target adds to every round.
+    """
+
+    text: Any
+    tokens: Any
+    statistics: Statistics
+    finish: Any = None
+    logprobs: Any = None
+    drafted: Any = None
+
+    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Generation):
+            return NotImplemented
+        return (self.text, self.finish, _plain(self.tokens)) == (
+            other.text,
+            other.finish,
+            _plain(other.tokens),
+        )
+
+
+def _plain(tokens: Any) -> Any:
+    if isinstance(tokens, list | tuple) and any(isinstance(row, np.ndarray) for row in tokens):
+        return [np.asarray(row).tolist() for row in tokens]
+    return np.asarray(tokens).tolist()

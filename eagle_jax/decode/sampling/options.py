@@ -1,0 +1,64 @@
+"""`SamplingParams` as options of a command line, one per field: `--top-p 0.9 --stop END`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from eagle_jax.decode.sampling.params import SamplingParams
+
+
+def ids(text: str) -> list[int]:
+    """Token ids between commas."""
+    return [int(part) for part in text.split(",")]
+
+
+def bias(text: str) -> list[tuple[int, float]]:
+    """ID=VALUE."""
+    token, _, value = text.partition("=")
+    return [(int(token), float(value))]
+
+
+# Options that may be repeated: how their values are shown and read.
+_SEVERAL: dict[str, tuple[str, Any]] = {
+    "allowed_token_ids": ("ID,ID,...", ids),
+    "bad_words": ("TEXT", lambda text: [text]),
+    "logit_bias": ("ID=VALUE", bias),
+    "stop": ("TEXT", lambda text: [text]),
+    "stop_token_ids": ("ID,ID,...", ids),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Adds an option for every field of `SamplingParams`.
+
+    Args:
+        parser: of the command.
+        **defaults: fields whose default in this command is another one.
+    """
+    group = parser.add_argument_group("sampling")
+    for field in dataclasses.fields(SamplingParams):
+        name, help = f"--{field.name.replace('_', '-')}", field.metadata["help"]
+        options: dict[str, Any] = {"default": defaults.get(field.name), "help": help}
+        if field.name in defaults:
+            options["help"] += f"; here {defaults[field.name]} by default"
+        if isinstance(field.default, bool):
+            group.add_argument(name, action="store_true", **options)
+        elif field.name in _SEVERAL:
+            metavar, parse = _SEVERAL[field.name]
+            group.add_argument(name, action="extend", type=parse, metavar=metavar, **options)
+        elif isinstance(field.default, float):
+            group.add_argument(name, type=float, metavar="X", **options)
+        else:
+            group.add_argument(name, type=int, metavar="N", **options)
+
+
+def sampling_of(args: argparse.Namespace) -> SamplingParams:
+    """Returns the settings that parsed options say.
+
+    Raises:
+        ValueError: a value that cannot be; one line.
+    """
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingParams)}
+    return SamplingParams(**{name: value for name, value in given.items() if value is not None})

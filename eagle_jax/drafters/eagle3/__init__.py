@@ -1,0 +1,17 @@
+"""EAGLE-3 (arXiv 2503.01840): fused features of three layers, a head and a vocabulary of its own.
+
+It decodes with the method of EAGLE-1 and EAGLE-2 (`eagle_jax.drafters.eagle.method`).
+"""
+
+from eagle_jax.drafters.spec import DrafterSpec
+
+SPEC = DrafterSpec(
+    kind="eagle3",
+    config=f"{__name__}.config:Eagle3Config",
+    module=f"{__name__}.module:Eagle3Draft",
+    files=f"{__name__}.checkpoint:Eagle3Files",
+    objectives=(f"{__name__}.config:TrainingTimeTest",),
+    build=f"{__name__}.objective:build",
+    methods={"eagle3": f"{__name__}.method:eagle3"},
+    tuning=f"{__name__}.tuning:Eagle3Tuning",
+)

@@ -1,0 +1,139 @@
+"""Ctrl-C ends a command within two seconds and without a traceback, also while it compiles.
+
+Python raises KeyboardInterrupt only when its main thread is back from C++, which takes half a
+minute for some compilations, and leaving a thread pool waits for its threads. So a command has a
+watching thread: the signal handler of Python writes to a pipe at once, the thread reads it, and
+ends the process if the main thread has not done so after `GRACE` seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
+
+STATUS = 130  # 128 + SIGINT, as shells report it
+GRACE = 1.5  # seconds that the main thread has to clean up
+
+
+def end_quietly() -> None:
+    """Lets Ctrl-C end the process at once, for the time in which modules are imported."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end_now)
+
+
+def _end_now(number: int, frame: object) -> None:
+    os._exit(STATUS)
+
+
+def end() -> NoReturn:
+    """Ends the process: its worker processes are killed, no thread is waited for."""
+    if multiprocessing := sys.modules.get("multiprocessing"):
+        for child in multiprocessing.active_children():
+            child.kill()
+    if progress := sys.modules.get("eagle_jax.progress"):
+        progress.erase()
+    # In a thread: the main thread may hold a stream's lock while it waits for a full pipe.
+    flushing = threading.Thread(target=_flush, daemon=True)
+    flushing.start()
+    flushing.join(0.2)
+    os._exit(STATUS)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+
+
+class Watch:
+    """Counts Ctrl-C, and ends the process after one that the main thread does not obey."""
+
+    def __init__(self) -> None:
+        self._interrupted = threading.Event()
+        self._lock = threading.Lock()
+        self._seen = 0
+        self._allowed = 0
+        self._pipe: tuple[int, int] | None = None
+
+    def interrupted(self, timeout: float = 0.0) -> bool:
+        """Whether a Ctrl-C came that nobody had announced to handle, within `timeout` seconds."""
+        return self._interrupted.wait(timeout)
+
+    def allow_one(self) -> None:
+        """Announces that the caller handles the next Ctrl-C itself."""
+        with self._lock:
+            self._allowed = self._seen + 1
+
+    def disallow(self) -> None:
+        """Takes `allow_one` back; to be called if no Ctrl-C came."""
+        with self._lock:
+            self._allowed = min(self._allowed, self._seen)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watches inside `with`. Does nothing outside the main thread, under another handler of
+        SIGINT, or where SIGINT is ignored."""
+        ours = (signal.default_int_handler, _end_now)
+        in_main = threading.current_thread() is threading.main_thread()
+        if not in_main or signal.getsignal(signal.SIGINT) not in ours:
+            yield
+            return
+        before = signal.set_wakeup_fd(self._open(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+
+    def _open(self) -> int:
+        """The pipe's end to write to; the first call starts the thread that reads."""
+        if self._pipe is None:
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            # A forked worker hears the same Ctrl-C; written to the same pipe it would count twice.
+            os.register_at_fork(after_in_child=_forget_pipe)
+            threading.Thread(target=self._read, name="ctrl-c", daemon=True).start()
+        return self._pipe[1]
+
+    def _read(self) -> None:
+        assert self._pipe is not None
+        while True:
+            for number in os.read(self._pipe[0], 64):
+                if number == signal.SIGINT and self._count():
+                    time.sleep(GRACE)
+                    end()
+
+    def _count(self) -> bool:
+        """Counts one Ctrl-C; whether it ends the process."""
+        with self._lock:
+            self._seen += 1
+            if self._seen > self._allowed:
+                self._interrupted.set()
+            return self._interrupted.is_set()
+
+
+def _forget_pipe() -> None:
+    with contextlib.suppress(ValueError):
+        signal.set_wakeup_fd(-1)
+
+
+watch = Watch()
+
+
+@contextlib.contextmanager
+def thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of `threads` threads; after an error or Ctrl-C nothing in it is waited for."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()

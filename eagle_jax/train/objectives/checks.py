@@ -1,0 +1,57 @@
+"""Checks of a draft's training before it starts: does the draft fit its target and its text?
+
+They raise a `ValueError` of one line that names the field of the `TrainConfig`.
+"""
+
+from __future__ import annotations
+
+from eagle_jax.config import TrainConfig, TransformerConfig
+
+
+def check_same(name: str, draft: int, target: int) -> None:
+    """A size of the draft must be the target's."""
+    if draft != target:
+        raise ValueError(f"objective.draft.{name}={draft}: the target has {target}; set it to that")
+
+
+def check_head(field: str, model: TransformerConfig) -> None:
+    """Losses and labels are plain products of features and vocabulary matrix."""
+    if model.final_logit_softcapping is not None:
+        raise ValueError(
+            f"{field}: has final_logit_softcapping={model.final_logit_softcapping}, which training "
+            "does not compute; choose a target without it"
+        )
+
+
+def check_layers(layers: tuple[int, ...], last: int) -> None:
+    """The residual streams that a draft reads must exist."""
+    if max(layers) > last:
+        raise ValueError(
+            f"objective.draft.aux_layers={layers}: the target has {last} layers; "
+            f"give numbers of 0 to {last}"
+        )
+
+
+def check_ahead(field: str, value: int, config: TrainConfig) -> None:
+    """A draft that predicts so many tokens ahead needs sequences that are longer."""
+    most = config.data.sequence_length - 2
+    if not 1 <= value <= most:
+        raise ValueError(
+            f"{field}={value}: must be 1 to {most}, two less than data.sequence_length"
+        )
+
+
+def check_length(field: str, model: TransformerConfig, config: TrainConfig) -> None:
+    """Sequences must fit into the model's context."""
+    longest = model.max_position_embeddings
+    if config.data.sequence_length > longest:
+        raise ValueError(
+            f"data.sequence_length={config.data.sequence_length}: longer than {field}'s "
+            f"max_position_embeddings={longest}; shorten it"
+        )
+
+
+def check_decay(decay: float) -> None:
+    """Weights of later steps or heads are powers of a positive number."""
+    if not decay > 0:
+        raise ValueError(f"objective.decay={decay}: must be above 0; 1 weighs all alike")
