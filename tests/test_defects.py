@@ -49,7 +49,7 @@ from eagle_jax.evaluate.__main__ import evaluate
 from eagle_jax.evaluate.samples import Samples
 from eagle_jax.params import Params
 from eagle_jax.text import Tokenizer, read_prompts
-from eagle_jax.train import loop
+from eagle_jax.train import data, loop
 from eagle_jax.train.metrics import Trace
 
 ASKED = [[{"role": "user", "content": text}] for text in ("Hi", "0+1", "abc")]
@@ -457,8 +457,8 @@ def test_18_a_message_is_about_what_the_user_set(tiny_model, tmp_path) -> None:
     said = one_line(evaluate, config)
     assert "every prompt is too long; new_tokens=100000 leaves 0 of the context's" in said
     path = tmp_path / "config.py"
-    for data in (b"config = 5\0", b"\0", b"\xff\xfe\0"):
-        path.write_bytes(data)
+    for content in (b"config = 5\0", b"\0", b"\xff\xfe\0"):
+        path.write_bytes(content)
         said = one_line(settings.load, path, kind=EvalConfig)
         assert said.startswith(str(path)) and "None" not in said
 
@@ -483,3 +483,36 @@ def test_20_a_full_disk_is_told_with_the_file(params, source, tmp_path, monkeypa
         with pytest.raises(OSError) as info:
             write()
         assert info.value.errno == errno.ENOSPC and Path(info.value.filename).name == name
+
+
+def test_20_a_full_disk_of_prepared_text_is_told(tmp_path, monkeypatch) -> None:
+    """Catches a RuntimeError of ArrayRecord with a traceback through four packages."""
+
+    def full(*_) -> None:
+        raise RuntimeError(f"Failed to finalize: write() failed: {os.strerror(errno.ENOSPC)}; at")
+
+    config = tiny_run.target_run(tmp_path).data
+    monkeypatch.setattr(data, "_write", full)
+    said = one_line(data.prepare, config.train, config)
+    assert said.startswith(f"data.cache_dir={config.cache_dir!r}: the prepared text cannot be")
+    assert "(disk full); make room, or give another directory" in said
+    assert not list(Path(config.cache_dir).glob("*"))
+
+
+def test_07_damaged_prepared_text_is_named(tmp_path) -> None:
+    """Catches a RuntimeError of ArrayRecord, and an AttributeError of tfds, in training."""
+    config = tiny_run.target_run(tmp_path).data
+    folder = data.prepare(config.train, config)
+    (records,) = folder.rglob("*array_record*")
+    whole = records.read_bytes()
+    middle = len(whole) // 2
+    for damaged in (b"", whole[:middle], whole[:middle] + bytes(200) + whole[middle + 200 :]):
+        records.write_bytes(damaged)
+
+        def read() -> None:
+            rows = data.train_iterator(config)
+            for _ in range(10):
+                next(rows)
+
+        said = one_line(read)
+        assert said.startswith(f"cache_dir: {folder} is damaged (") and "delete it" in said
