@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from eagle_jax.checks import check_flag
+from eagle_jax.checks import check_flag, short
 
 TINY = 1e-30  # beyond 1e-30 and 1e30, quotients and sums leave float32's range
 MOST_LOGPROBS = 20
@@ -26,7 +26,10 @@ def number(name: str, value: Any) -> float:
     """Any real number as a float."""
     if not isinstance(value, int | float | np.number) or isinstance(value, bool):
         raise ValueError(f"{name}={value!r}: must be a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:  # a whole number of more than 308 digits
+        raise ValueError(f"{name}={short(value)}: must be a smaller number") from error
 
 
 def between(low: float, high: float, says: str) -> Check:
