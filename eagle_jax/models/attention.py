@@ -98,8 +98,11 @@ def kernel_attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> tuple[Float[Array, "b t h e"], KeyValue]:
-    """`two_segment_attention` by the kernel: of queries by key head (t g rows each) and a block, or
-    of the product that both are in, without one; the mixed values, and the block."""
+    """Runs `two_segment_attention` by the kernel, and returns the mixed values and the block.
+
+    Takes queries by key head (t g rows each) and a block, or no block and the product that holds
+    both.
+    """
     (_, _, q, e), t = query.shape, mask.shape[1]
     of_rows = jnp.repeat(mask, q // t, axis=1)
     edges = None if oldest is None else jnp.repeat(oldest, q // t, axis=1)

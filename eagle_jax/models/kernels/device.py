@@ -48,8 +48,11 @@ def on_gpu() -> bool:
 
 
 def expected(dtype: jnp.dtype) -> bool:
-    """Whether kernels run for models of this dtype, over a mesh too (but for targets with experts):
-    what decides how they are laid out before anything is traced."""
+    """Returns whether kernels run for models of this dtype.
+
+    This decides the layout of weights before anything is traced. It holds over a mesh too, except
+    for targets with experts.
+    """
     return (INTERPRET or _gpu()) and _taken(dtype)
 
 
@@ -59,8 +62,10 @@ def usable(*arrays: jax.Array) -> bool:
 
 
 def usable_apart(*arrays: jax.Array) -> bool:
-    """Whether they may not for the mesh in use alone, and so may on each of its devices
-    (`sharding.on_each_device`)."""
+    """Returns whether only the mesh in use prevents kernels.
+
+    Then they run on each of its devices (`sharding.on_each_device`).
+    """
     return _here(*arrays) and sharding.over_several()
 
 
