@@ -150,8 +150,10 @@ class Attention(nnx.Module):
     def _product(
         self, x: Float[Array, "b t i"], positions: Int[Array, "b t"]
     ) -> Joined | Float[Array, "b t o"] | None:
-        """Queries, keys and values in one, if it is one product; as kernels of our own read it,
-        where they do."""
+        """Returns queries, keys and values as one product, or None if they are separate.
+
+        Where our kernels run, the product is in their layout.
+        """
         if not self.qkv_fused:
             return None
         product = self.qkv_proj.lazily(x)
@@ -303,8 +305,10 @@ class MixtureOfExperts(nnx.Module):
         return weights.astype(x.dtype), experts
 
     def matrices(self) -> tuple[Weight, Weight]:
-        """Gate and up side by side [x, d, 2, f], and down [x, f, d], of all experts; of int8 [x, 2,
-        f, d] and [x, d, f]."""
+        """Returns gate and up side by side [x, d, 2, f], and down [x, f, d], of all experts.
+
+        In int8 they are [x, 2, f, d] and [x, d, f].
+        """
         if isinstance(self.experts, StackedExperts):
             return weight_of(self.experts.gate_up_proj), weight_of(self.experts.down_proj)
 
