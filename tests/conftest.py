@@ -37,7 +37,7 @@ install_import_hook("eagle_jax", "strict.typecheck")
 
 
 # One compiled program takes 1.4 MB, the smallest too, and a file of tests may compile 1,500.
-MOST_MEMORY = 1.5 * 2**30
+MOST_MEMORY = 2 * 2**30
 
 
 @pytest.fixture(scope="module", autouse=True)
