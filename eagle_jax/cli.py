@@ -69,8 +69,11 @@ def _from_ctrl_c(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def _quiet_hooks() -> Iterator[None]:
-    """Shows warnings to the user as one line, without a place in our code; and lets no Ctrl-C get
-    lost that comes inside a callback of the garbage collector, where Python cannot raise it."""
+    """Shows a warning to the user as one line, without a place in our code.
+
+    No Ctrl-C is lost that comes inside a callback of the garbage collector, where Python cannot
+    raise it.
+    """
     before, unraisable = warnings.showwarning, sys.unraisablehook
 
     def ignore(hook: Any) -> None:

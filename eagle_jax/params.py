@@ -91,8 +91,10 @@ class Params:
         return next(iter(found - {None}), None)
 
     def with_draft(self, kind: str | None) -> Params:
-        """Returns a copy that has only the draft of this kind; None, or a kind that is not there,
-        drops all drafts."""
+        """Returns a copy that has only the draft of this kind.
+
+        None, or a kind that is missing, drops all drafts.
+        """
         kept = {name: draft for name, draft in self.drafts.items() if name == kind}
         return dataclasses.replace(self, drafts=kept)
 

@@ -45,6 +45,7 @@ def between(low: float, high: float, says: str) -> Check:
 
 
 def temperature(name: str, value: Any) -> float:
+    """Checks a temperature: 0 (greedy) or positive."""
     found = number(name, value)
     if found != 0 and not TINY <= found <= 1 / TINY:
         raise ValueError(
@@ -66,6 +67,7 @@ def count(most: int | None = None, says: str = "0 or a positive whole number") -
 
 
 def seed(name: str, value: Any) -> int:
+    """Checks a seed: a whole number of 32 bits."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ValueError(f"{name}={value!r}: give a whole number")
     found = operator.index(value)
@@ -75,6 +77,7 @@ def seed(name: str, value: Any) -> int:
 
 
 def switch(name: str, value: Any) -> bool:
+    """Checks True or False."""
     check_flag(name, value)
     return value
 
@@ -90,6 +93,7 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
 
 
 def some_token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """Checks token ids as `token_ids` does, and that there is at least one."""
     found = token_ids(name, value)
     if not found:
         raise ValueError(f"{name}={value!r}: allows nothing; give at least one token id, or None")

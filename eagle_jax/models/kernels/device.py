@@ -62,7 +62,8 @@ def usable(*arrays: jax.Array) -> bool:
 
 def usable_per_device(*arrays: jax.Array) -> bool:
     """Returns whether kernels may run on each device of the mesh in use (`models.per_device`), but
-    not on arrays that are cut over it."""
+    not on arrays that are cut over it.
+    """
     return _here(*arrays) and sharding.over_several()
 
 
