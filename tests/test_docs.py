@@ -122,16 +122,16 @@ def test_every_command_has_the_options_that_the_pages_give_it(command: str) -> N
 def test_every_link_of_the_readme_leads_to_a_file() -> None:
     """mkdocs checks those of docs/."""
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", README.read_text(encoding="utf-8"))
-    missing = [
-        link for link in links if not link.startswith("http") and not (ROOT / link).exists()
-    ]
+    missing = [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
     assert not missing
 
 
 def test_every_file_that_a_page_names_exists() -> None:
     """Catches a page that still speaks of a file that was moved."""
     places = "|".join(("benchmarks", "configs", "decode", "docs", "eagle_jax", "tests", "train"))
-    named = re.compile(rf"(?<![\w/.-])(?:{places})/[\w./-]*\w\.(?:py|sh|yaml|sbatch|ipynb|md|jsonl)\b")
+    named = re.compile(
+        rf"(?<![\w/.-])(?:{places})/[\w./-]*\w\.(?:py|sh|yaml|sbatch|ipynb|md|jsonl(?:\.gz)?)\b"
+    )
     missing = {
         (name(page), path)
         for page in PAGES
