@@ -1,9 +1,9 @@
 """README.md and docs/: every Python block runs, and every command and file that they name exists.
 
 The blocks marked `python` of a page run in order, in one namespace, as one program in a fresh
-interpreter. Its working directory is empty but for links to `configs` and `train`, so a page may
-write files. Blocks that only show something carry another mark: `sh` for commands, `text` for
-output and sketches, `json` for files.
+interpreter. Its working directory is empty but for links to the files of the checkout that pages
+read, so a page may write files. Blocks that only show something carry another mark: `sh` for
+commands, `text` for output and sketches, `json` for files.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def test_every_python_block_runs(page: Path, tmp_path: Path) -> None:
     else has imported them."""
     script = tmp_path / f"{page.stem}_page.py"
     script.write_text(program(page), encoding="utf-8")
-    for directory in ("configs", "train"):
+    (tmp_path / "eagle_jax").mkdir()
+    for directory in ("configs", "train", "eagle_jax/pretrained"):
         (tmp_path / directory).symlink_to(ROOT / directory)
     # The tests' strict promotion is for the library, not for a reader's own code.
     environment = {key: value for key, value in os.environ.items() if "PROMOTION" not in key}
