@@ -40,7 +40,7 @@ fast: $(VENV)/.test
 
 # The pages of docs/ as a site in site/; a broken link or an unknown name is an error.
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Builds the sdist and the wheel into dist/ and checks what a user gets from each.
 release: $(VENV)/.test

@@ -84,13 +84,20 @@ def stream(
     """Decode one prompt, yielding what is new as it comes; the same program as `generate`.
 
     Args:
+        params: as in `generate`.
+        prompt: one prompt, in any form that `generate` takes.
         rounds_per_chunk: rounds on the device between two yields.
-        params, prompt, sampling, method, max_new_tokens, raw, exact, **settings: as in `generate`.
+        sampling: as in `generate`.
+        method: as in `generate`.
+        max_new_tokens: as in `generate`.
+        raw: as in `generate`.
+        exact: as in `generate`.
+        **settings: as in `generate`.
 
     Yields:
-        Generations that hold the newly committed part, and whose `statistics` cover everything so
-        far. Joined, they are exactly what `generate` returns. Text that may be the beginning of a
-        stop string waits until that is certain.
+        Generations with the newly committed part; their `statistics` cover everything so far.
+        Joined, they are exactly what `generate` returns. Text that may be the beginning of a stop
+        string is held back until that is certain.
 
     Raises:
         ValueError: as `generate`; a batch.

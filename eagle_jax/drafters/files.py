@@ -196,8 +196,10 @@ class DraftFiles:
         """Configuration and parameters as the module has them when it decodes.
 
         Args:
-            config, params: as they were read.
-            target_config, target: the target, as it was read.
+            config: the draft's configuration, as it was read.
+            params: its parameters, as they were read.
+            target_config: the target's configuration.
+            target: the target's parameters, as they were read.
             untied: heads are matrices of their own, which multiply faster on CPUs.
             quantised: the draft's matrices are going to be stored in eight bits.
         """
