@@ -492,7 +492,7 @@ def test_20_a_full_disk_of_prepared_text_is_told(tmp_path, monkeypatch) -> None:
         raise RuntimeError(f"Failed to finalize: write() failed: {os.strerror(errno.ENOSPC)}; at")
 
     config = tiny_run.target_run(tmp_path).data
-    monkeypatch.setattr(data, "_write", full)
+    monkeypatch.setattr("eagle_jax.train.data.prepared.write_rows", full)
     said = one_line(data.prepare, config.train, config)
     assert said.startswith(f"data.cache_dir={config.cache_dir!r}: the prepared text cannot be")
     assert "(disk full); make room, or give another directory" in said
