@@ -61,14 +61,16 @@ def test_every_python_block_runs(page: Path, tmp_path: Path) -> None:
     else has imported them."""
     script = tmp_path / f"{page.stem}_page.py"
     script.write_text(program(page), encoding="utf-8")
-    (tmp_path / "eagle_jax").mkdir()
+    # Not the script's own directory, where Python would look for the package `eagle_jax`.
+    work = tmp_path / "work"
+    (work / "eagle_jax").mkdir(parents=True)
     for directory in ("configs", "train", "eagle_jax/pretrained"):
-        (tmp_path / directory).symlink_to(ROOT / directory)
+        (work / directory).symlink_to(ROOT / directory)
     # The tests' strict promotion is for the library, not for a reader's own code.
     environment = {key: value for key, value in os.environ.items() if "PROMOTION" not in key}
     environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")  # nobody's tuning
     done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, cwd=work
     )
     assert done.returncode == 0, f"{name(page)}:\n{done.stderr[-4000:]}"
     if page == README:
