@@ -114,7 +114,7 @@ def _drawing(
 
 
 def random_weights(
-    cls: type[nnx.Module],
+    cls: Callable[..., nnx.Module],
     config: Hashable,
     seed: int = 0,
     dtype: Any = None,

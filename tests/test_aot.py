@@ -87,7 +87,7 @@ def test_arguments_of_a_draft_vocabulary():
     mesh = sharding.make_mesh(tensor=4, devices=jax.devices()[:4])
     draft = tiny_draft(tiny_target(64), draft_vocab_size=40, num_key_value_heads=4)
     draft = dataclasses.replace(draft, num_attention_heads=4)
-    found = programs.abstract_weights(mesh, EagleDraft, draft)
+    found = programs.abstract_weights(mesh, EagleDraft, draft, PLAIN)
     table, head = found["d2t"], found["lm_head.kernel"]
     assert (table.shape, table.dtype) == ((40,), jnp.int32) and table.sharding.is_fully_replicated
     assert (head.shape, head.dtype) == ((32, 40), jnp.bfloat16)

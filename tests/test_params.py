@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def copied(source: Path, target: Path) -> Path:
 
 def other_eagle(model: Path, **changes) -> Path:
     """A second EAGLE-1 draft, of zeros."""
-    config = hf.load_draft(model / "eagle")[0]
+    config: Any = hf.load_draft(model / "eagle")[0]
     config = dataclasses.replace(config, **changes)
     zeros = {name: np.zeros(shape) for name, shape in hf.shapes(config).items()}
     hf.save_draft(model.parent / "other", config, zeros)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import re
+from typing import Any
 
 import decoding
 import jax
@@ -273,7 +274,8 @@ def test_loading_small_drafts(tiny_model) -> None:
     half = eagle_jax.load(tiny_model, quantize_drafts="int8", dtype="bfloat16")
     vocab = whole.target_config.vocab_size
     for kind, draft in whole.drafts.items():
-        expected, config = dict(draft.params), draft.config
+        expected: dict[str, Any] = dict(draft.params)
+        config: Any = draft.config
         if kind == "eagle":  # the head, which is the target's otherwise
             expected["lm_head.kernel"] = whole.target["lm_head.kernel"]
             expected["d2t"] = jnp.zeros(vocab, jnp.int32)

@@ -308,5 +308,6 @@ def _revived(value: Any, hint: Any) -> Any:
         union = typing.get_origin(hint) in (typing.Union, types.UnionType)
         for choice in typing.get_args(hint) if union else (hint,):
             if dataclasses.is_dataclass(choice):
-                return choice(**_fields(typing.cast(Any, choice), value))
+                kind = typing.cast(Any, choice)
+                return kind(**_fields(kind, value))
     return value

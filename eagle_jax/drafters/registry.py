@@ -102,7 +102,7 @@ def recognise(settings: Mapping[str, Any], names: Iterable[str]) -> DrafterSpec:
         names: of the tensors on disk.
     """
     names = list(names)
-    for spec in reversed(specs().values()):
+    for spec in reversed(list(specs().values())):
         if spec.kind != _LAST and spec.checkpoint().recognises(settings, names):
             return spec
     return by_kind(_LAST)

@@ -11,7 +11,7 @@ the cast matrices are temporaries of the call, and nothing is gained).
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def checked(name: str, method: Any) -> Quantization | None:
             f"{name}={method!r}: unknown; use {', '.join(map(repr, QUANTIZATIONS))}, or None for "
             "weights as they are"
         )
-    return method
+    return cast("Quantization | None", method)
 
 
 def quantised(name: str) -> bool:

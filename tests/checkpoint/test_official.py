@@ -9,6 +9,7 @@ import dataclasses
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -54,7 +55,9 @@ def test_defect_22_a_narrow_head_brings_its_embedding(tmp_path):
     config = tiny_eagle3(target, **widths)
     files = registry.by_config(config).checkpoint()
     rng = np.random.default_rng(0)
-    params = {n: rng.normal(size=s).astype(np.float32) for n, s in files.shapes(config).items()}
+    params: dict[str, Any] = {
+        n: rng.normal(size=s).astype(np.float32) for n, s in files.shapes(config).items()
+    }
     params["d2t"] = np.zeros(config.draft_vocab_size, np.int32)
     hf.save_draft(tmp_path / "source", config, params, "float32")
     convert.convert(tmp_path / "source", tmp_path / "head", "official")
@@ -110,7 +113,8 @@ def test_defect_23_a_head_without_layers_for_a_shallow_target(model, tmp_path):
     text = message(hf.load_draft, tmp_path / "head", six)
     assert "of a target with 6 layers the official code fuses (2, 3), where a head reads 3" in text
     seven = dataclasses.replace(six, num_hidden_layers=7)
-    assert hf.load_draft(tmp_path / "head", seven)[0].aux_layers == (2, 3, 4)
+    config: Any = hf.load_draft(tmp_path / "head", seven)[0]
+    assert config.aux_layers == (2, 3, 4)
 
 
 def test_defect_24_the_index_beside_a_target(model, tmp_path):

@@ -64,7 +64,8 @@ def test_every_row_is_answered_as_if_alone(params, whole) -> None:
     rows = records(whole)
     assert [row["index"] for row in rows] == [0, 1, 2, 3, 4]
     for i, row in enumerate(rows):
-        alone = generate(params, PROMPTS[i], **{**OPTIONS, "seed": SEED + i})
+        options: dict[str, Any] = {**OPTIONS, "seed": SEED + i}
+        alone = generate(params, PROMPTS[i], **options)
         assert row["messages"] == [*PROMPTS[i], {"role": "assistant", "content": alone.text}]
         assert row["finish"] == ("stop" if alone.tokens[-1] == 256 else "length")
     assert {row["finish"] for row in rows} == {"stop", "length"}

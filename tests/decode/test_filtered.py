@@ -189,7 +189,8 @@ def test_statistics_count_what_is_kept() -> None:
     rounds = len(ends) + bool(whole.drafted[place + 1])
     assert cut.statistics.rounds == (rounds,)
     assert cut.statistics.tau == (place + 2) / rounds
-    assert cut == generate(pair, "cab", stop=stop, **{**options, "method": "vanilla"})
+    options["method"] = "vanilla"
+    assert cut == generate(pair, "cab", stop=stop, **options)
     assert cut != whole
 
 

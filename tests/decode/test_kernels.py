@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -66,7 +67,8 @@ def small_drafts() -> Params:
     drafts = dict(pair().drafts)
     head = {"lm_head.kernel": pair().target["lm_head.kernel"], "d2t": jnp.zeros(VOCAB, jnp.int32)}
     eagle = drafts["eagle"]
-    config = dataclasses.replace(eagle.config, draft_vocab_size=VOCAB)
+    config: Any = eagle.config
+    config = dataclasses.replace(config, draft_vocab_size=VOCAB)
     drafts["eagle"] = Draft({**eagle.params, **head}, config, LAYOUT)
     layout = dataclasses.replace(LAYOUT, quantize="int8")
     for kind, draft in drafts.items():
