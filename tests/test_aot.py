@@ -19,6 +19,7 @@ import tiny_pair
 from eagle_jax import aot, settings, sharding
 from eagle_jax.aot import programs, topology
 from eagle_jax.drafters.eagle.module import EagleDraft
+from eagle_jax.layout import PLAIN
 from eagle_jax.models import kernels
 from eagle_jax.testing import tiny_draft, tiny_target
 
