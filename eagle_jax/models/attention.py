@@ -52,9 +52,9 @@ def attention(
     """
     bounds = {"oldest": oldest, "scale": scale, "softcap": softcap}
     if isinstance(heads, UnsplitHeads):
-        plain = kernel == "xla" and before is None and prefix is not None and lengths is not None
-        if plain and kernels.attention.splits(heads, prefix):
-            return kernel_attention(heads, None, mask, prefix, lengths, **bounds)
+        if kernel == "xla" and before is None and prefix is not None and lengths is not None:
+            if kernels.attention.splits(heads, prefix):
+                return kernel_attention(heads, None, mask, prefix, lengths, **bounds)
         heads = split(heads)
     query, keys, values = heads
     if kernel == "cudnn":
