@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from typing import Any
 
 
@@ -36,7 +37,7 @@ def check_number(
     """
     if _is_number(value, numbers.Real):
         inside = (least < value if above else least <= value) and value <= most
-        if inside and math.isfinite(value):
+        if inside and abs(value) <= sys.float_info.max:  # isfinite() fails for huge whole numbers
             return
     if math.isinf(least):
         allowed = "that is finite" if math.isinf(most) else f"of at most {most}"
@@ -55,7 +56,10 @@ def check_flag(name: str, value: Any) -> None:
 
 def short(value: Any, limit: int = 60) -> str:
     """`repr(value)` on one line of at most `limit` characters."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        text = f"a {type(value).__name__} of thousands of digits"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -50,8 +50,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             raise
         except BaseException as error:
             told = isinstance(error, ValueError | OSError | KeyboardInterrupt)
-            # The signal's own thread may need a moment to say that it came.
-            stopped = watch.interrupted(0.1 if isinstance(error, KeyboardInterrupt) else 0.0)
+            # The thread that hears the signal may need a moment to say so.
+            stopped = watch.interrupted(1.0 if _from_ctrl_c(error) else 0.0)
             if os.environ.get("EAGLE_JAX_DEBUG") == "1" or not (told or stopped):
                 raise
             if stopped:  # whatever the error, it is a consequence
@@ -60,10 +60,20 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(status)
 
 
+def _from_ctrl_c(error: BaseException | None) -> bool:
+    """Whether the error is a KeyboardInterrupt, or was raised while one was handled."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 @contextlib.contextmanager
 def _quiet_hooks() -> Iterator[None]:
-    """Shows warnings to the user as one line, without a place in our code; and lets no Ctrl-C get
-    lost that comes inside a callback of the garbage collector, where Python cannot raise it."""
+    """Shows a warning to the user as one line, without a place in our code.
+
+    No Ctrl-C is lost that comes inside a callback of the garbage collector, where Python cannot
+    raise it.
+    """
     before, unraisable = warnings.showwarning, sys.unraisablehook
 
     def ignore(hook: Any) -> None:

@@ -78,8 +78,11 @@ class Watch:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watches inside `with`. Does nothing outside the main thread, under another handler of
-        SIGINT, or where SIGINT is ignored."""
+        """Watches inside `with`.
+
+        Does nothing outside the main thread, under another handler of SIGINT, or where SIGINT is
+        ignored.
+        """
         ours = (signal.default_int_handler, _end_now)
         in_main = threading.current_thread() is threading.main_thread()
         if not in_main or signal.getsignal(signal.SIGINT) not in ours:

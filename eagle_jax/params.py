@@ -91,8 +91,10 @@ class Params:
         return next(iter(found - {None}), None)
 
     def with_draft(self, kind: str | None) -> Params:
-        """Returns a copy that has only the draft of this kind; None, or a kind that is not there,
-        drops all drafts."""
+        """Returns a copy that has only the draft of this kind.
+
+        None, or a kind that is missing, drops all drafts.
+        """
         kept = {name: draft for name, draft in self.drafts.items() if name == kind}
         return dataclasses.replace(self, drafts=kept)
 
@@ -332,15 +334,22 @@ def check_tokenizers(target: Path, draft: Path) -> None:
             )
 
 
-def _tokens(path: Path) -> dict[int, str]:
-    """What each id stands for."""
+def _tokens(path: Path) -> dict[int, Any]:
+    """What each id stands for, text unless the file is damaged."""
     content = files.read_json(path)
-    vocabulary = content.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, Mapping):
-        tokens = {index: token for token, index in vocabulary.items()}
-    else:  # unigram: pairs of a token and its score, in order
-        tokens = {index: entry[0] for index, entry in enumerate(vocabulary)}
-    return tokens | {entry["id"]: entry["content"] for entry in content.get("added_tokens", [])}
+    try:
+        vocabulary = content.get("model", {}).get("vocab", {})
+        if isinstance(vocabulary, Mapping):
+            tokens = {int(index): token for token, index in vocabulary.items()}
+        else:  # unigram: pairs of a token and its score, in order
+            tokens = {index: entry[0] for index, entry in enumerate(vocabulary)}
+        added = {int(entry["id"]): entry["content"] for entry in content.get("added_tokens", [])}
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{path}: its vocabulary has a wrong type ({type(error).__name__}); download the file "
+            "again"
+        ) from error
+    return tokens | added
 
 
 def shipped() -> list[str]:

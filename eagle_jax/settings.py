@@ -12,7 +12,6 @@ import ast
 import contextlib
 import dataclasses
 import difflib
-import math
 import re
 import runpy
 import sys
@@ -204,7 +203,8 @@ def _convert(value: Any, hint: Any) -> Any:
         if isinstance(value, tuple | list):
             return _convert_tuple(tuple(value), arguments)
     elif hint is float:
-        if type(value) in (int, float) and math.isfinite(value):
+        # Not isfinite(), which fails for whole numbers beyond float's range.
+        if type(value) in (int, float) and abs(value) <= sys.float_info.max:
             return float(value)
     elif isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value

@@ -155,8 +155,9 @@ def check_batch(mesh: Mesh, batch_size: int) -> None:
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """Which part of the batch this process reads, and of how many: those of a tensor group that
-    spans processes read the same.
+    """Returns which part of the batch this process reads, and of how many.
+
+    Processes of one tensor group read the same part.
 
     Raises:
         ValueError: the processes' parts are not equal slices of the batch.
@@ -185,8 +186,10 @@ def mesh_of(tree: Any) -> Mesh | None:
 
 
 def at_a_time(tree: Any, threads: int) -> int:
-    """How many threads may run programs on a tree's arrays: over several devices one, since each
-    program may otherwise wait for a device that another has."""
+    """Returns how many threads may run programs on a tree's arrays.
+
+    Over several devices it is one: otherwise each program may wait for a device that another holds.
+    """
     mesh = mesh_of(tree)
     return threads if mesh is None or mesh.size == 1 else 1
 
@@ -335,8 +338,11 @@ def _logical(name: str, leaf: Any) -> tuple[str | None, ...]:
 
 
 def _weight(mesh: Mesh, name: str, leaf: Any, *, stored: bool) -> NamedSharding:
-    """By its name over tensor and expert groups; where it is stored, over fsdp too: the largest
-    axis left that divides, the first of equals."""
+    """Returns the sharding of a weight by its name, over tensor and expert groups.
+
+    A stored weight is also cut over fsdp: the largest remaining axis that divides, the first of
+    equals.
+    """
     axes = list(_logical(name, leaf))
     for i, (logical, size) in enumerate(zip(axes, leaf.shape, strict=True)):
         if logical == "vocab" and size % mesh_parts(mesh, logical):

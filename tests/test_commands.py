@@ -120,6 +120,14 @@ def test_generate_and_answers(program, tiny_model, tmp_path) -> None:
     assert json.loads(target.read_text())["messages"][1]["content"] == whole.text
 
 
+def test_color(program, tiny_model) -> None:
+    """Colours are all that differs, and none are in JSON."""
+    words = ["generate", "Hi", "--model", str(tiny_model), "--max-new-tokens", "24"]
+    plain, coloured = program(*words)[1], program(*words, "--color")[1]
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == plain
+    assert program(*words, "--color", "--json")[2].startswith("error: color: --json has no colours")
+
+
 def test_evaluation_takes_model_and_draft() -> None:
     """In place of the file's, as everywhere."""
     from eagle_jax.evaluate.__main__ import configuration, parser

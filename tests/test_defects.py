@@ -24,8 +24,9 @@ import pytest
 import tiny_run
 
 import eagle_jax
-from eagle_jax import outputs, settings, sharding
+from eagle_jax import checks, outputs, settings, sharding
 from eagle_jax.checkpoint import files
+from eagle_jax.config import OptimConfig
 from eagle_jax.decode import (
     Batcher,
     Eagle,
@@ -40,6 +41,7 @@ from eagle_jax.decode import (
 )
 from eagle_jax.decode.batching import answer_file as answers
 from eagle_jax.decode.batching.answer_file import answer_file
+from eagle_jax.decode.sampling.params import SamplingParams
 from eagle_jax.decode.session import check_method
 from eagle_jax.drafters.medusa.method import Medusa
 from eagle_jax.evaluate import EvalConfig
@@ -47,7 +49,7 @@ from eagle_jax.evaluate.__main__ import evaluate
 from eagle_jax.evaluate.samples import Samples
 from eagle_jax.params import Params
 from eagle_jax.text import Tokenizer, read_prompts
-from eagle_jax.train import loop
+from eagle_jax.train import data, loop
 from eagle_jax.train.metrics import Trace
 
 ASKED = [[{"role": "user", "content": text}] for text in ("Hi", "0+1", "abc")]
@@ -230,7 +232,7 @@ WRONG_RUNS = {
     "seed": (["seed=-1"], "seed=-1: must be a whole number from 0 to 4294967295"),
     "seed, huge": (["seed=99999999999999999999"], "seed=99999999999999999999: must be a whole"),
     "data.seed": (["data.seed=-1"], "data.seed=-1: must be a whole number from 0 to 4294967295"),
-    "rate": (["optim.learning_rate=1e999"], "optim.learning_rate=inf: must be a number above 0"),
+    "rate": (["optim.learning_rate=0"], "optim.learning_rate=0.0: must be a number above 0"),
     "rate, huge": (["optim.learning_rate=1e300"], "optim.learning_rate=1e+300: must be a number"),
     "steps": (["optim.steps=0"], "optim.steps=0: must be a whole number from 1 to 2147483647"),
     "steps, huge": (["optim.steps=3000000000"], "optim.steps=3000000000: must be a whole number"),
@@ -258,6 +260,20 @@ def test_05_06_08_numbers_of_a_training_run(name, tmp_path, monkeypatch) -> None
     before = sorted(tmp_path.rglob("*"))
     assert one_line(loop.run, run).startswith(said)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+HUGE = 10**400  # no float holds it, and `math.isfinite` raises OverflowError
+
+
+def test_08_huge_whole_numbers_are_refused_everywhere() -> None:
+    """Catches an OverflowError where a whole number is converted to float."""
+    assert "must be a number" in one_line(checks.check_number, "x", HUGE)
+    assert "must be a whole number" in one_line(checks.check_whole, "x", HUGE, 0, 5)
+    assert "thousands of digits" in one_line(checks.check_whole, "x", 10**5000, 0, 5)
+    assert "temperature=1000" in one_line(SamplingParams, temperature=HUGE)
+    optim = OptimConfig(learning_rate=1e-3, steps=1)
+    said = one_line(settings.override, optim, [f"learning_rate={HUGE}"])
+    assert said.startswith("learning_rate=1000") and said.endswith("must be a finite number")
 
 
 @pytest.mark.parametrize(("tensor", "expert"), [(-1, 1), (True, 1), (0, 0), (0, -2)])
@@ -441,8 +457,8 @@ def test_18_a_message_is_about_what_the_user_set(tiny_model, tmp_path) -> None:
     said = one_line(evaluate, config)
     assert "every prompt is too long; new_tokens=100000 leaves 0 of the context's" in said
     path = tmp_path / "config.py"
-    for data in (b"config = 5\0", b"\0", b"\xff\xfe\0"):
-        path.write_bytes(data)
+    for content in (b"config = 5\0", b"\0", b"\xff\xfe\0"):
+        path.write_bytes(content)
         said = one_line(settings.load, path, kind=EvalConfig)
         assert said.startswith(str(path)) and "None" not in said
 
@@ -467,3 +483,36 @@ def test_20_a_full_disk_is_told_with_the_file(params, source, tmp_path, monkeypa
         with pytest.raises(OSError) as info:
             write()
         assert info.value.errno == errno.ENOSPC and Path(info.value.filename).name == name
+
+
+def test_20_a_full_disk_of_prepared_text_is_told(tmp_path, monkeypatch) -> None:
+    """Catches a RuntimeError of ArrayRecord with a traceback through four packages."""
+
+    def full(*_) -> None:
+        raise RuntimeError(f"Failed to finalize: write() failed: {os.strerror(errno.ENOSPC)}; at")
+
+    config = tiny_run.target_run(tmp_path).data
+    monkeypatch.setattr("eagle_jax.train.data.prepared.write_rows", full)
+    said = one_line(data.prepare, config.train, config)
+    assert said.startswith(f"data.cache_dir={config.cache_dir!r}: the prepared text cannot be")
+    assert "(disk full); make room, or give another directory" in said
+    assert not list(Path(config.cache_dir).glob("*"))
+
+
+def test_07_damaged_prepared_text_is_named(tmp_path) -> None:
+    """Catches a RuntimeError of ArrayRecord, and an AttributeError of tfds, in training."""
+    config = tiny_run.target_run(tmp_path).data
+    folder = data.prepare(config.train, config)
+    (records,) = folder.rglob("*array_record*")
+    whole = records.read_bytes()
+    middle = len(whole) // 2
+    for damaged in (b"", whole[:middle], whole[:middle] + bytes(200) + whole[middle + 200 :]):
+        records.write_bytes(damaged)
+
+        def read() -> None:
+            rows = data.train_iterator(config)
+            for _ in range(10):
+                next(rows)
+
+        said = one_line(read)
+        assert said.startswith(f"cache_dir: {folder} is damaged (") and "delete it" in said

@@ -1,5 +1,7 @@
 """Damaged input files: each either loads or is refused in one line, never a traceback or a hang."""
 
+import functools
+import gzip
 import json
 import shutil
 import warnings
@@ -9,6 +11,13 @@ from typing import Any
 import pytest
 
 import eagle_jax
+from eagle_jax.checkpoint import files, hf, manifest
+from eagle_jax.decode import tuning_store
+from eagle_jax.evaluate.samples import SAMPLES, Samples
+from eagle_jax.evaluate.tasks import read_tasks
+from eagle_jax.params import check_tokenizers
+from eagle_jax.text import Tokenizer, read_conversations, read_prompts
+from eagle_jax.train import metrics, offline
 
 WRONG: list[Any] = [None, True, -1, 2**32 + 5, 1.5, float("nan"), "5", [[1]], {"a": 1}]
 
@@ -104,12 +113,16 @@ def model(tiny_model: Path, tmp_path: Path, request) -> Path:
 
 
 def use(model: Path) -> None:
-    """What every program does with a model: load it, and write a prompt in its format."""
-    params = eagle_jax.load(model)
-    assert params.tokenizer is not None
-    for token in params.tokenizer.eos_ids:
-        assert type(token) is int and 0 <= token < params.target_config.vocab_size
-    params.tokenizer.chat([{"role": "user", "content": "Hi"}])
+    """What `load` does with the files of a model, but for placing weights, and a prompt."""
+    config, _ = hf.open_target(model / "target")
+    tokenizer = Tokenizer.load(model / "target")
+    for token in tokenizer.eos_ids:
+        assert type(token) is int and 0 <= token < config.vocab_size
+    tokenizer.chat([{"role": "user", "content": "Hi"}])
+    for directory in sorted(model.iterdir()):
+        if directory.name != "target":
+            hf.kind(directory)
+            hf.check_fit(config, hf.open_draft(directory, config)[0], directory)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +138,15 @@ def use(model: Path) -> None:
     ],
 )
 def test_json_files_of_a_model(model, name) -> None:
-    use(model)
+    eagle_jax.load(model)
     refuses_in_one_line(lambda: use(model), model / name)
+
+
+def test_tokenizer_json_of_a_draft(tiny_model, tmp_path) -> None:
+    """It is compared with the target's token by token, without the tokenizers package."""
+    shutil.copy(tiny_model / "target" / "tokenizer.json", tmp_path)
+    compare = functools.partial(check_tokenizers, tiny_model / "target", tmp_path)
+    refuses_in_one_line(compare, tmp_path / "tokenizer.json", ("model",))
 
 
 def test_tokenizer_json(model) -> None:
@@ -150,3 +170,138 @@ def test_rope_scaling_of_a_config(model) -> None:
         refuses_in_one_line(lambda: use(model), path, ("rope_scaling",))
     finally:
         path.write_bytes(whole)
+
+
+def test_manifest_of_a_model(tmp_path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "config.json").write_text("{}")
+    manifest.write_manifest(tmp_path, {"target": "target"})
+    path = tmp_path / manifest.MANIFEST
+    below = [("parts",), ("parts", "target"), ("parts", "target", "files", "config.json")]
+    refuses_in_one_line(lambda: manifest.check(tmp_path), path, *below)
+
+
+def test_index_of_shards(model) -> None:
+    target = model / "target"
+    name = "model-00001-of-00001.safetensors"
+    (target / "model.safetensors").rename(target / name)
+    index = target / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    use(model)
+    refuses_in_one_line(lambda: files.read_tensors(target), index, ("weight_map",))
+
+
+def test_tuning(tmp_path) -> None:
+    path = tmp_path / "tuning.json"
+    entry = {"key": {"rows": 1}, "method": "--method vanilla", "tuned": "2026"}
+    content = {"format": "eagle_jax tuning", "version": 1, "entries": [entry]}
+    path.write_text(json.dumps(content))
+    refuses_in_one_line(lambda: tuning_store.entries(path), path)
+
+
+def test_manifest_of_features(tmp_path) -> None:
+    path = tmp_path / offline.MANIFEST
+    made = {
+        "format": offline.FORMAT,
+        "sequence_length": 48,
+        "text": "a",
+        "rows": 10,
+        "rows_per_file": 4,
+        "weights": "b",
+        "target": {"hidden_size": 8},
+        "layers": [1, 2],
+        "dtype": "int8",
+        "compute_dtype": "float32",
+    }
+    path.write_text(json.dumps(made))
+
+    def compare() -> None:
+        found = offline.read_manifest(path)
+        if not offline.differences(found, made):
+            offline.paths(tmp_path, found)
+
+    refuses_in_one_line(compare, path)
+
+
+RUN = {
+    "key": json.dumps(["run", "own", ["1"], 0, 0.0, 5, "vanilla", 0]),
+    "new_tokens": [3],
+    "rounds": [3],
+    "accepted": [],
+    "compile": 0.0,
+    "prefill": 0.1,
+    "decode": 0.2,
+    "tokens": [[1, 2, 3]],
+}
+
+
+def test_samples_of_an_evaluation(tmp_path) -> None:
+    """A damaged line is refused before anything is measured, not when tables are made."""
+    samples = Samples(tmp_path, {"seed": 0})
+    samples.add(RUN["key"], {k: v for k, v in RUN.items() if k != "key"})
+    samples.close()
+    path = tmp_path / SAMPLES
+    whole = path.read_bytes()
+    Samples(tmp_path, {"seed": 0}).close()
+    header = whole.splitlines(keepends=True)[0]
+    for key, value, text in mutations(RUN):
+        seconds = key in ("compile", "prefill", "decode") and value in (2**32 + 5, 1.5)
+        if key == "unknown_key" or seconds or (key, value) == ("tokens", [[1]]):
+            continue
+        path.write_bytes(header + text.encode() + b"\n")
+        with pytest.raises(ValueError, match="samples.jsonl is damaged or not ours"):
+            Samples(tmp_path, {"seed": 0})
+    for data in BYTES[1:]:
+        path.write_bytes(header + data + b"\n")
+        with pytest.raises(ValueError, match="samples.jsonl is damaged or not ours"):
+            Samples(tmp_path, {"seed": 0})
+
+
+def test_trace_of_a_run(tmp_path) -> None:
+    """A trace ends at its first damaged line: what follows belongs to steps that are done again."""
+    path = tmp_path / metrics.TRACE
+    good = json.dumps({"step": 1, "loss": 2.0})
+    for data in [*BYTES, b'{"step": "1", "loss": 1}', b'{"step": 2}', b'{"step": 2, "loss": "a"}']:
+        path.write_bytes(good.encode() + b"\n" + data + b"\n" + good.encode() + b"\n")
+        assert metrics.read_trace(path) == [{"step": 1, "loss": 2.0}]
+        metrics.Trace(path, 1).close()
+        assert path.read_text() == good + "\n"
+
+
+LINES = [
+    b'{"messages": 5}',
+    b'{"messages": [5]}',
+    b'{"messages": [[]]}',
+    b'{"messages": {"role": "user"}}',
+    b'{"messages": [{"role": ["user"], "content": "a"}]}',
+    b'{"messages": [{"role": "user", "content": ["a"]}]}',
+    b'{"messages": [{"role": "user", "content": null}]}',
+    b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    b'{"messages": [{"role": 1e999, "content": NaN}]}',
+    *BYTES[1:-1],
+]
+QUESTIONS = [
+    b'{"turns": 5}',
+    b'{"turns": [5]}',
+    b'{"turns": "a"}',
+    b'{"turns": [[]]}',
+    *BYTES[1:-1],
+]
+
+
+@pytest.mark.parametrize("name", ["q.jsonl", "q.jsonl.gz"])
+def test_lines_with_wrong_types(name, tmp_path) -> None:
+    def write(data: bytes) -> None:
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+
+    for data in LINES:
+        write(data + b"\n")
+        for read in (read_conversations, read_prompts):
+            with pytest.raises(ValueError, match=f"{name}:1: ") as info:
+                list(read(tmp_path / name))
+            assert "\n" not in str(info.value)
+    for data in QUESTIONS:
+        write(data + b"\n")
+        with pytest.raises(ValueError, match=f"{name}:1: ") as info:
+            read_tasks(["q"], str(tmp_path))
+        assert "\n" not in str(info.value)

@@ -122,14 +122,15 @@ def test_a_compilation_of_generate(tmp_path):
     command = [sys.executable, "-m", "eagle_jax", "generate", "hi", "--method", "eagle2"]
     env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
     env |= {"XLA_FLAGS": "", "COLUMNS": "80"}
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execve(command[0], command, env)
-    said = read_until(terminal, b"compiling eagle2 decode, ")
-    begin = time.monotonic()
-    os.write(terminal, b"\x03")
-    said += read_until(terminal, None)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    terminal, other = pty.openpty()
+    with subprocess.Popen(command, stdin=other, stdout=other, stderr=other, env=env) as process:
+        os.close(other)
+        said = read_until(terminal, b"compiling eagle2 decode, ")
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        said += read_until(terminal, None)
+        status = process.wait()
+    os.close(terminal)
     assert status == 130 and time.monotonic() - begin < LIMIT
     assert b"Traceback" not in said and said.endswith(b"\r\x1b[K")
 

@@ -155,6 +155,7 @@ def test_a_target_computes_with_the_weights_it_stands_for(name, tokens) -> None:
     shapes = {name: (x.shape, x.dtype) for name, x in found.items()}
     assert shapes == {name: (x.shape, x.dtype) for name, x in params.items()}
 
+    @functools.partial(jax.jit, static_argnums=0)
     def logits(layout, params):
         text = jnp.arange(tokens, dtype=jnp.int32)[None]
         model = bind(Transformer, config, params, layout)
@@ -212,6 +213,7 @@ def test_a_draft_computes_with_the_weights_it_stands_for(name) -> None:
     target = bind(Transformer, _WHOLE, random_params(Transformer, _WHOLE, 1))
     text = jnp.arange(6, dtype=jnp.int32)[None]
 
+    @functools.partial(jax.jit, static_argnums=0)
     def scores(layout, params):
         draft = bind(cls, config, params, layout)
         if config.kind == "medusa":
@@ -355,7 +357,8 @@ def test_small_drafts_on_several_devices(tiny_model) -> None:
     jax.tree.map(np.testing.assert_array_equal, params.drafts, alone.drafts)
     prompt, options = [3, 1, 4, 1, 5], {"temperature": 1.0, "max_new_tokens": 12}
     wanted = generate(alone, prompt, method="vanilla", **options).tokens.tolist()
-    for method in ("eagle", "eagle3", "medusa", "speculative"):
+    for name in ("eagle chain", "eagle3", "medusa", "speculative"):
+        method = decoding.METHODS[name]  # small trees
         assert generate(params, prompt, method=method, **options).tokens.tolist() == wanted
 
 

@@ -1,6 +1,7 @@
 """What a person meets who types `import eagle_jax` and looks around."""
 
 import copy
+import dataclasses
 import importlib
 import pickle
 import pkgutil
@@ -25,7 +26,16 @@ def test_dir_shows_what_there_is() -> None:
     """Before anything is imported; and all of it can be read."""
     code = "import sys, eagle_jax\nprint(*dir(eagle_jax))\nprint('jax' in sys.modules)"
     names, light = fresh(code).splitlines()
-    wanted = {"Batcher", "Params", "Session", "generate", "load", "stream", "__version__"}
+    wanted = {
+        "Batcher",
+        "Params",
+        "SamplingParams",
+        "Session",
+        "generate",
+        "load",
+        "stream",
+        "__version__",
+    }
     assert wanted | {"decode", "train", "evaluate", "tune", "config"} <= set(names.split())
     assert light == "False"
     for name in names.split():
@@ -68,6 +78,25 @@ def test_methods_and_trees_have_short_reprs() -> None:
     other = StaticTree(tuple((0,) * (i + 1) for i in range(38)) + ((1,), (2,)))
     assert len({repr(tree) for tree in (*wide, other)}) == 3
     assert all(len(repr(tree)) < 60 for tree in wide)
+
+
+def test_generations() -> None:
+    """Short in a terminal, coloured in a notebook, equal if they are the same answer."""
+    params = eagle_jax.load("tiny")
+    question = "Why is the sky blue?"
+    out = eagle_jax.generate(params, question, max_new_tokens=12)
+    plain = eagle_jax.generate(params, question, max_new_tokens=12, method="vanilla")
+    assert out == plain and any(out.drafted) and not any(plain.drafted)
+    assert repr(out).startswith(f"Generation({out.text!r}, tau ") and len(repr(out)) < 140
+    assert repr(out.statistics).startswith("Statistics(12 tokens in ")
+    html, none = out._repr_html_(), plain._repr_html_()
+    assert html is not None and html.count("<span") >= 1 and "tokens/s" in html
+    assert none is not None and "<span" not in none
+    both = eagle_jax.generate(params, [question, "Hi"], max_new_tokens=12)
+    html = both._repr_html_()
+    assert html is not None and html.count("<hr>") == 2 and html.count("tokens/s") == 1
+    assert copy.deepcopy(both) == pickle.loads(pickle.dumps(both)) == both
+    assert dataclasses.replace(out, tokenizer=None)._repr_html_() is None
 
 
 def test_tokenizers_are_copied_and_pickled() -> None:

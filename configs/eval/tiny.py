@@ -3,7 +3,7 @@
     python -m eagle_jax.evaluate --config configs/eval/tiny.py
 
 Public questions: put mt_bench.jsonl, humaneval.jsonl, gsm8k.jsonl, alpaca.jsonl into a directory
-(README says where they come from) and add `--data DIR`.
+(docs/evaluation.md says where they come from) and add `--data DIR`.
 """
 
 from eagle_jax.decode import (

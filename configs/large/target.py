@@ -3,9 +3,9 @@
     python benchmarks/large_pair.py --data data/open.jsonl.gz --validation data/open_val.jsonl
 
 trains it on one 80 GB GPU by the clock (ten minutes by default), with its drafts: `optim.steps`
-here is replaced by what fits. A pair to measure speed with; some 20 M tokens of text make no good
-chat model of this size. Learning rates are guesses from the shipped pair's; with those here nothing
-diverged (docs/performance.md, "A larger pair").
+here is replaced by what fits. The pair is for measuring speed: 20 M tokens of text do not make a
+good chat model of this size. Learning rates were guessed from the shipped pair's; no run with them
+diverged (docs/results.md, "A pair of 1.1 billion parameters").
 """
 
 from eagle_jax.config import DataConfig, NextToken, OptimConfig, TrainConfig, TransformerConfig

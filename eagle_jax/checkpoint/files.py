@@ -21,15 +21,15 @@ from eagle_jax.checkpoint import safetensors, torch_bin
 from eagle_jax.checkpoint.lazy_tensor import LazyTensor, cast, lazily
 from eagle_jax.checkpoint.names import Shape, disk_shapes, on_disk, shapes
 from eagle_jax.config import DraftConfig
+from eagle_jax.drafters import registry
 
 Arrays = dict[str, np.ndarray]
 LazyTensors = dict[str, LazyTensor]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-# Those of Medusa are what its training program writes.
-_SAFETENSORS = ("model.safetensors", "medusa_lm_head.safetensors")
-_TORCH = ("pytorch_model.bin", "medusa_lm_head.pt")
+_SAFETENSORS, _TORCH = "model.safetensors", "pytorch_model.bin"
+_ENDINGS = (".safetensors", ".bin", ".pt")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -57,14 +57,17 @@ def read_tensors(directory: Path) -> LazyTensors:
     Raises:
         ValueError: a file is missing or corrupt, or a torch file has code in it.
     """
-    for names, read in ((_SAFETENSORS, safetensors.stored), (_TORCH, torch_bin.stored)):
-        index = directory / f"{names[0]}.index.json"
+    others = [name for spec in registry.specs().values() for name in spec.checkpoint().other_names]
+    for usual, read in ((_SAFETENSORS, safetensors.stored), (_TORCH, torch_bin.stored)):
+        index = directory / f"{usual}.index.json"
         if index.is_file():
             return _indexed(index, read)
-        for name in names:
+        safe = read is safetensors.stored
+        own = [name for name in others if name.endswith(".safetensors") == safe]
+        for name in (usual, *own):
             if (directory / name).is_file():
                 return read(directory / name)
-        shards = _shards(directory, names[0])
+        shards = _shards(directory, usual)
         if shards:
             return _merged(directory, shards, read)
     raise ValueError(
@@ -229,9 +232,9 @@ def write_index(directory: Path, tensors: Mapping[str, Any]) -> None:
     transformers needs none. The official EAGLE code looks up there where a target's embedding is.
     """
     total = sum(math.prod(x.shape) * x.dtype.itemsize for x in tensors.values())
-    names = dict.fromkeys(sorted(tensors), _SAFETENSORS[0])
+    names = dict.fromkeys(sorted(tensors), _SAFETENSORS)
     content = {"metadata": {"total_size": total}, "weight_map": names}
-    write_json(directory / f"{_SAFETENSORS[0]}.index.json", content)
+    write_json(directory / f"{_SAFETENSORS}.index.json", content)
 
 
 def disk_tensors(config: DraftConfig, params: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def describe(directory: Path, target: Path | None) -> dict[str, Any]:
         "tensors": len(tensors),
         "dtypes": dict(dtypes),
     }
-    about |= {key: settings[key] for key in _SIZES if key in settings}
+    about |= {key: settings[key] for key in (*_SIZES, *own.size_keys) if key in settings}
     about["lacks"] = own.lacks(directory, settings, list(tensors))
     try:
         config = None if target is None else hf.open_target(target)[0]
@@ -63,8 +63,6 @@ _SIZES = (
     "vocab_size",
     "draft_vocab_size",
     "max_position_embeddings",
-    "medusa_num_heads",
-    "medusa_num_layers",
 )
 
 

@@ -14,6 +14,7 @@ import math
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -238,7 +239,7 @@ def _load(
         with zipfile.ZipFile(path) as archive, archive.open(storage.entry) as entry:
             entry.seek(offset * width)
             numbers = np.frombuffer(entry.read(length * width), storage.dtype)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
         raise ValueError(f"{path}: truncated or corrupt ({error}); download it again") from error
     if len(numbers) != length:
         raise ValueError(f"{path}: truncated or corrupt ({storage.entry}); download it again")

@@ -260,6 +260,8 @@ class Checkpoints:
             metadata: Any = self._checkpointer.metadata(step).custom_metadata or {}
             if not {"config", "data"} <= set(metadata):
                 raise ValueError("its metadata are missing or cut short")
+            if not isinstance(metadata["config"], dict):
+                raise ValueError("its metadata hold no configuration")
             data_state = _unpack(metadata["data"])
         check_same(metadata["config"], self._config, self._directory.parent, self._contents)
         with _reading():

@@ -22,7 +22,7 @@ COMMANDS = {
     "train": ("eagle_jax.train.__main__", "train a target or a draft"),
     "evaluate": ("eagle_jax.evaluate.__main__", "compare decoding methods: speed, equal texts"),
     "tune": ("eagle_jax.tune.__main__", "find the fastest method for a model on this machine"),
-    "convert": ("eagle_jax.convert.__main__", "convert or inspect checkpoints"),
+    "convert": ("eagle_jax.convert", "convert or inspect checkpoints"),
     "compile": ("eagle_jax.aot.__main__", "compile for devices that are not at hand"),
 }
 

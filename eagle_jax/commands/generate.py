@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the very same text from every method, in bfloat16 too (slower, for checks)",
     )
+    parser.add_argument(
+        "--color",
+        action="store_true",
+        help="show on a background what the draft guessed and the target accepted",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line only")
 
 
@@ -64,26 +69,30 @@ def run(args: argparse.Namespace) -> None:
     compilation_cache.enable()
     if args.json:
         progress.show(False)
+        if args.color:
+            raise ValueError("color: --json has no colours; leave one of them out")
     params = options.load_model(args)
     decoding = options.decoding_of(args)
+    decoding |= {"raw": args.raw, "exact": args.exact}
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    _answer(params, prompt, show=not args.json, raw=args.raw, exact=args.exact, **decoding)
+    if args.json:
+        _print_json(params, prompt, decoding)
+    else:
+        _print_text(params, prompt, decoding, args.color)
 
 
-def _answer(params: Any, prompt: str, show: bool, **decoding: Any) -> None:
-    from eagle_jax.decode import stream
+def _print_text(params: Any, prompt: str, decoding: dict[str, Any], color: bool) -> None:
+    """The answer as it comes, then a line of statistics on standard error."""
+    from eagle_jax.decode import display, stream
 
-    text, last, finish, logprobs = "", None, None, []
+    last = None
+    marks = display.Marks(params.tokenizer) if color and params.tokenizer is not None else None
     for part in stream(params, prompt, **decoding):
-        text, last, finish = text + (part.text or ""), part.statistics, part.finish
-        logprobs += map(dataclasses.asdict, part.logprobs or ())
-        if show:
-            print(part.text or "", end="", flush=True)
+        last, text = part.statistics, part.text or ""
+        if marks is not None:
+            text = display.ansi(marks.runs(text, part.tokens, part.drafted))
+        print(text, end="", flush=True)
     assert last is not None
-    if not show:
-        record = {"text": text, "finish": finish, **dataclasses.asdict(last)}
-        print(json.dumps(record | ({"logprobs": logprobs} if logprobs else {})))
-        return
     if not distributed.first():
         return
     chosen = f", auto: {last.method}" if decoding["method"] == registry.AUTO else ""
@@ -93,3 +102,14 @@ def _answer(params: Any, prompt: str, show: bool, **decoding: Any) -> None:
         f"acceptance length {last.tau:.2f} (bonus token included), {last.device}{chosen}]",
         file=sys.stderr,
     )
+
+
+def _print_json(params: Any, prompt: str, decoding: dict[str, Any]) -> None:
+    """One line with text, statistics and, where they are asked for, log-probabilities."""
+    from eagle_jax.decode import generate
+
+    out = generate(params, prompt, **decoding)
+    record = {"text": out.text or "", "finish": out.finish, **dataclasses.asdict(out.statistics)}
+    if out.logprobs:
+        record["logprobs"] = [dataclasses.asdict(found) for found in out.logprobs]
+    print(json.dumps(record))

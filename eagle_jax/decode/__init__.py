@@ -5,8 +5,6 @@ out = eagle_jax.decode.generate(params, "What is a prime number?", method="eagle
 print(out.text, out.statistics.tau)
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 from eagle_jax import lazy

@@ -253,8 +253,11 @@ def _first(output: Output, nodes: int) -> Output:
 def _clip(
     settings: Sampling, state: State, emitted: Int[Array, "b n"], count: Int[Array, " b"]
 ) -> tuple[Int[Array, " b"], Bool[Array, " b"]]:
-    """Tokens to commit and whether the row is then done: stops at the first end token, included,
-    and at the limit, inside the round, so that no output overshoots."""
+    """Returns how many tokens to commit, and whether the row is then done.
+
+    A row stops at its first end token, which is included, and at its limit. Both are found inside
+    the round, so that no output overshoots.
+    """
     step = jnp.arange(emitted.shape[1])[None]
     room = state.limit - state.length
     count = jnp.minimum(count, room)

@@ -178,8 +178,10 @@ def advance(
     max_rounds: int = 2**31 - 1,
     enough: int | None = None,
 ) -> State:
-    """Run up to `max_rounds` rounds on the device, until `enough` rows (by default all of them)
-    are done; `state` is consumed."""
+    """Runs up to `max_rounds` rounds on the device, and consumes `state`.
+
+    It ends earlier when `enough` rows (by default all of them) are done.
+    """
     args = _bounded(program, params, state, settings, max_rounds, enough)
     run = _compiled(decode, program, args, clock)
     begin = time.perf_counter()

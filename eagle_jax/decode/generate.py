@@ -36,7 +36,7 @@ def generate(
             text depends on its prompt and these settings alone, not on the method nor on its
             neighbours.
         method: a name of `METHODS`, an instance such as `Eagle(tree=chain(5))`, or "auto": what
-            `python -m eagle_jax.tune` found the fastest for this model on this machine; the
+            `eagle-jax tune` found the fastest for this model on this machine; the
             statistics say which.
         max_new_tokens: longest answer; the model's context may end it sooner.
         raw: take strings as they are, without the chat template.
@@ -84,13 +84,20 @@ def stream(
     """Decode one prompt, yielding what is new as it comes; the same program as `generate`.
 
     Args:
+        params: as in `generate`.
+        prompt: one prompt, in any form that `generate` takes.
         rounds_per_chunk: rounds on the device between two yields.
-        params, prompt, sampling, method, max_new_tokens, raw, exact, **settings: as in `generate`.
+        sampling: as in `generate`.
+        method: as in `generate`.
+        max_new_tokens: as in `generate`.
+        raw: as in `generate`.
+        exact: as in `generate`.
+        **settings: as in `generate`.
 
     Yields:
-        Generations that hold the newly committed part, and whose `statistics` cover everything so
-        far. Joined, they are exactly what `generate` returns. Text that may be the beginning of a
-        stop string waits until that is certain.
+        Generations with the newly committed part; their `statistics` cover everything so far.
+        Joined, they are exactly what `generate` returns. Text that may be the beginning of a stop
+        string is held back until that is certain.
 
     Raises:
         ValueError: as `generate`; a batch.
@@ -120,4 +127,12 @@ def _stream(session: Session, rounds_per_chunk: int) -> Iterator[Generation]:
         [(new, text)] = session.read()
         logprobs, drafted = session.logprobs(seen)[0], session.drafted()[0][seen:]
         seen += len(new)
-        yield Generation(text, new, session.statistics(), session.finishes()[0], logprobs, drafted)
+        yield Generation(
+            text,
+            new,
+            session.statistics(),
+            session.finishes()[0],
+            logprobs,
+            drafted,
+            session.params.tokenizer,
+        )

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from eagle_jax.decode import display
+from eagle_jax.text import Tokenizer
+
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
@@ -22,7 +25,7 @@ class Statistics:
         compile_seconds, prefill_seconds, decode_seconds: wall clock, apart from each other.
         tokens_per_second: committed tokens of all rows over `decode_seconds`.
         device: what it ran on.
-        method: what decoded, as options of `python -m eagle_jax.decode`.
+        method: what decoded, as options of `eagle-jax generate`.
     """
 
     new_tokens: tuple[int, ...]
@@ -35,6 +38,9 @@ class Statistics:
     tokens_per_second: float
     device: str
     method: str
+
+    def __repr__(self) -> str:
+        return display.short_statistics(self)
 
     def json(self) -> str:
         """One line of JSON."""
@@ -72,6 +78,7 @@ class Generation:
         logprobs: a `TokenLogprob` per token, where `SamplingParams.logprobs` asks for them.
         drafted: [n] bool, whether each token was a draft that the target accepted; False for the
             bonus token that the target adds to every round.
+        tokenizer: the model's, with which a notebook shows which text was drafted.
     """
 
     text: Any
@@ -80,6 +87,21 @@ class Generation:
     finish: Any = None
     logprobs: Any = None
     drafted: Any = None
+    tokenizer: Tokenizer | None = None
+
+    def __repr__(self) -> str:
+        return display.short_generation(self.text, self.tokens, self.statistics)
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows: the answers with their drafted text on a background."""
+        if self.tokenizer is None or self.drafted is None:
+            return None
+        caption = display.caption(self.statistics)
+        if isinstance(self.text, str):
+            return display.markup(self.tokenizer, self.text, self.tokens, self.drafted, caption)
+        rows = zip(self.text, self.tokens, self.drafted, strict=True)
+        parts = [display.markup(self.tokenizer, *row, "") for row in rows]
+        return "<hr>".join([*parts, display.markup(self.tokenizer, "", [], [], caption)])
 
     __hash__ = None  # type: ignore[assignment]  # arrays have no hash
 

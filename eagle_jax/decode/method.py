@@ -133,8 +133,10 @@ class Rule(Protocol):
     def __call__(
         self, proposal: Proposal, logits: Logits, targets: Int[Array, "b t"], context: Context
     ) -> Accepted:
-        """Judge `proposal`, given the target's processed logits (`Sampling.process`) and its own
-        token after every node."""
+        """Judges `proposal`.
+
+        Takes the target's processed logits (`Sampling.process`) and its own token after every node.
+        """
         ...
 
 

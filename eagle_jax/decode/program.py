@@ -163,6 +163,8 @@ def capacity(prompt_bucket: int, new_tokens: int, depth: int) -> int:
 
 
 def opening(prompt_bucket: int, slots: int, depth: int) -> int:
-    """Slots to begin with where `slots` may be needed in the end: the cost of a round follows the
-    text that there is, not the longest that there may be. See `grow`."""
+    """Returns the number of cache slots to begin with, when `slots` may be needed in the end.
+
+    So the cost of a round follows the text so far, not the longest text allowed. See `grow`.
+    """
     return min(slots, max(_GROWING, bucket_prompt(prompt_bucket + depth + 2)))

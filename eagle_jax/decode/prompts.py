@@ -33,6 +33,7 @@ def encode_all(params: Params, prompt: Prompt, raw: bool) -> tuple[list[np.ndarr
 
 
 def is_batch(prompt: Any) -> bool:
+    """Returns whether `prompt` is a list of prompts rather than one."""
     if isinstance(prompt, str):
         return False
     if isinstance(prompt, np.ndarray | jax.Array):

@@ -251,7 +251,7 @@ class Session:
         else:
             text = texts
         tokens, finish, logprobs, drafted = found
-        return Generation(text, tokens, self.statistics(), finish, logprobs, drafted)
+        return Generation(text, tokens, self.statistics(), finish, logprobs, drafted, tokenizer)
 
 
 def finish_of(tokens: np.ndarray, ends: Sequence[int], stopped: bool) -> str:
@@ -260,8 +260,10 @@ def finish_of(tokens: np.ndarray, ends: Sequence[int], stopped: bool) -> str:
 
 
 def run_lengths(drafted: np.ndarray) -> list[int]:
-    """Accepted drafts of every round of an answer, given which of its tokens were drafts: a round
-    ends with its bonus token, or with the answer."""
+    """Returns the accepted drafts of every round of an answer, given which tokens were drafts.
+
+    A round ends with its bonus token, or with the answer.
+    """
     ends = np.flatnonzero(~drafted).tolist()
     if len(drafted) and drafted[-1]:
         ends.append(len(drafted))

@@ -47,8 +47,10 @@ def top_k(
 
 
 def _cut(scores: Float[Array, "*lead v"], k: int) -> bool:
-    """Whether each device of a mesh searches its own entries: those of a vocabulary, not of the few
-    candidates that a tree chooses from, which every device has."""
+    """Returns whether each device of a mesh searches its own entries.
+
+    It does for a vocabulary. The few candidates of a tree are on every device.
+    """
     vocab = scores.shape[-1]
     parts = sharding.parts_of("vocab", vocab)
     return parts > 1 and vocab > k * max(_CHUNK, parts)

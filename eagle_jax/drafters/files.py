@@ -65,6 +65,8 @@ class DraftFiles:
             be written for this library itself (`NATIVE`).
         whole: the files are a whole model, which can be a target too.
         shortens: a draft vocabulary can be given to a trained draft (`with_vocabulary`).
+        other_names: of files of weights, safetensors or torch's, beside the usual names.
+        size_keys: keys of `config.json` with sizes that only this kind has, for descriptions.
         rotates: has a rotary embedding, whose keys `lacks` looks for.
     """
 
@@ -72,6 +74,8 @@ class DraftFiles:
     whole: ClassVar[bool] = False
     shortens: ClassVar[bool] = False
     rotates: ClassVar[bool] = False
+    other_names: ClassVar[tuple[str, ...]] = ()
+    size_keys: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, spec: DrafterSpec) -> None:
         self.spec = spec
@@ -192,8 +196,10 @@ class DraftFiles:
         """Configuration and parameters as the module has them when it decodes.
 
         Args:
-            config, params: as they were read.
-            target_config, target: the target, as it was read.
+            config: the draft's configuration, as it was read.
+            params: its parameters, as they were read.
+            target_config: the target's configuration.
+            target: the target's parameters, as they were read.
             untied: heads are matrices of their own, which multiply faster on CPUs.
             quantised: the draft's matrices are going to be stored in eight bits.
         """

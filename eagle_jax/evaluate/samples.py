@@ -7,8 +7,9 @@ moment goes on from here; a line that the kill cut short is cut away.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class Samples:
             if not isinstance(found, dict) or not all(map(_is_record, records)):
                 raise ValueError
             self._records = {record["key"]: record for record in records}
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             raise ValueError(
                 f"{here}: its {SAMPLES} is damaged or not ours; give another --output"
             ) from None
@@ -93,20 +94,38 @@ class Samples:
 
 
 # What the records of each kind hold; the kind is the first word of a key.
-_NUMBERS = ("compile", "prefill", "decode")
-_LISTS = ("new_tokens", "rounds", "accepted", "tokens")
+_SECONDS = {"run": ("compile", "prefill", "decode"), "compile": ("seconds",)}
+_COUNTS = {"run": ("new_tokens", "rounds")}
+_SHARES = {"run": ("accepted",)}
+_TOKENS = {"run": ("tokens",), "frozen": ("tokens",)}
 
 
 def _is_record(record: Any) -> bool:
     """Whether a line is what `Samples.add` writes of a run, a frozen answer or a compilation."""
     kind = json.loads(record["key"])[0]
-    numbers = {"run": _NUMBERS, "compile": ("seconds",)}.get(kind, ())
-    lists = {"run": _LISTS, "frozen": ("tokens",)}.get(kind, ())
+
+    def of(table: Mapping[str, tuple[str, ...]]) -> list[Any]:
+        return [record[name] for name in table.get(kind, ())]
+
     return (
         kind in ("run", "frozen", "compile")
-        and all(isinstance(record.get(name), int | float) for name in numbers)
-        and all(isinstance(record.get(name), list) for name in lists)
+        and all(map(_is_number, of(_SECONDS)))
+        and all(_are(_is_count, values) for values in of(_COUNTS))
+        and all(_are(_is_number, values) for values in of(_SHARES))
+        and all(_are(_is_count, row) for rows in of(_TOKENS) for row in rows)
     )
+
+
+def _are(check: Callable[[Any], bool], values: Any) -> bool:
+    return isinstance(values, list) and all(map(check, values))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
 
 
 def _compare(found: dict[str, Any], settings: dict[str, Any], here: str) -> None:

@@ -74,8 +74,7 @@ class MixtureOfExperts(nnx.Module):
         return (self._gathered if few else self._dense)(flat, weights, experts).reshape(x.shape)
 
     def route(self, x: Float[Array, "n d"]) -> tuple[Float[Array, "n c"], Int[Array, "n c"]]:
-        """Returns the weights of each token's experts, by a softmax over all experts, and which
-        these are."""
+        """Returns the weights of each token's experts, by a softmax over all, and their numbers."""
         weights = jax.nn.softmax(self.gate(x).astype(jnp.float32), axis=-1)
         weights, experts = jax.lax.top_k(weights, self.chosen)
         if self.normalized:

@@ -122,7 +122,7 @@ def _claim(folder: Path, made: offline.Manifest) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(path, made)
         return
-    for name, theirs, ours in offline.differences(files.read_json(path), made):
+    for name, theirs, ours in offline.differences(offline.read_manifest(path), made):
         raise ValueError(
             f"{path}: has {name}={theirs!r}, this command would write {ours!r}; give another "
             "--output, or delete this one"

@@ -24,6 +24,7 @@ import numpy as np
 
 from eagle_jax import fingerprint
 from eagle_jax.checkpoint import files, hf
+from eagle_jax.checks import check_whole, short
 from eagle_jax.config import NextToken, TrainConfig
 from eagle_jax.train import data
 from eagle_jax.train.objectives import target, target_directory
@@ -71,6 +72,32 @@ def manifest(
     }, rows
 
 
+def read_manifest(path: Path) -> Manifest:
+    """A manifest whose fields have the types that `manifest` gives them.
+
+    Raises:
+        ValueError: it is damaged, or another version wrote it.
+    """
+    found = files.read_json(path)
+    if found.get("format") != FORMAT or found.get("dtype") not in [*DTYPES]:
+        raise ValueError(
+            f"{path}: has format {short(found.get('format'))} and dtype "
+            f"{short(found.get('dtype'))}, known are {FORMAT} and {', '.join(DTYPES)}; write the "
+            "features again"
+        )
+    layers, target = found.get("layers"), found.get("target")
+    try:
+        for name in ("rows", "rows_per_file", "sequence_length"):
+            check_whole(name, found.get(name))
+        if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
+            raise ValueError(f"layers={short(layers)}: must be a list of layer numbers")
+        if not isinstance(target, dict):
+            raise ValueError(f"target={short(target)}: must be an object")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; write the features again") from error
+    return found
+
+
 def digest(made: Manifest) -> str:
     """Hash of a manifest."""
     return fingerprint.of_json(made)
@@ -89,7 +116,7 @@ def differences(found: Manifest, wanted: Manifest) -> list[tuple[str, Any, Any]]
     """
     names = [name for name in wanted if name != "target"]
     pairs = [(name, found.get(name), wanted[name]) for name in names]
-    old, new = found.get("target") or {}, wanted["target"]
+    old, new = found["target"], wanted["target"]
     pairs += [(f"target.{name}", old[name], new[name]) for name in new if name in old]
     return [(name, one, two) for name, one, two in pairs if one != two]
 
@@ -187,18 +214,13 @@ def _find(config: TrainConfig, field: str, directory: Path) -> Features:
     if not (folder / MANIFEST).is_file():
         besides = ", or set eval_every=0" if field == "validation" else ""
         raise ValueError(f"{where}: has no {field}/{MANIFEST}; {write}{besides}")
-    found = files.read_json(folder / MANIFEST)
-    dtype, rows_per_file = found.get("dtype"), found.get("rows_per_file")
-    if found.get("format") != FORMAT or dtype not in DTYPES or not isinstance(rows_per_file, int):
-        raise ValueError(
-            f"{where}: {field}/{MANIFEST} has format {found.get('format')!r} and dtype {dtype!r}, "
-            f"known are {FORMAT} and {', '.join(DTYPES)}; write the features again"
-        )
+    found = read_manifest(folder / MANIFEST)
+    dtype, rows_per_file = found["dtype"], found["rows_per_file"]
     wanted, _ = manifest(config, field, dtype=dtype, rows_per_file=rows_per_file)
     for name, theirs, ours in differences(found, wanted):
         if name == "compute_dtype":  # rounding, like that of the stored dtype
             continue
-        if name == "layers" and set(ours) <= set(theirs or ()):  # more than are needed will do
+        if name == "layers" and set(ours) <= set(theirs):  # more than are needed will do
             continue
         raise ValueError(
             f"{where}: {_SAID.get(name, name).format(field)} was {_short(theirs)} when the {field} "

@@ -24,7 +24,7 @@ from eagle_jax.decode.method import Method
 from eagle_jax.decode.methods import recycling
 from eagle_jax.decode.program import bucket_prompt
 from eagle_jax.decode.sampling import Sampling, SamplingParams, Vocabulary
-from eagle_jax.decode.session import make_program
+from eagle_jax.decode.session import check_method, make_program
 from eagle_jax.drafters import DrafterSpec, registry
 from eagle_jax.evaluate import metrics
 from eagle_jax.params import Params
@@ -104,6 +104,7 @@ class Bench:
         """Decodes a unit; all runs of fixed trees share one compiled prefill."""
         timed_pass = isinstance(method, FixedTree)
         new = min(_STEP_TOKENS, self.new_tokens) if timed_pass else self.new_tokens
+        check_method(self.params, method, len(unit.prompts), temperature)
         longest = max(map(len, unit.prompts))
         program = make_program(self.params, method, longest, new)
         first = program

@@ -50,7 +50,8 @@ def test_defect_22_no_target_hidden_size_where_it_is_the_drafts(model, tmp_path)
 def test_defect_22_a_narrow_head_brings_its_embedding(tmp_path):
     """Catches the key without the matrix that it announces."""
     target = tiny_target()
-    config = tiny_eagle3(target, hidden_size=16, target_hidden_size=target.hidden_size)
+    widths = {"hidden_size": 16, "head_dim": 8, "target_hidden_size": target.hidden_size}
+    config = tiny_eagle3(target, **widths)
     files = registry.by_config(config).checkpoint()
     rng = np.random.default_rng(0)
     params = {n: rng.normal(size=s).astype(np.float32) for n, s in files.shapes(config).items()}

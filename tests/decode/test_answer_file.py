@@ -152,8 +152,8 @@ def test_the_command_line(tiny_model, source, whole, tmp_path, capsys) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"batch_size": 0}, "batch_size=0: must be at least 1"),
-        ({"limit": 0}, "limit=0: must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0: must be a whole number above 0"),
+        ({"limit": 0}, "limit=0: must be a whole number above 0"),
         ({"raw": True}, "raw=True: a file of conversations"),
         ({"exact": True}, "exact=True: prompts of a file are"),
     ],

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 import eagle_jax
-from eagle_jax.decode import display
-from eagle_jax.decode.session import Statistics
+from eagle_jax.decode import Statistics, display
 from eagle_jax.text import StreamDecoder, Tokenizer
 
 ON, OFF = display._ON, display._OFF

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 
-from eagle_jax.decode import Eagle, chain, generate, stream
+from eagle_jax.decode import Eagle, chain, generate, session, stream
 from eagle_jax.models import cast
 from eagle_jax.params import Params
 from eagle_jax.testing import random_draft, tiny_eagle3, tiny_params
@@ -189,7 +189,7 @@ def test_a_draft_for_another_target_is_told(with_text: Params, recwarn, monkeypa
     params = tiny_params()
     config = tiny_eagle3(params.target_config, hidden_size=16, target_hidden_size=32)
     params = dataclasses.replace(params, drafts={"eagle3": random_draft(config, 1)})
-    monkeypatch.setattr("eagle_jax.decode.session._FIRST_ROUNDS", 2)
+    monkeypatch.setattr(session, "_FIRST_ROUNDS", 2)
     options = {"max_new_tokens": 20, "ignore_eos": True}
     plain = generate(params, [3, 1, 4], method="vanilla", **options)
     assert 1.05 < run(with_text, "cab", temperature=1.0, seed=3).statistics.tau  # a trained draft

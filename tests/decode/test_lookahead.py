@@ -263,8 +263,8 @@ def test_loops_are_found() -> None:
     ("settings", "message"),
     [
         ({"ngram": 1}, "ngram=1: must be a whole number of at least 2"),
-        ({"window": 0}, "window=0: must be a whole number of at least 1"),
-        ({"guesses": "7"}, "guesses='7': must be a whole number of at least 1"),
+        ({"window": 0}, "window=0: must be a whole number above 0"),
+        ({"guesses": "7"}, "guesses='7': must be a whole number above 0"),
     ],
 )
 def test_impossible_settings_are_named(settings: dict, message: str) -> None:

@@ -82,12 +82,11 @@ def answer_file(
     outputs.check_file("output", target)
     if raw:
         raise ValueError("raw=True: a file of conversations is answered through the chat template")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    check_whole("batch_size", batch_size)
     if params.tokenizer is None:
         raise ValueError("params: answering conversations needs a tokenizer")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: must be at least 1")
+    if limit is not None:
+        check_whole("limit", limit)
     [shared] = rows_of(1, sampling, settings)
     if exact:
         raise ValueError(
@@ -262,7 +261,7 @@ def _answered(path: Path, prompts: Sequence[Messages], settings: list[dict[str, 
         # Nobody else's file is cut: not even one without a line break.
         if not (torn.startswith(_START) or _START.startswith(torn)):
             raise ValueError
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         differs = f": {error}" if isinstance(error, _OtherSettings) else ""
         raise ValueError(
             f"output={str(path)!r}: holds no answers to this input with these settings{differs}; "
@@ -280,8 +279,8 @@ class _OtherSettings(ValueError):
 def _index(line: bytes, prompts: Sequence[Messages], settings: list[dict[str, Any]]) -> int:
     """Which prompt a finished line answers; one beyond the limit is not looked at."""
     record = json.loads(line)
-    index, asked, found = int(record["index"]), record["messages"][:-1], record["settings"]
-    if index < 0 or (index < len(prompts) and asked != prompts[index]):
+    index, asked, found = record["index"], record["messages"][:-1], record["settings"]
+    if type(index) is not int or index < 0 or (index < len(prompts) and asked != prompts[index]):
         raise ValueError
     if index < len(settings):
         wanted = settings[index]

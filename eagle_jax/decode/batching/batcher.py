@@ -401,8 +401,10 @@ class Batcher:
         self._prefill(group, free)
 
     def _prefill(self, group: list[Request], rows: list[int]) -> None:
-        """Prefills a group, padded to `prefill_rows` by repeating its first request with a row that
-        is out of range, which is dropped."""
+        """Prefills a group, padded to `prefill_rows`.
+
+        Padding repeats the first request with an out-of-range row, which is dropped.
+        """
         stage = self._stage
         missing = stage.prefill_rows - len(group)
         group, rows = group + group[:1] * missing, rows + [stage.rows] * missing

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from eagle_jax.checks import check_flag
+from eagle_jax.checks import check_flag, short
 
 TINY = 1e-30  # beyond 1e-30 and 1e30, quotients and sums leave float32's range
 MOST_LOGPROBS = 20
@@ -26,7 +26,10 @@ def number(name: str, value: Any) -> float:
     """Any real number as a float."""
     if not isinstance(value, int | float | np.number) or isinstance(value, bool):
         raise ValueError(f"{name}={value!r}: must be a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:  # a whole number of more than 308 digits
+        raise ValueError(f"{name}={short(value)}: must be a smaller number") from error
 
 
 def between(low: float, high: float, says: str) -> Check:
@@ -42,6 +45,7 @@ def between(low: float, high: float, says: str) -> Check:
 
 
 def temperature(name: str, value: Any) -> float:
+    """Checks a temperature: 0 (greedy) or positive."""
     found = number(name, value)
     if found != 0 and not TINY <= found <= 1 / TINY:
         raise ValueError(
@@ -63,6 +67,7 @@ def count(most: int | None = None, says: str = "0 or a positive whole number") -
 
 
 def seed(name: str, value: Any) -> int:
+    """Checks a seed: a whole number of 32 bits."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ValueError(f"{name}={value!r}: give a whole number")
     found = operator.index(value)
@@ -72,6 +77,7 @@ def seed(name: str, value: Any) -> int:
 
 
 def switch(name: str, value: Any) -> bool:
+    """Checks True or False."""
     check_flag(name, value)
     return value
 
@@ -87,6 +93,7 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
 
 
 def some_token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """Checks token ids as `token_ids` does, and that there is at least one."""
     found = token_ids(name, value)
     if not found:
         raise ValueError(f"{name}={value!r}: allows nothing; give at least one token id, or None")

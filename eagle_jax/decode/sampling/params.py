@@ -142,8 +142,10 @@ class SamplingParams:
         return cls().override(values)
 
     def override(self, values: Any) -> SamplingParams:
-        """Returns these settings with those of a JSON object in their place; raises as `from_dict`
-        does."""
+        """Returns these settings, overridden by those of a JSON object.
+
+        Raises what `from_dict` raises.
+        """
         if not isinstance(values, Mapping):
             raise ValueError(f"sampling={values!r}: must be an object of settings")
         for key in values:

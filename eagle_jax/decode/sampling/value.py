@@ -84,8 +84,10 @@ class Sampling:
     def noise(
         self, seeds: UInt32[Array, " b"], first: Int[Array, " b"], count: int, vocab: int
     ) -> Float[Array, "b n v"] | None:
-        """Gumbel noise of positions `first .. first + count - 1`, 0 for greedy rows; or None if no
-        row samples."""
+        """Returns Gumbel noise of `count` positions from `first` on, or None if no row samples.
+
+        Greedy rows get 0.
+        """
         if self.greedy:
             return None
         noise = position_noise(seeds, first, count, vocab)
@@ -116,8 +118,10 @@ class Sampling:
 
 
 def process(logits: Float[Array, "b *t v"], settings: Sampling) -> Float[Array, "b *t v"]:
-    """Temperature, then top-k, top-p and min-p: what drafts are drawn from, and the last part of
-    `Sampling.process`."""
+    """Applies temperature, then top-k, top-p and min-p.
+
+    Drafts are drawn from the result. This is the last part of `Sampling.process`.
+    """
     if settings.greedy:
         return logits
     logits = settings.scaled(logits)

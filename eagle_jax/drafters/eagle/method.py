@@ -325,8 +325,11 @@ class Eagle:
     def _likeliest(
         self, models: Models, context: Context, feature: Hidden, depth: int
     ) -> tuple[Float[Array, "b m k"], Int[Array, "b m k"]]:
-        """The k likeliest children of every node, as the target's tokens, and the log of each
-        one's chance; never positive, never NaN: `rerank` counts on that."""
+        """Returns the k likeliest children of every node, and the log of each one's probability.
+
+        Children are tokens of the target. Logs are never positive and never NaN, which `rerank`
+        relies on.
+        """
         assert isinstance(self.tree, DynamicTree)
         scores = self._scores(models, context, feature, depth)
         if self.coupled and context.noise is not None:

@@ -129,7 +129,8 @@ class Eagle3Files(OneLayerFiles):
             return settings
         if layout == "sglang":
             left = [layer - 1 for layer in settings.pop(AUX)]
-            return settings | {"eagle_config": {"use_aux_hidden_state": True, AUX: left}}
+            nested = {"use_aux_hidden_state": True, AUX: left}
+            return settings | {"eagle_config": nested, "target_hidden_size": config.feature_size}
         return _speculators(config, settings, target)
 
     def export_tensors(

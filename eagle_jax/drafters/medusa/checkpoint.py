@@ -30,6 +30,9 @@ _BLOCK = re.compile(rf"({re.escape(_PREFIX)})?\d+\.\d+\.linear\.(weight|bias)")
 class MedusaFiles(DraftFiles):
     """Files of Medusa heads."""
 
+    other_names = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")  # of its training program
+    size_keys = ("medusa_num_heads", "medusa_num_layers")
+
     def recognises(self, settings: Mapping[str, Any], names: Sequence[str]) -> bool:
         return "medusa_num_heads" in settings or any(_BLOCK.fullmatch(name) for name in names)
 

@@ -61,8 +61,10 @@ def usable(*arrays: jax.Array) -> bool:
 
 
 def usable_per_device(*arrays: jax.Array) -> bool:
-    """Returns whether kernels may run on each device of the mesh in use (`models.per_device`), but
-    not on arrays that are cut over it."""
+    """Returns whether kernels may run on each device of the mesh in use (`models.per_device`).
+
+    They do not run on arrays that are cut over the mesh.
+    """
     return _here(*arrays) and sharding.over_several()
 
 

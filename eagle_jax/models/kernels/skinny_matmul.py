@@ -128,8 +128,10 @@ def gates(x: jax.Array, kernel: jax.Array) -> bool:
 
 
 def gated_tile(rows: int, width: int, columns: int, itemsize: int) -> Tile | None:
-    """The cut of gate and up, each [width, columns], for so many rows: in one part, since what is
-    done with the two products needs whole sums; None where none fits."""
+    """Returns the tile of gate and up, each [width, columns], for `rows` rows, or None.
+
+    It has one part, because the gate needs whole sums. None means that no tile fits.
+    """
     cut = tile(rows, width, 2 * columns, itemsize)
     if cut is None:
         return None

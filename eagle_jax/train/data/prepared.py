@@ -8,8 +8,11 @@ and is found there.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
 import functools
 import io
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +22,9 @@ from typing import Any
 import numpy as np
 
 from eagle_jax import fingerprint
+from eagle_jax.checks import short
 from eagle_jax.config import DataConfig
+from eagle_jax.inputs import one_line
 from eagle_jax.text import Tokenizer, encode_files
 from eagle_jax.train.data.packing import Example, Row, cut, pack
 
@@ -58,9 +63,14 @@ def prepare(files: Sequence[str], config: DataConfig, *, field: str = "train") -
     try:
         write_rows(rows, config.sequence_length, unfinished)
         unfinished.rename(folder)
-    except OSError:
+    except (OSError, RuntimeError) as error:  # ArrayRecord raises the second on a full disk
         if not folder.is_dir():  # else another process was first, with the same content
-            raise
+            full = any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
+            said = "disk full" if full else one_line(error)
+            raise ValueError(
+                f"data.cache_dir={config.cache_dir!r}: the prepared text cannot be written there "
+                f"({said}); make room, or give another directory"
+            ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
@@ -85,7 +95,10 @@ def token_counts(config: DataConfig) -> np.ndarray:
     folder = prepare(config.train, config, field="train")
     file = folder / COUNTS
     if file.is_file():
-        return np.load(file)
+        with contextlib.suppress(ValueError, EOFError):  # damaged: counted again
+            counts = np.load(file)
+            if counts.ndim == 1 and counts.dtype == np.int64 and np.all(counts >= 0):
+                return counts
     source, counts = open_rows(folder), np.zeros(0, np.int64)
     for first in tqdm.trange(0, len(source), 256, desc="counting", unit_scale=256, disable=None):
         rows = source.__getitems__(range(first, min(first + 256, len(source))))
@@ -174,8 +187,46 @@ def open_rows(folder: Path) -> Any:
     infos = list(folder.glob("*/*/dataset_info.json"))
     if len(infos) != 1:
         raise ValueError(f"cache_dir: {folder} is damaged; delete it and it is prepared again")
-    builder: Any = tfds.builder_from_directory(infos[0].parent)
-    return builder.as_data_source(SPLIT)
+    with _telling_damage(folder):
+        builder: Any = tfds.builder_from_directory(infos[0].parent)
+        source = builder.as_data_source(SPLIT)
+        return _Prepared(folder, source, len(source))
+
+
+@contextlib.contextmanager
+def _telling_damage(folder: Path) -> Iterator[None]:
+    """Turns whatever tfds, ArrayRecord and protocol buffers raise about files into ValueError."""
+    try:
+        yield
+    except MemoryError:  # says nothing about the files
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"cache_dir: {folder} is damaged ({short(error)}); delete it and it is prepared again"
+        ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """The rows of a prepared folder, by number; grain's workers read them too, so it pickles."""
+
+    folder: Path
+    source: Any
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, number: Any) -> Row:
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: Sequence[int]) -> Sequence[Row]:
+        with _telling_damage(self.folder):
+            rows = self.source.__getitems__(numbers)
+            for row, number in zip(rows, numbers, strict=True):
+                if any(column is None for column in row.values()):  # of a file that was cut short
+                    raise ValueError(f"row {number} is missing")
+            return rows
 
 
 @contextlib.contextmanager

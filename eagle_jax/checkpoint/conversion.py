@@ -1,7 +1,7 @@
-"""Checkpoints from one layout to another, and what a checkpoint is.
+"""The work of `eagle_jax.convert`: finds sources, writes targets and drafts, and compares.
 
-Every conversion is written beside its destination, read again, compared bit by bit, and only then
-gets its name. Tensors pass through memory one at a time.
+Tensors pass through memory one at a time. What is written lies in a temporary directory until it
+has been read again.
 """
 
 from __future__ import annotations
@@ -14,25 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eagle_jax.checkpoint import (
-    config_json,
-    export,
-    files,
-    hf,
-    inspection,
-    manifest,
-    safetensors,
-)
+import numpy as np
+
+from eagle_jax.checkpoint import config_json, export, files, hf, manifest, safetensors
 from eagle_jax.checkpoint.lazy_tensor import LazyTensor, cast
 from eagle_jax.checkpoint.names import on_disk
 from eagle_jax.config import DraftConfig
-from eagle_jax.convert.source import Source, choose_draft, find_source, target_of
-from eagle_jax.convert.vocabulary import (
-    DraftVocabulary,
-    check_vocabulary,
-    count_vocabulary,
-    shortened,
-)
 from eagle_jax.drafters import draft_vocabulary as vocabularies
 from eagle_jax.drafters import registry
 from eagle_jax.drafters.files import EMBEDDING, NATIVE, ExportTarget
@@ -58,106 +45,168 @@ _KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_i
 _KEPT += ("base_model_name_or_path",)  # the published loader of Medusa heads wants it
 
 
-def convert(
-    source: str | Path,
-    to: str | Path,
-    layout: str,
-    *,
-    target: str | Path | None = None,
-    draft: Sequence[str | Path] = (),
-    kind: str | None = None,
-    dtype: str | None = None,
-    target_name: str | None = None,
-    draft_vocabulary: int | None = None,
-    text: Sequence[str | Path] = (),
-    progress: Any = None,
-) -> dict[str, Any]:
-    """Writes a checkpoint in another layout.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What is converted: directories of a target and of drafts.
 
-    Args:
-        source: directory of a target, of a draft, or of both (`target/` and a directory per draft),
-            or the name of a shipped pair.
-        to: a directory that does not exist yet, or is empty.
-        layout: "hf" (a whole model, for transformers; with a draft vocabulary the draft alone, as
-            `load(TARGET, draft=...)` reads it), "official", "sglang" or "speculators" (a draft),
-            "native" (a target and its drafts in one directory).
-        target: the draft's, where `source` has none; for "hf" only with `draft_vocabulary`.
-            Official EAGLE-3 heads need it to know their layers; serving stacks want its context
-            length.
-        draft: further drafts; for "hf" only with `draft_vocabulary`.
-        kind: which draft to write, where there are several; "model" with "hf" for an independent
-            model beside a target; not for "native".
-        dtype: of the weights, one of `files.DTYPES`; by default that of the source.
-        target_name: under which a serving stack finds the target (speculators files say it); by
-            default that of its directory.
-        draft_vocabulary: so many of the target's tokens are what the EAGLE-1 head then drafts; for
-            "hf" and "native". Other formats have no place for it, and a head that has one is
-            written without.
-        text: conversations, JSONL or JSONL.gz; the tokens that their answers have most often, and
-            those that end an answer, are the draft vocabulary.
-        progress: makes a progress bar from a total of bytes and a text: an object with `update`,
-            in a `with` statement; for example `tqdm`.
-
-    Returns:
-        What was written: directory, format, kinds, bytes; of a draft vocabulary its size and the
-            share of the answers' tokens that it has.
-
-    Raises:
-        ValueError: the source is broken or has not what the layout holds, or `to` is not empty.
-        OSError: it cannot be written. Nothing half-written stays, whatever is raised.
-
-    Warns:
-        UserWarning: the authors' code does not know all of an official draft's features, or a
-            format has no place for a draft vocabulary.
+    Attributes:
+        target: of the target, if there is one.
+        drafts: of the drafts.
+        root: of a directory that holds both, with its manifest.
     """
-    if layout not in FORMATS:
-        raise ValueError(f"format={layout!r}: must be one of {', '.join(FORMATS)}")
-    if dtype is not None and dtype not in files.DTYPES:
-        raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(files.DTYPES)}")
-    if layout == "native" and kind is not None:
-        raise ValueError(f"kind={kind!r}: format 'native' takes all drafts; leave --kind out")
-    if target_name is not None and layout != "speculators":
-        raise ValueError(
-            f"target_name={target_name!r}: only format 'speculators' says it; leave it out"
-        )
-    check_vocabulary(layout, kind, draft_vocabulary, text)
-    for name, value in (("target", target), ("draft", draft)):
-        if layout == "hf" and value and draft_vocabulary is None:
-            raise ValueError(f"{name}: format 'hf' writes --from alone; leave --{name} out")
-    to = Path(to).expanduser()
-    found = find_source(source, target, draft)
-    if found.root is not None:
-        manifest.check(found.root, whole=True)  # the new manifest would bless what is broken
-    job = _Job(layout, dtype, progress, target_name)
-    if draft_vocabulary is not None:
-        files.check_new(to)
-        job = dataclasses.replace(job, vocabulary=count_vocabulary(found, draft_vocabulary, text))
-    said = {} if job.vocabulary is None else job.vocabulary.said()
-    if layout == "native":
-        return _to_native(job, found, to) | said
-    if layout == "hf" and job.vocabulary is not None:
-        return _to_serving(job, found, to, NATIVE, shortened(found)) | {"format": layout} | said
-    if layout == "hf":
-        return _to_hf(job, found, to, kind)
-    return _to_serving(job, found, to, layout, kind)
+
+    target: Path | None
+    drafts: tuple[Path, ...]
+    root: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job:
+class Vocabulary:
+    """A draft vocabulary that the EAGLE-1 head gets: offsets `d2t`, and the coverage."""
+
+    offsets: np.ndarray
+    coverage: float
+
+    def said(self) -> dict[str, Any]:
+        """The keys of `config.json` and of the summary that say it."""
+        return {"draft_vocab_size": len(self.offsets), vocabularies.COVERAGE: self.coverage}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is asked of a conversion, as in `eagle_jax.convert.convert`."""
+
     layout: str
     dtype: str | None
     progress: Any
     target_name: str | None
-    vocabulary: DraftVocabulary | None = None
+    vocabulary: Vocabulary | None = None
 
     def bar(self, total: int, text: str) -> Any:
+        """A progress bar over so many bytes."""
         if self.progress is None:
             return export.NoBar()
         return self.progress(total=total, desc=text)
 
 
-def _to_hf(job: _Job, source: Source, to: Path, kind: str | None) -> dict[str, Any]:
-    chosen = source.target if kind is None else choose_draft(source, kind)
+def source_of(path: str | Path, target: str | Path | None, drafts: Sequence[str | Path]) -> Source:
+    """What a user's paths name: a target, drafts, or a directory of both.
+
+    Raises:
+        ValueError: a target is given though the source has one.
+    """
+    from eagle_jax.params import find, own_drafts  # imports jax
+
+    root = find(path)
+    more = [Path(directory).expanduser() for directory in drafts]
+    outer = target_of(target)
+    if (root / "target").is_dir():
+        if outer is not None:
+            raise ValueError(f"target: {root} has a target of its own; leave --target out")
+        return Source(root / "target", (*own_drafts(root), *more), root)
+    if hf.is_whole(root):
+        if outer is not None:  # a small model that drafts for a large one
+            return Source(outer, (root, *more))
+        return Source(root, tuple(more))
+    return Source(outer, (root, *more))
+
+
+def target_of(path: str | Path | None) -> Path | None:
+    """The directory of a target, given that, a pair's, or a shipped name; None stays None.
+
+    Raises:
+        ValueError: it is a draft.
+    """
+    from eagle_jax.params import find
+
+    if path is None:
+        return None
+    root = find(path)
+    root = root / "target" if (root / "target").is_dir() else root
+    if not hf.is_whole(root):
+        raise ValueError(f"target: {root} is a draft of kind {hf.kind(root)!r}; give its target")
+    return root
+
+
+def check_vocabulary(
+    layout: str, kind: str | None, size: int | None, text: Sequence[str | Path]
+) -> None:
+    """Raises ValueError unless the arguments for a draft vocabulary go together."""
+    if size is None:
+        if text:
+            raise ValueError(
+                f"text={str(text[0])!r}: is read for a draft vocabulary; give its size with "
+                "--draft-vocabulary, or leave --text out"
+            )
+        return
+    where = f"draft_vocabulary={size}"
+    if size < 1:
+        raise ValueError(f"{where}: must be at least 1")
+    if not text:
+        raise ValueError(f"{where}: its tokens are counted in a text; give conversations as --text")
+    if layout not in ("hf", "native"):
+        raise ValueError(f"{where}: format {layout!r} has no place for it; use 'hf' or 'native'")
+    if kind is not None and kind not in _shortening():
+        raise ValueError(
+            f"{where}: is for heads of kind {_or(_shortening())}, not {kind!r}; leave --kind out"
+        )
+
+
+def _shortening() -> list[str]:
+    """The kinds of drafts that can get a draft vocabulary after training."""
+    return [kind for kind, spec in registry.specs().items() if spec.checkpoint().shortens]
+
+
+def _or(kinds: Sequence[str]) -> str:
+    return " or ".join(map(repr, kinds))
+
+
+def shortened(source: Source) -> str:
+    """The kind of the source's draft that gets a draft vocabulary."""
+    kinds = [hf.kind(directory) for directory in source.drafts]
+    return next((kind for kind in _shortening() if kind in kinds), _shortening()[0])
+
+
+def vocabulary_of(source: Source, size: int, text: Sequence[str | Path]) -> Vocabulary:
+    """The tokens that answers have most often, for a draft of the source."""
+    from eagle_jax.text import Tokenizer
+    from eagle_jax.vocabulary import draft_vocabulary, token_counts
+
+    where = f"draft_vocabulary={size}"
+    kinds = sorted({hf.kind(directory) for directory in source.drafts})
+    if kinds and not set(kinds) & set(_shortening()):
+        raise ValueError(
+            f"{where}: is for heads of kind {_or(_shortening())}, the source has "
+            f"{', '.join(kinds)}; give such a head"
+        )
+    head = _choose(source, shortened(source))
+    if source.target is None:
+        raise ValueError(
+            f"{where}: {head} has no tokenizer to count with; give its target with --target"
+        )
+    config, _ = hf.open_draft(head)
+    hf.check_fit(hf.open_target(source.target)[0], config, head)
+    own = vocabularies.size_of(config)
+    if own is not None:
+        raise ValueError(
+            f"{where}: {head} has a draft vocabulary of {own} tokens; give the head that it was "
+            "made from"
+        )
+    if size > config.vocab_size:
+        raise ValueError(f"{where}: the target has {config.vocab_size} tokens; use fewer")
+    tokenizer = Tokenizer.load(source.target)
+    counts = token_counts(text, tokenizer, config.vocab_size)
+    if not np.delete(counts, list(tokenizer.eos_ids)).any():
+        raise ValueError(
+            f"text={', '.join(map(str, text))}: has no words of an assistant; give conversations "
+            "with answers"
+        )
+    return Vocabulary(*draft_vocabulary(counts, size, tokenizer.eos_ids, "draft_vocabulary"))
+
+
+def to_hf(job: Job, source: Source, to: Path, kind: str | None) -> dict[str, Any]:
+    """Writes a whole model as transformers opens it; returns the summary."""
+    chosen = source.target if kind is None else _choose(source, kind)
     if chosen is None or not hf.is_whole(chosen):
         draft = chosen or source.drafts[0]
         raise ValueError(
@@ -169,16 +218,31 @@ def _to_hf(job: _Job, source: Source, to: Path, kind: str | None) -> dict[str, A
     return {"to": str(to), "format": "hf", "kinds": [kind or "target"], "bytes": written}
 
 
-def _to_serving(
-    job: _Job, source: Source, to: Path, layout: str, kind: str | None
-) -> dict[str, Any]:
-    draft = choose_draft(source, kind)
+def to_draft(job: Job, source: Source, to: Path, layout: str, kind: str | None) -> dict[str, Any]:
+    """Writes one draft in a layout of `export`; returns the summary."""
+    draft = _choose(source, kind)
     with files.staged(to) as directory:
         config, written = _write_draft(job, draft, directory, layout, source.target)
     return {"to": str(to), "format": layout, "kinds": [config.kind], "bytes": written}
 
 
-def _to_native(job: _Job, source: Source, to: Path) -> dict[str, Any]:
+def _choose(source: Source, kind: str | None) -> Path:
+    kinds = {directory: hf.kind(directory) for directory in source.drafts}
+    chosen = [directory for directory in kinds if kind in (None, kinds[directory])]
+    if len(chosen) == 1:
+        return chosen[0]
+    if not kinds:
+        raise ValueError(f"{source.target}: is a target without drafts; give the draft with --from")
+    have = ", ".join(sorted(set(kinds.values()))) or "none"
+    if kind is None:
+        raise ValueError(f"kind: the source has several drafts ({have}); choose one with --kind")
+    raise ValueError(
+        f"kind={kind!r}: the source has {len(chosen)} such drafts (all: {have}); give one directory"
+    )
+
+
+def to_native(job: Job, source: Source, to: Path) -> dict[str, Any]:
+    """Writes the target and its drafts in one directory; returns the summary."""
     from eagle_jax.params import check_tokenizers
 
     if source.target is None:
@@ -212,7 +276,7 @@ def _to_native(job: _Job, source: Source, to: Path) -> dict[str, Any]:
     return {"to": str(to), "format": "native", "kinds": list(parts), "bytes": written}
 
 
-def _write_target(job: _Job, source: Path, directory: Path) -> int:
+def _write_target(job: Job, source: Path, directory: Path) -> int:
     """A target with its own `config.json`, whatever else that says; returns the weights' bytes."""
     config, _ = hf.open_target(source)
     settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
@@ -236,7 +300,7 @@ def _write_target(job: _Job, source: Path, directory: Path) -> int:
 
 
 def _write_draft(
-    job: _Job,
+    job: Job,
     source: Path,
     directory: Path,
     layout: str,
@@ -327,31 +391,3 @@ def _copy_others(source: Path, directory: Path) -> None:
     for name in _OTHERS:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
-
-
-def inspect(path: str | Path, target: str | Path | None = None) -> dict[str, Any]:
-    """What a checkpoint is, of which only headers are read.
-
-    Args:
-        path: a directory, or the name of a shipped pair.
-        target: of a draft; needed for what follows from it.
-
-    Returns:
-        By the name of each part ("." for a directory that is one): kind, family, sizes, dtypes,
-        parameters, bytes, vocabulary, what it lacks, and, where it cannot be loaded, why.
-
-    Raises:
-        ValueError: no checkpoint at all, or files that differ from their manifest.
-    """
-    from eagle_jax.params import find, own_drafts
-
-    root = find(path)
-    outer = target_of(target)
-    if outer is not None and ((root / "target").is_dir() or hf.is_whole(root)):
-        raise ValueError(f"target: {root} is a whole model, no head of another; leave --target out")
-    if not (root / "target").is_dir():
-        return {".": inspection.describe(root, outer)}
-    parts = [root / "target", *own_drafts(root)]
-    found = {part.name: inspection.describe(part, root / "target") for part in parts}
-    listed = manifest.check(root, whole=True)
-    return {**found, "manifest": "none" if listed is None else "all files as listed"}
