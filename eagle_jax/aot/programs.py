@@ -13,7 +13,7 @@ from eagle_jax.aot.report import describe
 from eagle_jax.aot.topology import devices
 from eagle_jax.config import NextToken, TrainConfig
 from eagle_jax.decode.program import Program, capacity
-from eagle_jax.layout import Layout
+from eagle_jax.layout import PLAIN, Layout
 
 
 def compile_all(config: AotConfig) -> Iterator[dict[str, Any]]:
@@ -101,7 +101,7 @@ def _decoding(config: AotConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
         yield row | dict.fromkeys(("gflop", "gbytes", "milliseconds", "floor"))
 
 
-def abstract_weights(mesh: Any, cls: Any, config: Any, layout: Layout) -> dict[str, Any]:
+def abstract_weights(mesh: Any, cls: Any, config: Any, layout: Layout = PLAIN) -> dict[str, Any]:
     """Returns shapes, dtypes and shardings of a module's weights, in bfloat16 or int8."""
     import jax
     import jax.numpy as jnp

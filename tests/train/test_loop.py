@@ -369,6 +369,16 @@ def test_a_field_that_is_newer_than_the_run_has_its_default(target):
         check_same(old, config, Path("here"))
 
 
+def test_a_run_of_before_layouts_goes_on(target):
+    """Catches a run that is refused for fields that said how weights lay in memory."""
+    config = target[0]
+    old = json.loads(json.dumps(flatten(config)))
+    old |= {"objective.model.fused": False, "objective.model.fused_qkv": False}
+    check_same({**old, "objective.model.quantize": None}, config, Path("here"))
+    with pytest.raises(ValueError, match="objective.model.width=None: .* has 3"):
+        check_same({**old, "objective.model.width": 3}, config, Path("here"))
+
+
 def test_unknown_target_is_refused(folder):
     config = tiny_run.draft_run(folder, "no-such-target")
     with pytest.raises(ValueError, match="objective.target='no-such-target': no config.json"):
