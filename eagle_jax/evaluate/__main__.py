@@ -224,7 +224,7 @@ def environment(params: Any) -> dict[str, Any]:
 
 
 def _fixed(config: EvalConfig, params: Any, around: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings that an output directory must keep; a rerun may add tasks, for one."""
+    """Returns the settings that all samples share; tasks, temperatures and limits may differ."""
     from eagle_jax.evaluate.runner import with_baseline
 
     names = ("model", "drafts", "top_p", "new_tokens", "ignore_eos", "exact", "seed", "repeats")

@@ -50,10 +50,12 @@ def _panels(
 
 
 def _speedup(image: Path, rows: Sequence[Row], title: str) -> None:
-    """Plots a line per method with a dot per task; the last, all tasks, has its interval."""
+    """Plots a dot per method and task; the mark of all tasks together has its interval."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     names = list(dict.fromkeys(row["method"] for row in rows))
-    methods = [name for name in names if name != BASELINE] or names  # the baseline is at 1
+    methods = [
+        name for name in names if name != BASELINE
+    ] or names  # a vertical line marks the baseline
     figure, panels = _panels(rows, "temperature", (5.0, 0.26 * len(methods) + 1.8), title)
     for temperature, axes in panels:
         for index, task in enumerate(tasks):

@@ -93,7 +93,7 @@ class Samples:
         return True
 
 
-# Times in the records of each kind; the kind is the first word of a key.
+# Required fields of each kind of record, by type; the kind is the first word of a key.
 _SECONDS = {"run": ("compile", "prefill", "decode"), "compile": ("seconds",)}
 _COUNTS = {"run": ("new_tokens", "rounds")}
 _SHARES = {"run": ("accepted",)}
