@@ -1,8 +1,8 @@
 """Stores weights in eight bits, so that every pass reads half the bytes of bfloat16.
 
 Each output of a matrix [in, out] has its own scale: its largest magnitude divided by 127. The
-checkpoint holds `X.kernel`, int8 [out, in], and `X.kernel_scale`, float32 [out]; the weight is
-their product. The input axis is last because tensor cores need it contiguous: their operand loads
+parameters are `X.kernel`, int8 [out, in], and `X.kernel_scale`, float32 [out]; the weight is their
+product. The input axis is last because tensor cores need it contiguous: their operand loads
 can transpose pairs of bytes, but not single bytes. Activations are not quantised. GPU and TPU
 compilers cast the weights inside the kernel that multiplies, so memory is read as int8. On CPUs the
 cast makes temporary matrices and nothing is gained.
