@@ -213,7 +213,7 @@ class Runner:
         """Yields batches of rows of similar length, to reduce padding."""
         size = self.config.batch_size
         if size > 1:
-            rows = sorted(rows, key=lambda row: -len(row[1]))  # stable
+            rows = sorted(rows, key=lambda row: -len(row[1]))  # longest first; stable
         while rows:
             together, rows = rows[:size], rows[size:]
             ids = tuple(question.id for question, _ in together)

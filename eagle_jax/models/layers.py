@@ -55,7 +55,7 @@ class Attention(nnx.Module):
         bias, quantization = config.attention_bias, layout.quantize
         more: dict[str, Any] = {"bias": bias, "quantization": quantization, "rngs": rngs}
         if layout.qkv_fused:
-            self.qkv_proj = Linear(d, (h + 2 * k) * e, **more)  # key head by key head
+            self.qkv_proj = Linear(d, (h + 2 * k) * e, **more)  # grouped by key head
         else:
             self.q_proj = Linear(d, h * e, **more)
             self.k_proj, self.v_proj = Linear(d, k * e, **more), Linear(d, k * e, **more)

@@ -11,7 +11,7 @@ from eagle_jax.outputs import check_directory
 
 _SEEDS = 2**32 - 1
 _STEPS = 2**31 - 1  # a step is an int32
-_LARGEST = 3e38  # of float32
+_LARGEST = 3e38  # just below the largest float32
 
 
 def check_config(config: TrainConfig) -> None:

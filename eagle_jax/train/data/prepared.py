@@ -28,7 +28,7 @@ from eagle_jax.inputs import one_line
 from eagle_jax.text import Tokenizer, encode_files
 from eagle_jax.train.data.packing import Example, Row, cut, pack
 
-# Raise when the content of prepared folders changes for the same input.
+# Increase when the content of prepared folders changes for the same input.
 FORMAT = 1
 SPLIT = "rows"
 COUNTS = "token_counts.npy"
