@@ -33,7 +33,7 @@ class EvalConfig:
         top_p: nucleus sampling threshold; 1 disables it.
         new_tokens: tokens of the longest answer.
         ignore_eos: decode all answers to `new_tokens`.
-        exact: as in `generate`: equal texts in bfloat16 too, by slower kernels; the times then do
+        exact: as in `generate`: equal texts in bfloat16 too, with slower passes; the times then do
             not represent normal decoding.
         seed: seed of the sampling noise; each question's own seed is derived from it.
         repeats: timed runs of every method on every prompt.
