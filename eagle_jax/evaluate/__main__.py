@@ -163,7 +163,10 @@ def _result(
         "environment": around,
         "config": {
             **dataclasses.asdict(dataclasses.replace(config, methods=())),
-            "methods": {name: spell(method) for name, method in run.methods.items()},
+            "methods": {
+                name: method if isinstance(method, str) else spell(method)
+                for name, method in run.methods.items()
+            },
         },
         "skipped": run.skipped,
         "rows": rows,

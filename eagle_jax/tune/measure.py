@@ -18,13 +18,13 @@ import numpy as np
 from tqdm import tqdm
 
 from eagle_jax import interrupts, sharding
-from eagle_jax.decode import Recycling, Vanilla, best_tree, executables
+from eagle_jax.decode import Recycling, Vanilla, best_tree
 from eagle_jax.decode.instrument import FixedTree, wide_pass
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.methods import recycling
 from eagle_jax.decode.program import bucket_prompt
-from eagle_jax.decode.sampling import Sampling, SamplingParams, Vocabulary
-from eagle_jax.decode.session import check_method, make_program
+from eagle_jax.decode.sampling import SamplingParams
+from eagle_jax.decode.session import Session
 from eagle_jax.drafters import DrafterSpec, registry
 from eagle_jax.evaluate import metrics
 from eagle_jax.params import Params
@@ -34,7 +34,6 @@ from eagle_jax.tune.predict import RECYCLING, Evidence, Prediction, Steps, Times
 
 VANILLA = Vanilla()
 SIZES = (1, 2, 4, 8, 16, 32, 64)
-_NARROWEST = wide_pass(2)
 _STEP_TOKENS = 24  # rounds in a run that times the target's pass
 _THREADS = 4  # programs compiled at the same time, as in eagle_jax.evaluate
 
@@ -103,32 +102,23 @@ class Bench:
     quiet: bool = False
 
     def run(self, method: Method, unit: Unit, temperature: float) -> Run:
-        """Decodes a unit; all runs of fixed trees share one compiled prefill."""
+        """Decodes a unit and returns what it took."""
         timed_pass = isinstance(method, FixedTree)
         new = min(_STEP_TOKENS, self.new_tokens) if timed_pass else self.new_tokens
-        check_method(self.params, method, len(unit.prompts), temperature)
-        longest = max(map(len, unit.prompts))
-        program = make_program(self.params, method, longest, new)
-        first = program
-        if timed_pass:
-            first = make_program(self.params, _NARROWEST, longest, new)
-        drawn = SamplingParams(temperature=temperature, ignore_eos=timed_pass)
-        rows = [drawn] * len(unit.prompts)
-        settings = Sampling.of(rows, Vocabulary.of(self.params))
-        context = self.params.target_config.max_position_embeddings
-        prompts = [np.array(prompt, np.int32) for prompt in unit.prompts]
-        limits = [min(len(prompt) + new, context) for prompt in prompts]
-        clock = executables.Clock()
-        state = executables.start(first, self.params, prompts, limits, list(unit.seeds), clock)
-        state = executables.advance(program, self.params, state, settings, clock)
-        tokens, length, rounds = jax.device_get((state.tokens, state.length, state.rounds))
-        rows = zip(tokens, prompts, length, strict=True)
+        rows = [
+            SamplingParams(temperature=temperature, ignore_eos=timed_pass, seed=seed)
+            for seed in unit.seeds
+        ]
+        prompts = [list(prompt) for prompt in unit.prompts]
+        session = Session(self.params, prompts, rows, method=method, max_new_tokens=new)
+        session.run()
+        rounds, state = session.statistics().rounds, session.state.method
         return Run(
-            clock.decode,
-            int(rounds.max()),
-            int(rounds.sum()),
-            tuple(tuple(row[len(prompt) : end].tolist()) for row, prompt, end in rows),
-            jax.device_get(state.method) if isinstance(state.method, Record) else None,
+            session.clock.decode,
+            max(rounds),
+            sum(rounds),
+            tuple(tuple(answer.tolist()) for answer in session.answers()),
+            jax.device_get(state) if isinstance(state, Record) else None,
         )
 
     def interleaved(
@@ -137,7 +127,6 @@ class Bench:
         """Compiles and warms up every method, then runs all in turn; returns [units][methods]."""
         threads = sharding.at_a_time(self.params.target, _THREADS)
         with interrupts.thread_pool(threads) as pool:
-            # The first run compiles the prefill that all fixed trees share.
             runs = [pool.submit(self.run, m, units[0], temperature) for m in methods]
             for run in self.bar(as_completed(runs), len(runs), f"compiling, {what}"):
                 run.result()
