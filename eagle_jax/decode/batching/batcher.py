@@ -145,8 +145,8 @@ class Batcher:
         self._enter(self._stages[-1])  # the largest, so that memory trouble shows at once
 
     def __repr__(self) -> str:
-        rows, waiting = len(self._rows), len(self._queue)
-        return f"Batcher({self._occupied()} of {rows} rows occupied, {waiting} waiting)"
+        rows = f"{self._occupied()} of {len(self._rows)} rows occupied"
+        return f"Batcher({rows}, {len(self._queue)} waiting)"
 
     @property
     def method(self) -> Method:
