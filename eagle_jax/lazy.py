@@ -1,4 +1,4 @@
-"""Submodules as attributes: `eagle_jax.decode.batching.answer_file` after `import eagle_jax`."""
+"""Lazy submodules: `eagle_jax.decode.batching.answer_file` works after `import eagle_jax`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from types import ModuleType
 
 
 def submodule(package: str, name: str) -> ModuleType:
-    """Imports and returns a submodule; what a package's `__getattr__` returns.
+    """Imports and returns a submodule; for a package's `__getattr__`.
 
     Raises:
-        AttributeError: the package has none of that name.
+        AttributeError: the package has no submodule of that name.
     """
     path = f"{package}.{name}"
     if name.startswith("_") or importlib.util.find_spec(path) is None:
@@ -22,7 +22,7 @@ def submodule(package: str, name: str) -> ModuleType:
 
 
 def names(package: str) -> list[str]:
-    """What a package's `__dir__` returns: its attributes and submodules, imported or not."""
+    """Returns a package's attributes and submodules, imported or not; for its `__dir__`."""
     module = sys.modules[package]
     found = (found.name for found in pkgutil.iter_modules(module.__path__))
     return sorted({*vars(module), *(name for name in found if not name.startswith("_"))})
