@@ -164,7 +164,7 @@ def _exact_dtype(params: Mapping[str, Any]) -> str:
             f"weights are {', '.join(sorted(names))}; give --dtype, one of "
             f"{', '.join(files.DTYPES)}"
         )
-    return names.pop() if len(names) == 1 else "float32"  # bfloat16 and float16 hold not both
+    return names.pop() if len(names) == 1 else "float32"  # it holds both of the others
 
 
 def _cast(array: Any, dtype: str) -> LazyTensor:
