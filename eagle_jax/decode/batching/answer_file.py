@@ -34,6 +34,8 @@ from eagle_jax.text import read_requests
 
 Messages = list[dict[str, str]]
 _START = b'{"index": '  # of every line written here
+# Keys of an input line that an answer replaces or leaves out; all others are kept.
+_OWN_KEYS = {"index", "messages", "finish", "settings", "sampling", "logprobs"}
 # What else of a model's directory decides how text becomes tokens, and where answers end.
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
@@ -61,6 +63,7 @@ def answer_file(
         target: receives one line per prompt: `{"index", "messages", "finish", "settings"}`;
             "finish" is "stop" (an end token or a stop string) or "length"; "settings" are all that
             the answer depends on besides the model. With `logprobs`, the line has those too.
+            Other keys of the input line, such as an id, are kept.
         batch_size: rows decoded together; an answer that is finished makes room for a prompt.
         limit: answer the first so many only.
         sampling: how tokens are drawn; row i of the file takes the seed plus i, unless the line has
@@ -119,7 +122,7 @@ def answer_file(
         distributed.wait_for_all("answers")  # before the first process writes more
         waiting = sorted(set(fitting) - done, key=lambda i: (-len(encoded[i]), i))
         before = len(fitting) - len(waiting)
-        with tqdm(total=len(fitting), initial=before, unit="prompt") as bar:
+        with tqdm(total=len(fitting), initial=before, unit="prompt", disable=not waiting) as bar:
             # One cache size per bucket of prompts: attention reads all of it.
             for _, group in itertools.groupby(waiting, lambda i: _bucket(encoded[i])):
                 asked = {i: encoded[i] for i in group}
@@ -131,6 +134,7 @@ def answer_file(
                         "messages": [*prompts[i], {"role": "assistant", "content": text}],
                         "finish": last.finish,
                         "settings": settings_of[i],
+                        **{k: v for k, v in lines[i][2].items() if k not in _OWN_KEYS},
                         **({} if logprobs is None else {"logprobs": logprobs}),
                     }
                     with outputs.naming(target):

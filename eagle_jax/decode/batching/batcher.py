@@ -144,6 +144,10 @@ class Batcher:
         self._places = 0  # rows of all passes
         self._enter(self._stages[-1])  # the largest, so that memory trouble shows at once
 
+    def __repr__(self) -> str:
+        rows, waiting = len(self._rows), len(self._queue)
+        return f"Batcher({self._occupied()} of {rows} rows occupied, {waiting} waiting)"
+
     @property
     def method(self) -> Method:
         """What decodes at the batch size of now."""

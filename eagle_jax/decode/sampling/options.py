@@ -10,14 +10,20 @@ from eagle_jax.decode.sampling.params import SamplingParams
 
 
 def ids(text: str) -> list[int]:
-    """Token ids between commas."""
-    return [int(part) for part in text.split(",")]
+    """Reads token ids between commas."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: write token ids as 1,2,3") from error
 
 
 def bias(text: str) -> list[tuple[int, float]]:
-    """ID=VALUE."""
+    """Reads ID=VALUE."""
     token, _, value = text.partition("=")
-    return [(int(token), float(value))]
+    try:
+        return [(int(token), float(value))]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: write ID=VALUE, e.g. 42=-1.5") from error
 
 
 # Options that may be repeated: how their values are shown and read.
