@@ -113,7 +113,9 @@ def convert(
 
 
 def inspect(path: str | Path, target: str | Path | None = None) -> dict[str, Any]:
-    """Returns a description of a checkpoint; reads only the headers of its files.
+    """Returns a description of a checkpoint.
+
+    It reads only the headers of the weights, unless a manifest lists checksums to compare.
 
     Args:
         path: a directory, or the name of a shipped model.

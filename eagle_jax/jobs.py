@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 Job = tuple[Path, list[str]]
-"""Where a program's progress goes if others run beside it; its arguments after `python`."""
+"""The file for a program's stderr if programs run at once, and its arguments after `python`."""
 
 
 def run(*jobs: Job, together: bool = False) -> None:
     """Prints and runs programs, one after the other, or all at once if `together`.
 
-    Programs that run at once share the device and write stderr to the files that the jobs name.
+    Programs that run at once share the device, and each one's stderr goes to its job's file.
     SIGTERM is forwarded to running programs, which save first; call this from the main thread.
 
     Raises:

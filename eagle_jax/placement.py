@@ -24,8 +24,8 @@ from eagle_jax.types import ParamDict
 def layout_for_decoding(dtype: jnp.dtype, quantize: Literal["int8"] | None = None) -> Layout:
     """Returns the layout that is fastest to decode with.
 
-    The q, k and v projections are fused only where our GPU kernels read them: on TPUs the fused
-    matrix makes a round with a tree a sixth slower (docs/tpu.md).
+    The q, k and v projections are fused only where our GPU kernels read them: compiled for TPUs,
+    the fused matrix would make a round with a tree a sixth slower (docs/tpu.md).
     """
     return Layout(gate_up_fused=True, qkv_fused=kernels.expected(dtype), quantize=quantize)
 

@@ -100,9 +100,9 @@ def make_mesh(
 
 
 def decoding_mesh(tensor: int, expert: int = 1) -> Mesh | None:
-    """Returns a mesh of all devices in groups of `tensor` x `expert`, or None for `tensor` 0.
+    """Returns a mesh of all devices in groups of `tensor` x `expert`, or None.
 
-    None means that one device decodes alone; several processes always get a mesh.
+    None means that one device decodes alone: a single process with `tensor` 0 and `expert` 1.
     """
     check_whole("tensor", tensor, 0)
     check_whole("expert", expert)
