@@ -26,7 +26,7 @@ LEAVES = {
 """Flax leaf -> its name on disk, and whether it is transposed there."""
 
 TABLE = "d2t"
-"""The one array of a model that is a table of token ids and no weight."""
+"""The one array of a model that is a table of token ids, not a weight."""
 
 
 def shapes(config: DraftConfig) -> dict[str, Shape]:
