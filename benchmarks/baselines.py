@@ -1,18 +1,18 @@
-"""Our vanilla step beside others: ms per token, the same shape, random weights, one row.
+"""Compares our vanilla step with torch's: ms per token, same shape, random weights, one row.
 
     python benchmarks/baselines.py --shape 7b
     python benchmarks/baselines.py --shape 8b --contenders eagle-jax torch-compile --turns 3
 
 eagle-jax            benchmarks/step.py with T = 1
 torch-compile        a small Llama in plain torch with a static cache, compiled with CUDA graphs
-                     (mode="reduce-overhead"): gpt-fast's way
+                     (mode="reduce-overhead"), as gpt-fast does
 torch-eager          the same without the compiler
 transformers-eager   `generate` of transformers
 transformers-static  the same with cache_implementation="static", which `generate` compiles
 
-Every contender is a process of its own, which frees the GPU's memory when it ends; in turn, A B C,
-A B C. `--torch-python` is the interpreter that has torch and transformers, by default this one; a
-contender that cannot run says so in a line and is left out.
+Every contender runs in a separate process, which frees the GPU's memory when it ends. The
+contenders take turns: A B C, A B C. `--torch-python` names the interpreter that has torch and
+transformers, by default this one. A contender that cannot run prints a line and is left out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SIZES += ("max_position_embeddings",)
 
 
 def command(name: str, args: Any) -> list[str]:
-    """What measures a contender."""
+    """Returns the command that measures a contender."""
     shared = ["--cache", str(args.cache), "--used", str(args.used)]
     shared += ["--rounds", str(args.rounds), "--repeats", str(args.repeats)]
     if name == OURS:
@@ -51,7 +51,7 @@ def command(name: str, args: Any) -> list[str]:
 
 
 def measure(name: str, args: Any) -> dict[str, Any] | None:
-    """One process; its row of figures, or none if it failed."""
+    """Measures a contender in one process; returns its row of figures, or None if it failed."""
     done = subprocess.run(command(name, args), capture_output=True, text=True)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
@@ -62,7 +62,7 @@ def measure(name: str, args: Any) -> dict[str, Any] | None:
 
 
 def main() -> None:
-    """Run the contenders in turn."""
+    """Runs the contenders in turn."""
     names = ("--shape", "--cache", "--used", "--rounds", "--repeats", "--quantize")
     parser = common.parser(__doc__, *names)
     all_of_them = (OURS, *OTHERS)
@@ -78,7 +78,7 @@ def main() -> None:
                 continue
             result = measure(name, args)
             found[name] += [] if result is None else [result]
-            if result is not None:  # not lost if what follows is stopped
+            if result is not None:  # printed now, in case the program is stopped later
                 print(f"{name}: {result['ms']:.4g} ms", file=sys.stderr, flush=True)
     if not any(found.values()):
         raise ValueError("no contender ran; the lines above say why")

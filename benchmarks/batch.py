@@ -1,14 +1,16 @@
-"""What does speculation bring at a batch size, and which tree? SIMULATED acceptance, real rounds.
+"""Measures what speculation gains at a batch size, and with which tree. SIMULATED acceptance.
 
     python benchmarks/batch.py --shape 7b
     python benchmarks/batch.py --shape 8b --methods eagle eagle3 --batch 8 64 --trees chain-1 best-4
 
-Weights are random, so acceptance is SIMULATED: after the target's pass chance decides which drafted
-tokens are kept, in every row by itself. All else is done as ever, at its real cost: draft levels,
-verification, walk, commit; the draws cost some microseconds more. Vanilla keeps none.
+Weights are random, so acceptance is SIMULATED: after the target's pass, random numbers decide for
+each row which drafted tokens are accepted. Everything else runs at its real cost: draft levels,
+verification, tree walk and commit (the random numbers add a few microseconds). Vanilla decoding
+accepts none.
 
-The best candidate at depth d is right with the d-th of `--rates`, given that its parent is; after r
-wrong siblings the next is right with that rate / 2**r. By default the rates are
+If its parent is accepted, the best candidate at depth d is accepted with the d-th of `--rates` as
+probability; after r rejected siblings the next one is accepted with that rate / 2**r. The default
+rates are
 
     eagle   .79 .74 .72 .73 .67: EAGLE-1's paper (arXiv 2401.15077), 0-alpha to 4-alpha of Vicuna 7B
             on MT-bench, temperature 0. They give the published tree (mc_sim_7b_63) a tau of 3.92
@@ -16,16 +18,17 @@ wrong siblings the next is right with that rate / 2**r. By default the rates are
     eagle3  .80 at eight depths: EAGLE-3's paper (2503.01840) has .78 to .81 at all of them, for
             Llama-3.1 8B on MT-bench.
 
-`--trees` takes chain-N, mc_sim_7b_63, rank paths and best-N: the tree of N nodes, root included,
-with the highest tau by these rates, no deeper than there are rates. Dynamic trees follow the
-draft's confidence, of which random weights say nothing. By default each batch size has the largest
-trees whose pass can still cost what vanilla's does (docs/performance.md, Floors) and one beyond.
+`--trees` takes chain-N, mc_sim_7b_63, rank paths and best-N: the tree of N nodes (root included)
+that has the highest tau with these rates, no deeper than the number of rates. Dynamic trees are
+not offered, because they depend on the draft's confidence, which random weights do not give. By
+default each batch size is measured with the largest trees whose pass may still cost as much as
+vanilla's (docs/performance.md, Floors) and with one larger tree.
 
-`simulated tau` is that of the timed rounds, and `tau by rates` what it tends to; `cost` is the
-round over vanilla's, tokens/s what all rows commit in such rounds at the tau by rates, so that luck
-decides nothing. `auto` is what one would choose: the fastest row of the batch size, vanilla if none
-is faster. The choice is then measured again, in turn with vanilla: the largest of many figures is a
-lucky one, its repetition is not.
+`simulated tau` is measured in the timed rounds, and `tau by rates` is its expected value. `cost` is
+the time of a round over that of a vanilla round. `tokens/s` counts the tokens of all rows and uses
+the expected tau, which removes sampling noise. `auto` is the fastest row of the batch size, vanilla
+if no method is faster. That row is then measured again in turn with vanilla, since the best of
+many noisy figures is biased upwards.
 """
 
 from __future__ import annotations
@@ -48,20 +51,22 @@ from eagle_jax.params import Params
 
 TREES = {"chain-2": 3, "chain-4": 5, "best-8": 8, "best-16": 16, "best-32": 32, "best-60": 60}
 VANILLA = "vanilla"
-_TOKENS = 320  # of a pass, all rows: with more, arithmetic takes longer than reading the weights
-_SIZES = 4  # of trees that are measured
+_TOKENS = 320  # per pass, all rows: with more, arithmetic takes longer than reading the weights
+_SIZES = 4  # number of tree sizes that are measured
 
 
 def suited(batch: int) -> tuple[str, ...]:
-    """Of `TREES` the first that is too large for a batch, which should lose, and before it the
-    largest that are not: smaller ones draft and read no less for fewer tokens."""
+    """Returns the largest `TREES` that suit a batch size, and the next one, which should lose.
+
+    Smaller trees cost as much per pass and yield fewer tokens.
+    """
     fitting = [name for name, nodes in TREES.items() if batch * nodes <= _TOKENS]
     end = min(len(fitting) + 1, len(TREES))
     return tuple(TREES)[max(0, end - _SIZES) : end]
 
 
 def methods_of(args: Any, batch: int) -> dict[str, tuple[Method, float]]:
-    """What is measured of a batch size, with its tau by rates."""
+    """Returns the methods to measure at a batch size, each with its tau by rates."""
     found: dict[str, tuple[Method, float]] = {VANILLA: (Vanilla(), 1.0)}
     for head in args.methods:
         likely = chances(args.rates or RATES[head])
@@ -75,7 +80,7 @@ def methods_of(args: Any, batch: int) -> dict[str, tuple[Method, float]]:
 def figures(
     jobs: Mapping[str, Rounds], rates: Mapping[str, float], repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """Of every job, vanilla among them: time of a round, tau, tokens of all rows a second."""
+    """Returns each job's time of a round, tau and tokens/s of all rows, including vanilla's."""
     taus: dict[str, list[float]] = {name: [] for name in jobs}
 
     def call(name: str) -> float:
@@ -95,7 +100,7 @@ def figures(
 
 
 def measure(params: Params, batch: int, args: Any, mesh: Mesh | None) -> list[dict[str, Any]]:
-    """The rows of a batch size."""
+    """Returns the rows of the table for a batch size."""
     place, methods = Slots(params.target_config, args.cache, batch, mesh), methods_of(args, batch)
     jobs = {
         name: Rounds(params, method, place, args.used, args.rounds, pace=tau)
@@ -117,7 +122,7 @@ def measure(params: Params, batch: int, args: Any, mesh: Mesh | None) -> list[di
 
 
 def main() -> None:
-    """Measure one batch size after the other."""
+    """Measures one batch size after the other."""
     names = ("--shape", "--cache", "--used", "--rounds", "--repeats", "--quantize", "--threads")
     names += ("--tensor",)
     parser = common.parser(__doc__, *names)
@@ -132,15 +137,15 @@ def main() -> None:
     args = parser.parse_args()
 
     for batch in args.batch:
-        methods_of(args, batch)  # a tree that cannot be simulated is told now
+        methods_of(args, batch)  # raises now if a tree cannot be simulated
     mesh = common.mesh(args.tensor)
     params = shapes.random_params(args.shape, args.methods, args.quantize, mesh=mesh)
     print("Acceptance is SIMULATED, by rates: weights are random. The cost of rounds is real.")
     rows = []
     for batch in dict.fromkeys(args.batch):
         rows += (found := measure(params, batch, args, mesh))
-        common.table(found)  # all of them take minutes: whoever stops has these
-        executables.forget()  # the next size compiles its own, and needs the memory
+        common.table(found)  # printed now, because all sizes together take minutes
+        executables.forget()  # the next size compiles its own programs and needs the memory
     common.report(
         rows,
         benchmark="batch",

@@ -1,14 +1,15 @@
-"""Are the GPU kernels right on this device? Passes of the target with them and without.
+"""Checks the GPU kernels on this device: passes of the target with and without them.
 
     python benchmarks/check_kernels.py --shape 7b
     python benchmarks/check_kernels.py --shape 8b --quantize int8 --tensor 2
 
-Two layers, random weights, caches of noise, one of them short; one token, a few, and trees of many.
-Logits, the ten best of them, keys and values of the block and of the cache after a commit: by the
-kernels and by XLA in bfloat16, each beside XLA's in float32 with the same numbers. The table has
-the norm of the difference over the norm, the largest of all arrays. Exit status 1 where the kernels
-are further off in an array than rounding explains, half again as far as XLA and a thousandth. They
-run on NVIDIA GPUs (`--shape tiny` anywhere).
+The model has two layers, random weights and caches of noise, one of them short. Passes have one
+token, a few, and trees of many. The program compares logits, the ten best of them, the block's keys
+and values, and the cache after a commit: those of the kernels and those of XLA in bfloat16, each
+with XLA's in float32 from the same numbers. The table shows the norm of the difference over the
+norm, the largest of all arrays. The exit status is 1 if in some array the kernels' error exceeds
+1.5 times XLA's plus 0.001, which rounding does not explain. The kernels run on NVIDIA GPUs
+(`--shape tiny` anywhere).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from eagle_jax.models.kernels import device
 from eagle_jax.params import Params
 
 _BUSHY = static_tree([[i] for i in range(10)] + [[i, j] for i in range(7) for j in range(7)])
-# Rows, tree; and used slots where not `--used`: of few, one that is missed shows.
+# Rows, tree, and used slots if not `--used`: with few slots, a missed one is noticed.
 _PASSES = (
     (1, StaticTree(()), None),
     (1, chain(7), 5),
@@ -41,20 +42,20 @@ _PASSES = (
     (2, MC_SIM_7B_63, 20),
     (1, _BUSHY, None),
 )
-_APART = 17  # used slots that a second row has fewer
-_MOST, _BESIDES = 1.5, 1e-3  # of XLA's distance from float32, and what is nothing besides
-_COMMITTED, _LOOK = 4, 16  # nodes, and slots from the first of them on that are looked at
+_APART = 17  # the second row has this many used slots fewer
+_MOST, _BESIDES = 1.5, 1e-3  # allowed error: this factor of XLA's error, plus this constant
+_COMMITTED, _LOOK = 4, 16  # nodes to commit, and slots to compare from the first of them on
 
 
 def exactly(tree: Any) -> Any:
-    """The same numbers, floats in float32."""
+    """Returns the same tree of numbers with all floats in float32."""
     return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
 
 
 def passed(
     params: Params, slots: Slots, cache: Any, tree: StaticTree, used: int
 ) -> tuple[list[jax.Array], bool]:
-    """What a pass finds, after caches of unlike lengths; whether by kernels of ours."""
+    """Runs a pass with caches of different lengths; returns its results, and if kernels ran."""
     config, weights = params.target_config, params.target
     shape, b = tree.shape(slots.batch), slots.batch
     tokens = np.arange(b * tree.nodes, dtype=np.int32).reshape(b, -1) * 7919 % config.vocab_size
@@ -78,7 +79,7 @@ def passed(
 
 
 def distance(found: list[jax.Array], exact: list[jax.Array]) -> np.ndarray:
-    """Of every array: the norm of the difference over the norm."""
+    """Returns the norm of the difference over the norm for every array."""
     norm = functools.partial(jnp.linalg.norm, axis=None)
     pairs = [
         (x.astype(jnp.float32).reshape(-1), y.reshape(-1))
@@ -90,7 +91,7 @@ def distance(found: list[jax.Array], exact: list[jax.Array]) -> np.ndarray:
 def compared(
     params: Params, slots: Slots, tree: StaticTree, used: int, interpreted: bool
 ) -> dict[str, Any]:
-    """One pass three ways; NaN is never right."""
+    """Runs one pass in three ways and returns a row of the table; NaN counts as wrong."""
     cache = slots.new()
     device.INTERPRET = interpreted
     with kernels.decoding():
@@ -102,7 +103,7 @@ def compared(
             f"{tree.nodes} tokens, so there is nothing to compare; change it or --shape"
         )
     xla, _ = passed(params, slots, cache, tree, used)
-    with jax.default_matmul_precision("highest"):  # GPUs round float32 to fewer bits otherwise
+    with jax.default_matmul_precision("highest"):  # by default GPUs round float32 to fewer bits
         whole = dataclasses.replace(params, target=exactly(params.target))
         exact, _ = passed(whole, slots, exactly(cache), tree, used)
     by_kernels, by_xla = distance(own, exact), distance(xla, exact)
@@ -112,7 +113,7 @@ def compared(
 
 
 def main() -> int:
-    """Every pass; 1 if one is wrong."""
+    """Checks every pass; returns 1 if one is wrong."""
     names = ("--shape", "--cache", "--used", "--quantize", "--tensor")
     args = common.parser(__doc__, *names).parse_args()
     if not _APART < args.used <= args.cache - _LOOK:
@@ -123,7 +124,7 @@ def main() -> int:
     interpreted = not kernels.expected(jnp.dtype(jnp.bfloat16))
     if interpreted and args.shape != "tiny":
         raise ValueError(f"--shape {args.shape}: kernels want an NVIDIA GPU; tiny runs anywhere")
-    common.default_dtype = lambda: jnp.bfloat16  # what kernels take; on CPUs too
+    common.default_dtype = lambda: jnp.bfloat16  # the kernels' dtype, on CPUs too
     mesh, rows = common.mesh(args.tensor), []
     device.INTERPRET = interpreted
     params = shapes.random_params(args.shape, (), args.quantize, layers=2, mesh=mesh)

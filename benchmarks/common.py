@@ -1,4 +1,4 @@
-"""What all benchmarks share: the command line, medians of interleaved runs, the report."""
+"""Code that all benchmarks share: command line, medians of interleaved runs, report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-# A 13B model and its caches need most of 80 GB; JAX takes three quarters unless told otherwise.
+# A 13B model and its caches need most of 80 GB, of which JAX reserves only 75 % by default.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
 import jax
@@ -29,16 +29,16 @@ from eagle_jax import cli, sharding
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ("tiny", "1b", "7b", "8b", "13b", "70b")
-_COPIES = 16  # passes over the buffer whose copy is timed
+_COPIES = 16  # copies of the buffer that are timed together
 
 
 def default_dtype() -> Any:
-    """Of weights and arithmetic: bfloat16, on CPUs float32."""
+    """Returns the dtype of weights and arithmetic: bfloat16, on CPUs float32."""
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
 def interleave(jobs: Mapping[Any, Callable[[], float]], repeats: int) -> dict[Any, float]:
-    """Medians of what the jobs return: A B C, A B C, ..., after a turn that does not count."""
+    """Runs jobs in turn (A B C, A B C, ...) after a warm-up; returns the median of each."""
     found: dict[Any, list[float]] = {name: [] for name in jobs}
     for turn in tqdm(range(repeats + 1), "measuring", file=sys.stderr):
         for name, job in jobs.items():
@@ -49,8 +49,8 @@ def interleave(jobs: Mapping[Any, Callable[[], float]], repeats: int) -> dict[An
 
 
 def copy_bandwidth(repeats: int = 9) -> float:
-    """Bytes/s, read plus written, of passes over a large buffer; the median. What memory gives."""
-    size = 2**22 if jax.default_backend() == "cpu" else 2**29  # of four bytes
+    """Returns the median bytes/s, read plus written, of copies of a large buffer."""
+    size = 2**22 if jax.default_backend() == "cpu" else 2**29  # numbers of four bytes
 
     @functools.partial(jax.jit, donate_argnums=0)
     def copies(x: jax.Array) -> jax.Array:
@@ -69,14 +69,14 @@ def copy_bandwidth(repeats: int = 9) -> float:
 
 
 def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
+    """Returns a whole number above 0, for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above 0")
     return int(text)
 
 
 def share(text: str) -> float:
-    """A number from 0 to 1, for argparse."""
+    """Returns a number from 0 to 1, for argparse."""
     try:
         value = float(text)
     except ValueError:
@@ -87,7 +87,7 @@ def share(text: str) -> float:
 
 
 def parser(doc: str | None, *names: str) -> argparse.ArgumentParser:
-    """A command line whose help is the program's docstring, with these of the shared options."""
+    """Returns a parser whose help is the program's docstring, with the named shared options."""
     out = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -110,10 +110,10 @@ def parser(doc: str | None, *names: str) -> argparse.ArgumentParser:
 
 
 def mesh(tensor: int) -> Mesh | None:
-    """So many devices as one tensor group; one device has no mesh, as where `load` is given none.
+    """Returns a mesh of `tensor` devices in one tensor group, or None for one device.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: there are fewer devices.
     """
     devices = jax.devices()
     if tensor > len(devices):
@@ -122,7 +122,7 @@ def mesh(tensor: int) -> Mesh | None:
 
 
 def environment() -> dict[str, Any]:
-    """Device and versions."""
+    """Returns the names of device and software with their versions."""
     names = ("jax", "jaxlib", "flax")
     return {
         "device": jax.devices()[0].device_kind,
@@ -133,7 +133,7 @@ def environment() -> dict[str, Any]:
 
 
 def driver() -> str | None:
-    """The NVIDIA driver's version, if there is one."""
+    """Returns the version of the NVIDIA driver, or None if there is none."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20)
@@ -143,13 +143,13 @@ def driver() -> str | None:
 
 
 def report(rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
-    """Prints rows as a table, then everything as one line of JSON."""
+    """Prints rows as a table, then rows and `more` as one line of JSON."""
     table(rows)
     print(json.dumps({**more, "rows": list(rows)}), flush=True)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints rows under the names of their fields."""
+    """Prints rows as a table with the names of their fields as header."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -165,12 +165,12 @@ def _cell(value: Any) -> str:
 
 
 def last_json(text: str) -> dict[str, Any]:
-    """The JSON line that a program's output ends in."""
+    """Returns the JSON object in the last line of a program's output."""
     return json.loads(text.strip().splitlines()[-1])
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """As `cli.run`; what the device refuses (memory, mostly) is one line as well."""
+    """Runs `main` like `cli.run`; a device's error (mostly out of memory) becomes one line too."""
 
     def guarded() -> int | None:
         try:

@@ -1,17 +1,18 @@
-"""A larger pair trained by the clock on one 80 GB GPU, then every method measured with it.
+"""Trains a larger pair for a fixed time on one 80 GB GPU, then measures every method with it.
 
     python benchmarks/large_pair.py --data data/open.jsonl.gz --validation data/open_val.jsonl \\
         --eval data --output runs/large --target-minutes 10 --draft-minutes 3
 
-1. measures the speed of every training (benchmarks/train.py, random weights), writes into plan.json
-   how many steps fit into its minutes, so that every schedule is finished, and the configurations;
-2. train/pair.py: the target, then EAGLE-1, EAGLE-3 and Medusa at once, evaluation;
-3. benchmarks/pair.py: the table, and EAGLE over Lookahead and over Medusa.
+1. It measures the speed of every training (benchmarks/train.py, random weights). It writes
+   plan.json with the number of steps that fit into the given minutes, so that every learning-rate
+   schedule is finished, and the configurations.
+2. train/pair.py trains the target, then EAGLE-1, EAGLE-3 and Medusa concurrently, and evaluates.
+3. benchmarks/pair.py prints the table and the ratios of EAGLE to Lookahead and to Medusa.
 
-Start the same command again after an interruption: it goes on where it was. SIGTERM and Ctrl-C save
-the step in flight first. Options that are not listed go to train/pair.py (`--prompts 2000`: drafts
-learn from so many of the target's own answers too). The disk gets one checkpoint of each training
-(13 GB of the target's; two while one is written).
+The same command resumes after an interruption; SIGTERM and Ctrl-C save the current step first.
+Options that are not listed go to train/pair.py (`--prompts 2000` also trains the drafts on 2000 of
+the target's own answers). The disk holds one checkpoint of each training (13 GB for the target),
+and two while one is written.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ import common
 from eagle_jax import settings
 from eagle_jax.config import TrainConfig
 
-_USED = 0.9  # of the minutes: the rest is compilation, validation, checkpoints
-# Answers of the target's own cost as much as a training: the shipped pair's EAGLE-1 learned as much
-# from the fixed text alone (its card).
+_USED = 0.9  # share of the minutes for steps; the rest is compilation, validation, checkpoints
+# Without the target's own answers, which take as long as a training: the shipped pair's EAGLE-1
+# learned as much from the fixed text alone (its model card).
 _PAIR = ["--together", "--prompts", "0", "--batch-size", "512"]
 _EVAL = ["limit=10", "longest_prompt=256", "compile_threads=12"]
 _CONFIG = """from eagle_jax import settings
@@ -44,9 +45,9 @@ config = settings.load({path!r}, {overrides!r}, kind={kind})
 
 
 def call(*command: str) -> str:
-    """Runs one of our programs, echoing what it prints, and returns that.
+    """Runs one of our programs, echoes its output, and returns the output.
 
-    Signals go to all of its processes; the end of its output is the end of the last of them.
+    Signals are forwarded to all of its processes. The output ends when the last of them ends.
     """
     print("$", " ".join(command), flush=True)
     process = subprocess.Popen(
@@ -78,13 +79,13 @@ def call(*command: str) -> str:
 
 
 def planned(steps: int) -> list[str]:
-    """Overrides for a training of so many steps: four validations, three checkpoints."""
+    """Returns the overrides for a training of `steps`: four validations, three checkpoints."""
     often = {"eval_every": steps // 4, "checkpoint_every": steps // 3}
     return [f"optim.steps={steps}", *(f"{name}={max(1, n)}" for name, n in often.items())]
 
 
 def plan(names: list[str], args: Any) -> dict[str, int]:
-    """Steps of each training; what was planned before stays."""
+    """Returns the number of steps of each training; earlier entries of plan.json are kept."""
     path = args.output / "plan.json"
     steps: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
     if new := [name for name in names if name not in steps]:
@@ -101,11 +102,11 @@ def plan(names: list[str], args: Any) -> dict[str, int]:
 
 
 def write_configs(folder: Path, steps: dict[str, int], args: Any) -> None:
-    """The trainings' configurations with their steps, and the evaluation's."""
+    """Writes the configurations of the trainings, with their steps, and of the evaluation."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in steps.items():
         source = args.configs / f"{name}.py"
-        settings.load(source, planned(count), kind=TrainConfig)  # a mistake is told now
+        settings.load(source, planned(count), kind=TrainConfig)  # raises now if it is wrong
         text = _CONFIG.format(path=str(source), overrides=planned(count), kind="TrainConfig")
         (folder / f"{name}.py").write_text(text)
     source = str(args.eval_config.resolve())
@@ -116,7 +117,7 @@ def write_configs(folder: Path, steps: dict[str, int], args: Any) -> None:
 
 
 def main() -> None:
-    """Plan, train, measure."""
+    """Plans, trains and measures."""
     parser = common.parser(__doc__)
     parser.add_argument("--data", required=True, help="conversations, JSONL or JSONL.gz")
     parser.add_argument("--validation", required=True, help="held-out conversations")

@@ -1,4 +1,4 @@
-"""Rounds of the engine's own loop on a prepared state: no prompt, caches of noise."""
+"""Runs rounds of the engine's own loop on a prepared state: no prompt, caches of noise."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ from eagle_jax.params import Params
 
 
 def _place(mesh: Mesh | None, like: Any) -> Sharding | None:
-    """Where the engine has such a leaf of its state: keys and values, which alone are floats of
-    four axes, are cut over heads, all else is whole on every device."""
+    """Returns the sharding that the engine uses for such a leaf of its state.
+
+    Keys and values, the only floats with four axes, are split over heads; the rest is replicated.
+    """
     if mesh is None:
         return None
     cached = len(like.shape) == 4 and jnp.issubdtype(like.dtype, jnp.floating)
@@ -42,7 +44,7 @@ def _place(mesh: Mesh | None, like: Any) -> Sharding | None:
 
 
 def _noise(mesh: Mesh | None, like: Any, seed: int = 0) -> jax.Array:
-    """Of a leaf's shape: noise for floats, zeros for numbers of tokens, indices and the like."""
+    """Returns an array like a leaf: noise for floats, zeros for integers (lengths, indices)."""
     place = _place(mesh, like)
     if jnp.issubdtype(like.dtype, jnp.floating):
         return draw(jax.random.key(seed), like.shape, 0.0, 1.0, like.dtype, place)
@@ -51,7 +53,7 @@ def _noise(mesh: Mesh | None, like: Any, seed: int = 0) -> jax.Array:
 
 @dataclasses.dataclass
 class Slots:
-    """The target's cache, full of noise; all jobs of a size take it in turn, one is room enough."""
+    """The target's KV cache, full of noise, which all jobs of a size share to save memory."""
 
     config: TransformerConfig
     slots: int
@@ -66,39 +68,39 @@ class Slots:
         return jax.ShapeDtypeStruct(shape, common.default_dtype())
 
     def new(self) -> Cache:
-        """Another one."""
+        """Returns a new cache."""
         noise = functools.partial(_noise, self.mesh, self._like)
         return tuple((noise(2 * i), noise(2 * i + 1)) for i in range(self.config.num_hidden_layers))
 
     def look(self) -> Cache:
-        """The cache, for those who do not consume it."""
+        """Returns the cache for reading; the caller must not donate it."""
         if self.cache is None:
             self.cache = self.new()
         return self.cache
 
     def take(self) -> Cache:
-        """The cache, to be given back: the engine's loop consumes what it is given."""
+        """Returns the cache for the engine's loop, which donates it; `give` takes the result."""
         cache, self.cache = self.look(), None
         return cache
 
     def give(self, cache: Cache) -> None:
-        """Puts back what became of the cache."""
+        """Stores the cache that the loop returned."""
         self.cache = cache
 
     @property
     def nbytes(self) -> int:
-        """Of one device's part."""
+        """Returns the bytes of one device's part of the cache."""
         like, place = self._like, _place(self.mesh, self._like)
         shape = like.shape if place is None else place.shard_shape(like.shape)
         return 2 * self.config.num_hidden_layers * math.prod(shape) * like.dtype.itemsize
 
 
 class Rounds:
-    """Rounds of a method in the engine's own loop, again and again from the same length.
+    """A job that runs rounds of a method in the engine's own loop; every call starts at one length.
 
-    No prompt is read: `used` tokens count as committed (on average over rounds that commit `pace`
-    each), caches are noise. What is accepted says nothing; a round's cost does not depend on it.
-    Every call has seeds of its own.
+    No prompt is read and caches contain noise: `used` tokens count as committed (on average over
+    the rounds, if each commits `pace` tokens). Acceptance is meaningless, but a round's cost does
+    not depend on it. Every call uses new seeds.
 
     Attributes:
         tau: committed tokens per round of the last call.
@@ -150,7 +152,7 @@ class Rounds:
         )
 
     def __call__(self) -> float:
-        """Milliseconds of a round."""
+        """Runs the rounds and returns the milliseconds of one."""
         clock, state = executables.Clock(), self._begun(self.place.take())
         self.calls += 1
         state = executables.advance(
@@ -160,7 +162,7 @@ class Rounds:
         self.state = dataclasses.replace(state, cache=())
         rounds = np.asarray(state.rounds)
         self.tau = float(np.sum(np.asarray(state.length) - self.start) / rounds.sum())
-        # A row at the end of the cache is done sooner.
+        # A row that reaches the end of the cache stops earlier.
         return 1e3 * clock.decode / int(rounds.max())
 
     def _begun(self, cache: Cache) -> State:
@@ -177,7 +179,7 @@ class Rounds:
 
 
 class Passes:
-    """The target's pass over a fixed tree, its head and the argmax; nothing is written."""
+    """A job that runs the target's pass over a fixed tree, its head and argmax; no commit."""
 
     def __init__(
         self, params: Params, tree: StaticTree, place: Slots, used: int, rounds: int
@@ -200,7 +202,7 @@ class Passes:
                 output = target(tokens, places, shape.ancestors, cache=cache, lengths=length - 1)
                 return argmax(target.logits(output.features)), length + 1
 
-            with sharding.using(place.mesh), kernels.decoding():  # as the engine's programs
+            with sharding.using(place.mesh), kernels.decoding():  # like the engine's programs
                 return jax.lax.fori_loop(0, count, body, (tokens, length))[0]
 
         self.loop: Any = loop
@@ -210,7 +212,7 @@ class Passes:
         self.loop = self.loop.lower(self.params, self.place.look(), *self.args).compile()
 
     def __call__(self) -> float:
-        """Milliseconds of a pass."""
+        """Runs the passes and returns the milliseconds of one."""
         cache = self.place.look()
         begin = time.perf_counter()
         jax.block_until_ready(self.loop(self.params, cache, *self.args))
@@ -218,7 +220,7 @@ class Passes:
 
 
 def compile_all(jobs: Sequence[Any], place: Slots, threads: int) -> None:
-    """Calls `warm` of every job, so many at a time; nothing is run, but the cache is there."""
+    """Compiles all jobs (`warm`) in `threads` threads while the cache is allocated; runs none."""
     place.look()
     with ThreadPoolExecutor(threads) as pool:
         waiting = pool.map(lambda job: job.warm(), jobs)

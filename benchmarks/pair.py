@@ -1,14 +1,14 @@
-"""A trained pair: every method, wall clock, and how far EAGLE is ahead of what needs no features.
+"""Measures every method with a trained pair, and EAGLE's speedup over Lookahead and Medusa.
 
     python benchmarks/pair.py --model runs/large/model --output runs/large/evaluation \\
         --data data --set limit=10 --set longest_prompt=256 --set repeats=2
     python benchmarks/pair.py --results runs/large/evaluation/results.json
 
-Measures with `python -m eagle_jax.evaluate`, which gets all further options (`--data`, `--tasks`,
-`--temperature`, `--set`, ...) and goes on where it was stopped; `--results` reads what it left.
-To its tables this adds, for every task and temperature, the best method of EAGLE-1, -2 and -3
-(lookup not counted) over the best of Lookahead and of Medusa, by speedup over vanilla decoding;
-lossy methods, and rules that keep only the law, are not counted.
+The program measures with `eagle-jax evaluate`, which gets all further options (`--data`, `--tasks`,
+`--temperature`, `--set`, ...) and resumes if it was stopped; `--results` reads existing results. To
+the tables it adds, for every task and temperature, the speedup of the best method of EAGLE-1, -2
+and -3 (without lookup) over that of the best of Lookahead and of Medusa. Lossy methods, and rules
+that preserve only the distribution, are not counted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FAMILIES = {"eagle": "Eagle", "lookahead": "Lookahead", "medusa": "Medusa"}
 
 
 def ratios(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A row for every task and temperature of an evaluation's results."""
+    """Yields a row for every task and temperature of an evaluation's results."""
     classes = {name: text.partition("(")[0] for name, text in result["config"]["methods"].items()}
     rows = [row for row in result["rows"] if not row["category"] and row["guarantee"] == "exact"]
     for task, temperature in dict.fromkeys((row["task"], row["temperature"]) for row in rows):
@@ -48,7 +48,7 @@ def ratios(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def main() -> int:
-    """Evaluate, unless that was done, and compare."""
+    """Evaluates, unless results are given, and compares."""
     parser = common.parser(__doc__)
     parser.add_argument("--model", help="directory of the pair, or the name of a shipped one")
     parser.add_argument("--config", default=str(common.ROOT / "configs/eval/tiny.py"))
@@ -62,7 +62,7 @@ def main() -> int:
         command = ["-m", "eagle_jax.evaluate", "--config", args.config, "--output", args.output]
         command += ["--set", f"model={args.model}", *further]
         status = subprocess.run([sys.executable, *command]).returncode
-        if status > 1:  # 1: measured, and an answer differs that must not
+        if status > 1:  # 1 means: measured, but an answer differs that must be equal
             return status
     elif further:
         parser.error(f"{' '.join(further)}: --results measures nothing")

@@ -1,26 +1,26 @@
-"""What does a round of each method cost, and which part of it takes how long?
+"""Measures what a round of each method costs, and how long its parts take.
 
     python benchmarks/round.py --shape 7b
     python benchmarks/round.py --shape 8b --methods eagle3 lookahead --temperature 1
     python benchmarks/round.py --shape 8b --methods eagle2 --draft-vocabulary 16384
     python benchmarks/round.py --shape 7b --methods eagle2 eagle3 --quantize-drafts int8
 
-Target and drafts are random. Heads are hardly ever right then, methods that copy text often are (a
-random model repeats itself), and with a temperature some drafts pass by the noise that they share
-with the target: `tau` is no merit here. The cost of a round does not depend on it, as shapes are
-fixed. `cost` is the round over vanilla's; a method is faster than vanilla decoding if it commits
-more tokens a round than that. The parts come from variants of the same loop, each leaving one thing
-more out:
+Target and drafts have random weights, so `tau` is meaningless here: heads are hardly ever right,
+methods that copy text often are (a random model repeats itself), and with a temperature some drafts
+are accepted because of the noise that they share with the target. The cost of a round does not
+depend on tau, since shapes are fixed. `cost` is the time of a round over that of a vanilla round; a
+method is faster than vanilla decoding if it commits more tokens per round than that. The parts are
+differences between variants of the same loop, each of which leaves out one more part:
 
     round                                     the method
-    - draft  = the same tree without a draft  (a fixed tree of as many nodes, as deep)
-    - accept = that, and no walk through it   (a rule that keeps no token)
-    - commit = the target's pass by itself    (nothing written)
+    - draft  = the same tree without a draft  (a fixed tree of equal size and depth)
+    - accept = the same without the tree walk (a rule that accepts no token)
+    - commit = the target's pass alone        (nothing written)
     - verify = nothing
 
-so draft is propose and update, verify the pass, its head and the argmax, commit the writing of the
-cache and of the tokens. They add up to the round by construction; a part of some microseconds may
-come out below zero.
+So draft is propose and update; verify is the pass, its head and the argmax; commit writes the cache
+and the tokens. The parts add up to the round by construction; a part of a few microseconds may come
+out negative.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ METHODS: dict[str, Method] = {
 
 
 def fixed_tree(nodes: int, depth: int) -> StaticTree:
-    """A chain of `depth` nodes, the others children of the root."""
+    """Returns a tree with a chain of `depth` nodes; all other nodes are children of the root."""
     chain = tuple((0,) * d for d in range(1, depth + 1))
     return StaticTree(tuple(sorted((*chain, *((r,) for r in range(1, nodes - depth))), key=len)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Nothing:
-    """A rule that looks at no drafted token: the root's successor is committed."""
+    """An acceptance rule that rejects all drafted tokens and commits the root's successor."""
 
     lossless: ClassVar[bool] = True
     seeded: ClassVar[bool] = True
@@ -83,7 +83,7 @@ class Nothing:
     ) -> Accepted:
         del proposal, logits
         first = jnp.broadcast_to(targets[:, :1], (targets.shape[0], context.longest))
-        # All zeros, but for the compiler data: it writes a cache from known places differently.
+        # All zeros, but computed from data: the compiler would write known positions differently.
         path = (first < 0).astype(jnp.int32)
         return Accepted(path, path[:, 0], first)
 
@@ -91,7 +91,7 @@ class Nothing:
 def jobs_of(
     params: Params, methods: dict[str, Method], make: Callable[[Method], Rounds], args: Any
 ) -> dict[Any, Any]:
-    """Every method, and the variants of every size of tree."""
+    """Returns a job for every method and for the variants of every tree size."""
     jobs: dict[Any, Any] = {name: make(method) for name, method in methods.items()}
     place = jobs["vanilla"].place
     sizes = {(m.nodes, m.depth) for m in methods.values() if m.nodes > 1}
@@ -104,7 +104,7 @@ def jobs_of(
 
 
 def main() -> None:
-    """Measure rounds and their parts."""
+    """Measures rounds and their parts."""
     names = ("--shape", "--batch", "--cache", "--used", "--rounds", "--repeats")
     names += ("--quantize", "--quantize-drafts", "--layers", "--threads", "--tensor")
     parser = common.parser(__doc__, *names)

@@ -1,4 +1,4 @@
-"""Shapes of well-known models, and random models of these shapes made on the device."""
+"""Shapes of well-known models, and random models of these shapes, generated on the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import common  # before JAX: how much memory that takes
+import common  # before JAX, because it sets how much memory JAX reserves
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +31,7 @@ from eagle_jax.params import Draft, Params
 from eagle_jax.placement import draft_place, layout_for_decoding
 from eagle_jax.types import ParamDict
 
-_DRAFT_VOCABULARY = 32000  # of published EAGLE-3 heads
+_DRAFT_VOCABULARY = 32000  # the size in published EAGLE-3 heads
 
 
 def _llama(
@@ -66,7 +66,7 @@ _SMALL_OTHERWISE = _llama(768, 12, 12, 12, 3072, 32000)
 
 
 def draft_configs(shape: str, draft_vocabulary: int | None = None) -> dict[str, DraftConfig]:
-    """A draft of every kind for a target of `shape`, as wide as published ones.
+    """Returns a draft configuration of every kind for a target of `shape`, with published widths.
 
     Raises:
         ValueError: EAGLE-1's draft vocabulary is larger than the target's.
@@ -97,7 +97,7 @@ def draw(
     dtype: Any,
     place: Sharding | None = None,
 ) -> jax.Array:
-    """Normally distributed (eight bits: uniformly); every device makes the part that it holds."""
+    """Returns normal (int8: uniform) random numbers; every device generates its own part."""
     return _drawing(shape, mean, std, dtype, place)(key)
 
 
@@ -121,10 +121,10 @@ def random_weights(
     where: Mesh | Sharding | None = None,
     layout: Layout = PLAIN,
 ) -> ParamDict:
-    """Random weights, drawn on the device array by array: seconds for 7B, no host memory.
+    """Returns random weights, generated on the device array by array (seconds for 7B).
 
-    Of unit gain, so that nothing overflows; never zeros, on which matrix products run faster.
-    `where` is that of `load`.
+    Matrices have unit gain, so that nothing overflows, and are not zeros, with which products run
+    faster. `where` is the `sharding` of `load`.
     """
     like = param_shapes(cls, config, layout)
     dtype = dtype or common.default_dtype()
@@ -138,10 +138,10 @@ def random_weights(
         made = functools.partial(draw, key, shape, place=places[name])
         if like[name].dtype == jnp.int8:
             out[name] = made(0.0, 0.0, jnp.int8)
-        elif jnp.issubdtype(like[name].dtype, jnp.integer):  # a draft vocabulary's table
+        elif jnp.issubdtype(like[name].dtype, jnp.integer):  # the table of a draft vocabulary
             table = offsets(getattr(config, "vocab_size", 0), *shape)
             out[name] = jax.device_put(table, places[name])
-        elif kernel is not None and kernel.dtype == jnp.int8:  # its scales stay float32
+        elif kernel is not None and kernel.dtype == jnp.int8:  # scales stay float32
             std = (3 / kernel.shape[-1]) ** 0.5 / 127
             out[name] = made(std, 0.1 * std, jnp.float32)
         elif len(shape) == 1:
@@ -153,12 +153,12 @@ def random_weights(
 
 
 def of_one_device(weights: ParamDict) -> ParamDict:
-    """The parts that the first device holds."""
+    """Returns the parts of the weights that the first device holds."""
     return {name: x.addressable_shards[0].data for name, x in weights.items()}
 
 
 def offsets(vocab: int, size: int) -> np.ndarray:
-    """The table of a draft vocabulary spread evenly over the target's."""
+    """Returns the table `d2t` of a draft vocabulary that is spread evenly over the target's."""
     index = np.arange(size, dtype=np.int32)
     return index * (vocab // size) - index
 
@@ -172,12 +172,11 @@ def random_params(
     mesh: Mesh | None = None,
     quantize_drafts: str | None = None,
 ) -> Params:
-    """A target of `shape` laid out for decoding, with drafts of these kinds, where `load` would
-    place them.
+    """Returns a random target of `shape` with drafts of these kinds, placed as `load` does.
 
     Raises:
-        ValueError: unknown quantisation, or as in `draft_configs`; there are not so many layers;
-            the mesh does not divide the target.
+        ValueError: the quantisation is unknown, the model has fewer layers than `layers`, the mesh
+            does not divide the target, or as in `draft_configs`.
     """
     quantization = checked("--quantize", quantize)
     of_drafts = checked("--quantize-drafts", quantize_drafts)
@@ -194,7 +193,7 @@ def random_params(
         config = draft_configs(shape, draft_vocabulary)[kind]
         if isinstance(config, Eagle3Config) and layers is not None:
             config = dataclasses.replace(config, aux_layers=(0, layers // 2, layers))
-        if of_drafts is not None and isinstance(config, EagleConfig):  # has a head then, as loaded
+        if of_drafts is not None and isinstance(config, EagleConfig):  # gets a head, as in `load`
             own = config.draft_vocab_size or config.vocab_size
             config = dataclasses.replace(config, draft_vocab_size=own)
         place = draft_place(config, mesh)

@@ -1,7 +1,7 @@
-"""SIMULATED acceptance: a rule by which chance decides which drafted tokens are kept.
+"""SIMULATED acceptance: a rule that accepts drafted tokens at random.
 
-Rates say how often the best candidate at each depth is right; `chances` of all candidates follow,
-and trees with the tau that they amount to.
+Rates give the probability that the best candidate at each depth is right. The probabilities of all
+candidates (`chances`) and the expected tau of trees follow from them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from eagle_jax.decode.sampling import position_uniform
 from eagle_jax.decode.tree import Proposal, StaticTree, named_tree
 
 RATES = {"eagle": (0.79, 0.74, 0.72, 0.73, 0.67), "eagle3": (0.80,) * 8}
-_RANKS = 10  # candidates of a node
+_RANKS = 10  # candidates per node
 
 Chances = tuple[tuple[float, ...], ...]
 
 
 def chances(rates: Sequence[float]) -> Chances:
-    """`[d][r]`, how often the candidate of rank r is the right one at depth d + 1, given that its
-    parent is."""
+    """Returns `[d][r]`: the probability that the candidate of rank r at depth d + 1 is right.
+
+    The probability is conditional on its parent being right.
+    """
     out = []
     for rate in rates:
         others = [1 - rate / 2**rank for rank in range(_RANKS)]
@@ -38,7 +40,11 @@ def chances(rates: Sequence[float]) -> Chances:
 
 
 def tree_of(name: str, likely: Chances) -> StaticTree:
-    """A tree of `--trees`, with a chance for every node."""
+    """Returns the tree that `--trees` names.
+
+    Raises:
+        ValueError: the tree is dynamic, or deeper than the number of `--rates`.
+    """
     size = name.removeprefix("best-")
     if size != name and size.isdecimal() and int(size) > 1:
         return best_tree(likely, int(size) - 1)
@@ -53,18 +59,18 @@ def tree_of(name: str, likely: Chances) -> StaticTree:
 
 
 def expected(tree: StaticTree, likely: Chances) -> float:
-    """The tau that the chances amount to."""
+    """Returns the expected tau of a tree with these probabilities."""
     paths = (zip(likely, path, strict=False) for path in tree.paths)
     return 1 + sum(math.prod(of_depth[rank] for of_depth, rank in path) for path in paths)
 
 
 @dataclasses.dataclass(frozen=True)
 class Simulated:
-    """A rule by which chance decides what is kept, whatever the target says.
+    """An acceptance rule that accepts at random, whatever the target's logits are.
 
     Attributes:
-        tree: of all proposals.
-        likely: how often each candidate is right.
+        tree: the tree of all proposals.
+        likely: probability that each candidate is right.
     """
 
     tree: StaticTree
@@ -77,13 +83,14 @@ class Simulated:
         self, proposal: Proposal, logits: Array, targets: Array, context: Context
     ) -> Accepted:
         del logits
-        # A number for every position; each sibling has a stretch of 0 to 1 as long as its chance.
+        # One random number per position; each sibling owns an interval of [0, 1] of the length of
+        # its probability.
         depths, ranks = self.tree.depths - 1, self.tree.ranks
         ends = np.pad(np.cumsum(self.likely, axis=1, dtype=np.float32), ((0, 0), (1, 0)))
         low, high = ends[None, depths, ranks], ends[None, depths, ranks + 1]
         drawn = position_uniform(context.seeds, context.length, context.longest - 1)[:, depths]
-        # No target is negative, but the compiler does not know: as with the real rule, nothing
-        # can be committed before the pass has ended.
+        # Targets are never negative, but the compiler does not know it. So, as with the real rule,
+        # nothing can be committed before the pass has ended.
         above = jnp.take_along_axis(targets, proposal.shape.parents, 1, mode="clip")
         kept = (drawn >= low) & (drawn < high) & (above >= 0)
         return walk(proposal, kept, targets, context.longest)
@@ -91,6 +98,6 @@ class Simulated:
 
 @dataclasses.dataclass(frozen=True)
 class Lucky(Eagle):
-    """EAGLE under another rule."""
+    """EAGLE with the simulated acceptance rule."""
 
     rule: Rule = Exact()

@@ -1,17 +1,18 @@
-"""How long does the target take over T tokens? ms, GB/s, share of what a copy reaches.
+"""Measures the target's pass over T tokens: ms, GB/s, and share of a copy's bandwidth.
 
     python benchmarks/step.py --shape 7b
     python benchmarks/step.py --shape 8b --tokens 1 60 --cache 4096 16384 --used 512 3800
     python benchmarks/step.py --shape 70b --tokens 1 60 --cache 1024 --tensor 2
 
-Random weights; the pass runs inside the engine's compiled loop, as `generate` runs it: T = 1 is
-vanilla decoding, more tokens are the root and its T - 1 children. GB/s counts the bytes that a pass
-must read, all weights once and the used part of the cache; the share is of the bandwidth of a large
-copy on this device (bytes read and written), which is measured first: 100 % is as fast as memory
-allows. `--cache` allocates, `--used` fills; what does not fit together is left out.
+Weights are random, and the pass runs inside the engine's compiled loop, as in `generate`. T = 1 is
+vanilla decoding; with more tokens the tree is the root and its T - 1 children. GB/s counts the
+bytes that a pass must read: all weights once and the used part of the cache. The share is relative
+to the bandwidth of a large copy on this device (bytes read and written), which is measured first;
+100 % is as fast as memory allows. `--cache` is the allocated length, `--used` the filled length;
+combinations that do not fit are left out.
 
-With `--tensor` all bytes are those of one device: its part of the weights and of the cache, and
-what every device has whole.
+With `--tensor` all bytes are those of one device: its parts of the weights and of the cache, and
+everything that is replicated.
 """
 
 import common
@@ -25,7 +26,7 @@ from eagle_jax.evaluate.metrics import weight_bytes
 
 
 def main() -> None:
-    """Measure every combination."""
+    """Measures every combination."""
     names = ("--shape", "--batch", "--rounds", "--repeats", "--quantize", "--layers", "--threads")
     names += ("--tensor",)
     parser = common.parser(__doc__, *names)

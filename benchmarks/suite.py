@@ -1,13 +1,14 @@
-"""The benchmarks of docs/performance.md one after the other; what is done is not done again.
+"""Runs the benchmarks of docs/performance.md in turn; a second run skips those that are done.
 
     python benchmarks/suite.py
     python benchmarks/suite.py --set two-gpus --minutes 25 --output runs/two
 
-Each command is a process with a limit of its own, at which it is stopped with all that it started.
-`--output` gets what it printed (NAME.out, NAME.err) and in results.jsonl a line: name, command,
-status, seconds and the JSON that it ended in. The same again does what is not done: what failed,
-overran its limit, or was left because that was longer than what remained of `--minutes`. All share
-one cache of compiled programs: JAX_COMPILATION_CACHE_DIR, by default in `--output`.
+Each command runs in a process with its own time limit, at which it is stopped together with all
+processes that it started. The directory `--output` gets its output (NAME.out, NAME.err) and a line
+in results.jsonl: name, command, status, seconds and the JSON of its last line. The same command
+again runs what is not done: benchmarks that failed, exceeded their limit, or were skipped because
+the limit was longer than the rest of `--minutes`. All benchmarks share one cache of compiled
+programs, JAX_COMPILATION_CACHE_DIR, which by default lies in `--output`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 import common
 
-# A name, the seconds that it may take, a program of this folder; what matters most comes first.
+# Name, time limit in seconds, and a program of this folder; the most important come first.
 SETS = {
     "one-gpu": """
         step        120 step.py --shape 7b --cache 1024 --tokens 1 8 60
@@ -59,23 +60,23 @@ SETS = {
 
 
 def share_cache(output: Path) -> None:
-    """Has every command keep its compiled programs, however small, for the others."""
+    """Makes all commands share one cache of compiled programs, including small ones."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(output / "cache"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and all that it started: asks, waits, and kills."""
+    """Ends a process and all that it started: asks them to end, waits, then kills them."""
     for number, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, None)):
-        with contextlib.suppress(ProcessLookupError):  # nobody is left
+        with contextlib.suppress(ProcessLookupError):  # all have ended
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
 
 
 def execute(name: str, limit: float, command: str, output: Path) -> dict[str, Any]:
-    """Runs a command for so many seconds at most; its line of results.jsonl."""
+    """Runs a command for at most `limit` seconds and returns its entry for results.jsonl."""
     begin, status, result = time.monotonic(), "failed", None
     words = [sys.executable, *shlex.split(command)]
     with open(output / f"{name}.out", "wb") as out, open(output / f"{name}.err", "wb") as err:
@@ -87,7 +88,7 @@ def execute(name: str, limit: float, command: str, output: Path) -> dict[str, An
         finally:  # also after Ctrl-C
             stop(process)
     if process.returncode == 0:
-        with contextlib.suppress(ValueError, IndexError):  # no line of JSON
+        with contextlib.suppress(ValueError, IndexError):  # the output has no JSON line
             result = common.last_json((output / f"{name}.out").read_text())
             status = "done"
     found = {"status": status, "seconds": round(time.monotonic() - begin, 1), "result": result}
@@ -95,7 +96,7 @@ def execute(name: str, limit: float, command: str, output: Path) -> dict[str, An
 
 
 def told(entry: dict[str, Any], output: Path) -> str:
-    """A command's line: its milliseconds, or the last that it said."""
+    """Returns a line about a command: its milliseconds, or the last line that it printed."""
     rows = (entry["result"] or {}).get("rows", ())
     said = [f"{row['ms']:.4g} ms" for row in rows if row.get("ms")]
     said = said or (output / f"{entry['name']}.err").read_text(errors="replace").splitlines()[-1:]
@@ -103,7 +104,7 @@ def told(entry: dict[str, Any], output: Path) -> str:
 
 
 def done_before(path: Path) -> set[tuple[str, str]]:
-    """Names and commands of what is done; a line that was cut off is not."""
+    """Returns names and commands of finished benchmarks; ignores truncated lines."""
     found: list[dict[str, Any]] = []
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
@@ -115,14 +116,14 @@ def done_before(path: Path) -> set[tuple[str, str]]:
 
 
 def keep(path: Path, entry: dict[str, Any]) -> None:
-    """Adds a line to results.jsonl, also after one that was cut off."""
+    """Appends a line to results.jsonl, even if the last line there is truncated."""
     whole = not path.exists() or path.read_text()[-1:] in ("", "\n")
     with path.open("a") as file:
         file.write(("" if whole else "\n") + json.dumps(entry) + "\n")
 
 
 def main() -> int:
-    """Run what is not done; 1 if something failed or overran."""
+    """Runs what is not done; returns 1 if a benchmark failed or exceeded its limit."""
     parser = common.parser(__doc__)
     parser.add_argument("--set", choices=SETS, default="one-gpu")
     parser.add_argument("--output", default=Path("runs/suite"), type=Path)
@@ -140,7 +141,7 @@ def main() -> int:
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     share_cache(output)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what runs is stopped first
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the running command first
 
     results, end, rows = output / "results.jsonl", time.monotonic() + 60 * args.minutes, []
     before = done_before(results)

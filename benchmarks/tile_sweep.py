@@ -1,13 +1,14 @@
-"""How should products of few rows be cut on this GPU? Microseconds of our kernels and of XLA.
+"""Finds the fastest tiles for products of few rows on this GPU: µs of our kernels and of XLA.
 
     python benchmarks/tile_sweep.py --shape 7b
     python benchmarks/tile_sweep.py --shape 8b --rows 1 60 --quantize int8
 
-Every matrix of a layer and the head, by every cut at hand; several of each, so that none is in the
-device's cache. Gate and up are one launch, `kernels.skinny_matmul.gated`, all others `product`.
-`now` is the cut that `tile` (`gated_tile`) chooses, `best` the fastest. A product adds to the
-next one's operand: that is in the figures, for all alike. It says what could be changed in
-`tile`, and runs where the kernels do: on NVIDIA GPUs (`--shape tiny` anywhere, slowly).
+The program measures every matrix of a layer and the head with every available tile, and reads
+several copies of each matrix in turn, so that none is in the device's cache. Gate and up are one
+launch of `kernels.skinny_matmul.gated`; all others are `product`. `now` is the tile that `tile`
+(`gated_tile`) chooses, `best` the fastest one. Each product adds to the operand of the next one,
+which costs the same for all. The result shows what could be improved in `tile`. The kernels run on
+NVIDIA GPUs (`--shape tiny` anywhere, slowly).
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from eagle_jax.models import kernels, quantize
 from eagle_jax.models.kernels import device
 from eagle_jax.models.kernels.skinny_matmul import Tile, gated, gated_tile, product, tile
 
-_BYTES = 2**28  # of matrices that are read in turn: more than any cache holds
+_BYTES = 2**28  # total size of the matrices that are read in turn: more than any cache holds
 _CUTS = ((128, 64), (64, 64), (64, 128), (128, 32), (128, 128), (256, 64), (32, 128), (64, 256))
 _PARTS = (1, 2, 4, 8)
 _GATES = "gate_up"
 
 
 def matrices(shape: str) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of each."""
+    """Returns inputs and outputs of each matrix, by name."""
     config = shapes.SHAPES[shape]
     d, f, e = config.hidden_size, config.intermediate_size, config.head_dim
     heads, own = config.num_attention_heads, config.num_key_value_heads
@@ -51,7 +52,7 @@ def matrices(shape: str) -> dict[str, tuple[int, int]]:
 
 
 def cuts(rows: int, width: int, columns: int, both: bool) -> Iterator[Tile]:
-    """Those that fit; if they are of two matrices at once, of each of these."""
+    """Yields the tiles that fit; for gate and up (`both`), the tiles of each of the two."""
     for (wide, step), parts, warps in itertools.product(_CUTS, (1,) if both else _PARTS, (4, 8)):
         if columns % wide == 0 and width % (step * parts) == 0:
             yield Tile(wide // (1 + both), step, parts, warps, 4 if rows <= 16 else 3)
@@ -62,7 +63,7 @@ def timed(
     x: jax.Array,
     all_of_them: list[jax.Array],
 ) -> Callable[[], float]:
-    """Compiled; microseconds of a product when called."""
+    """Compiles the products; returns a function that measures the microseconds of one."""
     loops = 1 if device.INTERPRET else 20
 
     @jax.jit
@@ -87,7 +88,7 @@ def timed(
 
 
 def sweep(name: str, rows: int, small: bool, args: Any) -> dict[str, Any]:
-    """One matrix, all cuts."""
+    """Measures one matrix with all tiles and returns its row."""
     (width, columns), both = matrices(args.shape)[name], name == _GATES
     size = width * columns * (1 if small else 2)
     count = 2 if device.INTERPRET else max(2, _BYTES // size)
@@ -132,7 +133,7 @@ def sweep(name: str, rows: int, small: bool, args: Any) -> dict[str, Any]:
         "best": us[best],
         "best cut": _said(best),
     }
-    print(json.dumps(row), file=sys.stderr, flush=True)  # not lost if what follows is stopped
+    print(json.dumps(row), file=sys.stderr, flush=True)  # now, in case the program is stopped
     return row
 
 
@@ -141,7 +142,7 @@ def _said(cut: Tile) -> str:
 
 
 def swept(args: Any) -> list[dict[str, Any]]:
-    """Every matrix at every number of rows."""
+    """Measures every matrix with every number of rows and returns the rows of the table."""
     with kernels.decoding():
         if not device.usable(jnp.zeros((1, 64), jnp.bfloat16)):
             raise ValueError("no kernels here: they want an NVIDIA GPU; --shape tiny runs anywhere")
@@ -157,7 +158,7 @@ def swept(args: Any) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Sweep every matrix."""
+    """Sweeps every matrix."""
     parser = common.parser(__doc__, "--shape", "--repeats", "--quantize", "--threads")
     parser.add_argument("--rows", default=[1, 10, 60], type=common.positive, nargs="+")
     parser.add_argument("--matrices", nargs="+", choices=tuple(matrices("tiny")), metavar="M")
@@ -166,7 +167,7 @@ def main() -> None:
     try:
         found = swept(args)
     finally:
-        device.INTERPRET = False  # whatever runs in this process afterwards
+        device.INTERPRET = False  # restored for later code in this process
     common.report(
         found,
         benchmark="tile_sweep",

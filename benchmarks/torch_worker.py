@@ -1,6 +1,7 @@
-"""What baselines.py runs in processes of their own: a decode step of torch; imports no JAX.
+"""Measures a decode step in torch, in a process that baselines.py starts; imports no JAX.
 
-A Llama with random weights on the device, one row, one token a step. Prints one line of JSON.
+The model is a Llama with random weights on the device: one row, one token per step. The program
+prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ except ModuleNotFoundError:
 
 
 def wait() -> None:
-    """Until the device has done all it was given."""
+    """Waits until the device has finished all work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-# --- A plain decode step: gpt-fast's way -------------------------------------------------------
+# --- A plain decode step, as in gpt-fast -------------------------------------------------------
 
 
 def norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """RMSNorm in float32."""
+    """Returns the RMSNorm of `x`, computed in float32."""
     y = x.float()
     return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).type_as(x) * scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of [1, h, 1, e] by halves."""
+    """Returns `x` [1, h, 1, e] with rotary embedding, which rotates the two halves."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).type_as(x)
 
@@ -81,7 +82,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """token, place -> the next token and place."""
+    """A Llama that maps a token and its position to the next token and position."""
 
     def __init__(self, c: SimpleNamespace, slots: int) -> None:
         super().__init__()
@@ -106,13 +107,13 @@ class Model(nn.Module):
 
 
 def plain(c: SimpleNamespace, args: argparse.Namespace) -> Callable[[], float]:
-    """Milliseconds of a step, compiled unless told otherwise."""
+    """Returns a function that measures the milliseconds of a step; compiled if `args` say so."""
     model = Model(c, args.cache)
     step: Callable = model
     if args.kind == "torch-compile":
         import torch._inductor.config as inductor
 
-        inductor.coordinate_descent_tuning = True  # as gpt-fast has it
+        inductor.coordinate_descent_tuning = True  # as gpt-fast sets it
         step = torch.compile(model, mode="reduce-overhead", fullgraph=True)
 
     def run() -> float:
@@ -120,7 +121,7 @@ def plain(c: SimpleNamespace, args: argparse.Namespace) -> Callable[[], float]:
         wait()
         begin = time.perf_counter()
         for _ in range(args.rounds):
-            token, place = (x.clone() for x in step(token, place))  # the graph's own are reused
+            token, place = (x.clone() for x in step(token, place))  # the graph reuses its outputs
         wait()
         return 1e3 * (time.perf_counter() - begin) / args.rounds
 
@@ -131,7 +132,7 @@ def plain(c: SimpleNamespace, args: argparse.Namespace) -> Callable[[], float]:
 
 
 def transformers(c: SimpleNamespace, args: argparse.Namespace) -> Callable[[], float]:
-    """Milliseconds between two tokens of `generate`."""
+    """Returns a function that measures the milliseconds between two tokens of `generate`."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ModuleNotFoundError:
@@ -148,7 +149,7 @@ def transformers(c: SimpleNamespace, args: argparse.Namespace) -> Callable[[], f
         times.append(time.perf_counter())
         return scores
 
-    # A static cache is compiled by `generate` itself, with CUDA graphs.
+    # With a static cache, `generate` itself compiles, with CUDA graphs.
     static = {"cache_implementation": "static"} if args.kind == "transformers-static" else {}
 
     def run() -> float:
@@ -171,7 +172,7 @@ KINDS = {
 
 
 def main() -> None:
-    """Measure one kind."""
+    """Measures one kind of step."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kind", choices=KINDS, required=True)
     parser.add_argument("--config", required=True, help="sizes, a JSON object")

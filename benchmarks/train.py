@@ -1,13 +1,14 @@
-"""How fast does a draft train? Tokens/s and MFU of the trainer's own jitted step.
+"""Measures training speed: tokens/s and MFU of the trainer's own jitted step.
 
     python benchmarks/train.py --shape 7b --batch 4 --attention cudnn
     python benchmarks/train.py --config configs/large/target.py configs/large/eagle.py \\
         --target-config configs/large/target.py
 
-A frozen target of that shape with random weights runs in every step (online training), on random
-tokens: no text, no reader. `--config` measures the own configurations of runs instead (their batch,
-length, kernel; their target is the model of `--target-config`). Tokens are positions of the batch;
-MFU counts model FLOPs as training reports them, recomputation not counted, over the device's peak.
+A frozen target of that shape with random weights runs in every step (online training) on random
+tokens; no text is read. `--config` measures the configurations of real runs instead, with their
+batch size, length and attention kernel; their target is the model of `--target-config`. Tokens are
+positions of the batch. MFU is model FLOPs as training counts them (without recomputation) over the
+device's peak.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ from eagle_jax.models import Transformer
 from eagle_jax.train import objectives
 from eagle_jax.train.trainer import assemble, check_attention
 
-_BATCHES = 4  # different ones, in turn
+_BATCHES = 4  # number of different batches, used in turn
 
 
 def synthetic(kind: str, args: Any) -> TrainConfig:
-    """A run of a published recipe's objective, at the sizes of the command line."""
+    """Returns a run with a published recipe's objective and the sizes of the command line."""
     draft: Any = shapes.draft_configs(args.shape)[kind]
     if isinstance(draft, EagleConfig):
         objective = FeatureRegression(draft, target="-")
@@ -65,7 +66,7 @@ def synthetic(kind: str, args: Any) -> TrainConfig:
 
 
 class Steps:
-    """Some steps of a run on random tokens, again and again; one device."""
+    """A job that repeats some steps of a run on random tokens, on one device."""
 
     def __init__(
         self, config: TrainConfig, target: TransformerConfig, frozen: Mapping[str, Any], steps: int
@@ -97,7 +98,7 @@ class Steps:
             self.batches.append(self.trainer.put({"tokens": tokens, **fixed}))
 
     def __call__(self) -> float:
-        """Milliseconds of a step."""
+        """Runs the steps and returns the milliseconds of one."""
         begin = time.perf_counter()
         for _ in range(self.steps):
             batch = self.batches[self.done % _BATCHES]
@@ -107,7 +108,7 @@ class Steps:
         return 1e3 * (time.perf_counter() - begin) / self.steps
 
     def row(self, name: str, ms: float) -> dict[str, Any]:
-        """What is reported of it."""
+        """Returns the row of the report for this time of a step."""
         config, trained = self.trainer.config, self.trainer.abstract.params.values()
         length, batch = config.data.sequence_length, config.data.batch_size
         pace = 1e3 * length * batch / ms
@@ -126,7 +127,7 @@ class Steps:
 
 
 def main() -> None:
-    """Measure the given objectives in turn."""
+    """Measures the given objectives in turn."""
     parser = common.parser(__doc__, "--shape", "--batch", "--repeats")
     kinds = ("eagle", "eagle3", "medusa")
     parser.add_argument("--objectives", nargs="+", choices=kinds, default=["eagle", "eagle3"])

@@ -1,10 +1,11 @@
-"""Which draft tree for this machine? Acceptance and speed of several, for one prompt.
+"""Compares draft trees on this machine: acceptance length and speed for one prompt.
 
     python decode/compare_trees.py chain-1 chain-3 "0 1 2" "0 1 00 01" mc_sim_7b_63
 
-A tree is named, or written as rank paths: `0 1 00` is the best and the second best next token and,
-under the best, its best successor. A larger tree commits more tokens a pass, but drafting it takes
-one step a level and the target's pass grows with its nodes: the best one depends on the machine.
+A tree is a name or a list of rank paths: `0 1 00` is the best and the second best next token and,
+below the best one, its best successor. A larger tree commits more tokens per pass, but drafting
+takes one step per level, and the target's pass takes longer with more nodes, so the best tree
+depends on the machine.
 """
 
 import argparse
@@ -21,7 +22,7 @@ TREES = ["chain-1", "chain-3", "0 1 2", "0 1 2 00 01 10", "mc_sim_7b_63"]
 
 
 def main():
-    """Decode with every tree in turn, then print a table."""
+    """Decodes with every tree in turn, then prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("trees", nargs="*", default=TREES)
     parser.add_argument("--prompt", default=PROMPT)
@@ -32,11 +33,11 @@ def main():
     args = parser.parse_args()
     params = eagle_jax.load(args.model)
 
-    # A method is a small frozen value; equal values share their compiled program.
+    # Methods are small frozen dataclasses; equal ones share a compiled program.
     methods = {"vanilla": Vanilla()} | {name: Eagle(named_tree(name)) for name in args.trees}
     runs = {name: [] for name in methods}
     for repeat in range(args.repeats + 1):
-        # In turn rather than one after the other: a machine that slows down slows them all.
+        # Methods alternate, so that a machine that slows down slows all of them alike.
         for name, method in methods.items():
             out = generate(
                 params,
@@ -44,7 +45,7 @@ def main():
                 method=method,
                 temperature=args.temperature,
                 max_new_tokens=args.max_new_tokens,
-                ignore_eos=True,  # all do the same work
+                ignore_eos=True,  # so that all runs generate the same number of tokens
             )
             if repeat:  # the first round compiles and warms up
                 runs[name].append(out.statistics)
@@ -54,8 +55,8 @@ def main():
     times = {name: statistics.median(s.decode_seconds for s in runs[name]) for name in runs}
     for name, method in methods.items():
         last, seconds = runs[name][-1], times[name]
-        # tau, the mean acceptance length: tokens committed per target pass, the target's own
-        # ("bonus") token included. Speed-up = tau x (time of a vanilla pass / of a tree pass).
+        # tau is the mean acceptance length: tokens committed per target pass, including the
+        # target's own ("bonus") token. Speedup = tau x (time of a vanilla pass / of a tree pass).
         print(
             f"{name:24}{method.nodes:6}{method.depth:6}{last.tau:7.2f}"
             f"{1e3 * seconds / last.rounds[0]:9.2f}{last.new_tokens[0] / seconds:10.1f}"

@@ -1,8 +1,8 @@
-"""The same answer from vanilla decoding and from EAGLE, timed side by side: `make demo`.
+"""Generates the same answer with vanilla decoding and with EAGLE and times both: `make demo`.
 
 python decode/demo.py ["your prompt"] [--temperature 1.0 --seed 7]
 
-After `eagle-jax tune`, the method found there takes EAGLE's place.
+After `eagle-jax tune`, the method that it found is used instead of EAGLE.
 """
 
 import argparse
@@ -28,7 +28,7 @@ then uses it."""
 
 
 def show(params, prompt, method, **options):
-    """Stream one answer to the terminal; compiles on the way."""
+    """Streams one answer to the terminal; the first call also compiles."""
     print(f"\n--- {method} ---", flush=True)
     for part in stream(params, prompt, method=method, **options):
         print(part.text, end="", flush=True)
@@ -36,7 +36,7 @@ def show(params, prompt, method, **options):
 
 
 def main():
-    """Stream both answers, then time both, interleaved."""
+    """Streams both answers, then times both methods in turn."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompt", nargs="?", default=PROMPT)
     parser.add_argument("--model", default="tiny", help="shipped pair or directory")
@@ -76,7 +76,7 @@ def main():
     if seconds > vanilla:
         print(SLOWER)
     if not same:
-        # In bfloat16 near-ties may fall differently; in float32 this would be a defect.
+        # In bfloat16 near-ties may be resolved differently; in float32 this would be a defect.
         sys.exit("the texts differ")
 
 

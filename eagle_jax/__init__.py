@@ -1,4 +1,4 @@
-"""EAGLE speculative decoding for JAX: vanilla decoding's text, in a fraction of the passes."""
+"""EAGLE speculative decoding for JAX: the text of vanilla decoding in fewer target passes."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that `import eagle_jax` (for its config classes, say) does not import JAX.
+    # Imported on first use, so that `import eagle_jax` (for config classes, say) stays without JAX.
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     return lazy.submodule(__name__, name)
 
 
 def __dir__() -> list[str]:
-    """Everything that can be read from this package, whether or not it is imported yet."""
+    """Returns the names of all attributes and submodules, whether or not they are imported yet."""
     return sorted({*lazy.names(__name__), *_HOME})
 
 
 if sys.argv[:1] == ["-m"]:
-    # Python imports the packages around a module that it runs (`python -m eagle_jax.decode`)
-    # before the module itself. Ctrl-C during that time is not to end in a traceback.
+    # `python -m eagle_jax.decode` imports this package before it runs the module. Ctrl-C during
+    # these imports must not print a traceback.
     _words = sys.orig_argv
     if _words[_words.index("-m") + 1].split(".")[0] == __name__:
         from eagle_jax import interrupts

@@ -1,4 +1,4 @@
-"""`python -m eagle_jax COMMAND`, which is also the console script `eagle-jax`."""
+"""`python -m eagle_jax COMMAND`, the same program as the console script `eagle-jax`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Checks of single values that a user gives: each raises a ValueError of one line.
+"""Checks of single values given by users; each raises a ValueError of one line.
 
-Every message names the field, the value and what is allowed. NumPy's numbers count as numbers,
+Every message names the field, the value and what is allowed. NumPy's numbers count as numbers;
 True and False do not.
 """
 
@@ -31,9 +31,10 @@ def check_number(
     """Raises ValueError unless `value` is a finite number from `least` to `most`.
 
     Args:
-        name, value: of the field.
+        name: name of the field, for the message.
+        value: the value to check.
         least, most: the range, both ends included.
-        above: exclude `least`.
+        above: exclude `least` from the range.
     """
     if _is_number(value, numbers.Real):
         inside = (least < value if above else least <= value) and value <= most
@@ -55,10 +56,10 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def short(value: Any, limit: int = 60) -> str:
-    """`repr(value)` on one line of at most `limit` characters."""
+    """Returns `repr(value)` on one line of at most `limit` characters."""
     try:
         text = " ".join(repr(value).split())
-    except ValueError:  # Python writes no whole number of more than 4300 digits
+    except ValueError:  # Python refuses to print integers of more than 4300 digits
         text = f"a {type(value).__name__} of thousands of digits"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 

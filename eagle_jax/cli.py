@@ -1,4 +1,4 @@
-"""What all commands share: their parser, one line for a user's mistake, Ctrl-C, warnings."""
+"""Code that all commands share: the parser, one-line errors and warnings, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INTERRUPTED = interrupts.STATUS
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are one line, `error: ...`, with the closest option's name."""
+    """An argument parser that reports mistakes as one line and suggests the closest option."""
 
     def error(self, message: str) -> NoReturn:
         found = re.match(r"unrecognized arguments: (-\S+)", message)
@@ -52,18 +52,18 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             raise
         except BaseException as error:
             told = isinstance(error, ValueError | OSError | KeyboardInterrupt)
-            # The thread that hears the signal may need a moment to say so.
+            # The thread that reads signals may need a moment to count this one.
             stopped = watch.interrupted(1.0 if _from_ctrl_c(error) else 0.0)
             if os.environ.get("EAGLE_JAX_DEBUG") == "1" or not (told or stopped):
                 raise
-            if stopped:  # whatever the error, it is a consequence
+            if stopped:  # any error is then a consequence of Ctrl-C
                 interrupts.end()
             status = _report(error)
     sys.exit(status)
 
 
 def _from_ctrl_c(error: BaseException | None) -> bool:
-    """Whether the error is a KeyboardInterrupt, or was raised while one was handled."""
+    """Returns whether the error is a KeyboardInterrupt or was raised while one was handled."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
@@ -71,17 +71,17 @@ def _from_ctrl_c(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def _quiet_hooks() -> Iterator[None]:
-    """Shows a warning to the user as one line, without a place in our code.
+    """Shows warnings as one line, without file and line of our code, inside `with`.
 
-    No Ctrl-C is lost that comes inside a callback of the garbage collector, where Python cannot
-    raise it.
+    A Ctrl-C that arrives inside a callback of the garbage collector, where Python cannot raise it,
+    is raised a moment later.
     """
     before, unraisable = warnings.showwarning, sys.unraisablehook
 
     def ignore(hook: Any) -> None:
         if hook.exc_type is not KeyboardInterrupt:
             unraisable(hook)
-        else:  # raised again, a moment later, where it is not swallowed
+        else:  # raise it again a moment later, when it can propagate
             threading.Timer(0.01, _thread.interrupt_main).start()
 
     def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
@@ -98,11 +98,11 @@ def _quiet_hooks() -> Iterator[None]:
 
 
 def _report(error: BaseException) -> int:
-    """Tells the user, and returns the exit status."""
+    """Prints an error for the user and returns the exit status."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    if isinstance(error, BrokenPipeError):  # `| head` has read enough
-        # Python flushes stdout once more at exit, which would complain.
+    if isinstance(error, BrokenPipeError):  # the reader (`| head`, say) closed the pipe
+        # Python flushes stdout once more at exit, which would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     print(f"error: {_message(error)}", file=sys.stderr)

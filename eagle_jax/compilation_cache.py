@@ -1,17 +1,17 @@
-"""Keeps compiled programs between starts, in the user's cache.
+"""Keeps compiled programs between runs, in the user's cache directory.
 
-The commands call `enable`, so that their second start does not compile. The library does not: JAX
-has one such cache per process, it belongs to the program, and JAX ignores a directory that is set
-after the first compilation. A program of your own calls
+The commands call `enable`, so that their second run does not compile. The library does not, because
+JAX has one such cache per process, which the program should control, and because JAX ignores a
+directory that is set after the first compilation. Your own program can call
 
     eagle_jax.compilation_cache.enable()
 
-or sets JAX's own `jax_compilation_cache_dir`. EAGLE_JAX_COMPILATION_CACHE=off switches it off.
+or set JAX's `jax_compilation_cache_dir`. EAGLE_JAX_COMPILATION_CACHE=off switches the cache off.
 
-JAX writes and reads the files, under keys that hold the program, its compiler and its options, so
-several processes can share them. `enable` bounds their size itself: JAX's own bound,
-`jax_compilation_cache_max_size`, locks every access, and stops storing for good if a process was
-killed between the two files of an entry.
+JAX reads and writes the files. Their keys depend on the program, the compiler and its options, so
+several processes can share them. `enable` bounds their total size itself: JAX's own bound,
+`jax_compilation_cache_max_size`, locks every access, and JAX stops storing for good if a process
+was killed between the two files of an entry.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ from pathlib import Path
 SWITCH = "EAGLE_JAX_COMPILATION_CACHE"
 MAX_BYTES = 2 * 2**30
 _LEAST = "jax_persistent_cache_min_compile_time_secs"
-_LEAST_SECONDS = 0.2  # programs that compile faster are not stored
-_CHECKED = ".checked"  # its time stamp: when the entries were last looked at
+_LEAST_SECONDS = 0.2  # programs that compile faster than this are not stored
+_CHECKED = ".checked"  # the time stamp of this file tells when the cache was last pruned
 
 
 def root() -> Path:
-    """`eagle_jax/xla` in XDG_CACHE_HOME or `~/.cache`."""
+    """Returns the cache directory, `eagle_jax/xla` in XDG_CACHE_HOME or `~/.cache`."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(cache).expanduser() / "eagle_jax" / "xla"
 
 
 def enable() -> Path | None:
-    """Keeps what this process compiles from now on; call it before the first compilation.
+    """Stores the programs that this process compiles; call it before the first compilation.
 
-    Settings of JAX's cache that the user or the program made win (`JAX_COMPILATION_CACHE_DIR`,
-    `jax.config`). A directory that cannot be written is not used; decoding works without.
+    Settings of JAX's cache that the user or the program made take precedence
+    (`JAX_COMPILATION_CACHE_DIR`, `jax.config`). If the directory cannot be written, nothing is
+    stored, and decoding still works.
 
     Returns:
-        The directory, or None if JAX's settings are left as they are.
+        The directory, or None if JAX's settings were left unchanged.
     """
     import jax
 
@@ -63,7 +64,7 @@ def enable() -> Path | None:
         return None
     with contextlib.suppress(OSError):
         prune(root())
-    # Neither a full disk nor an entry that another process is writing is the user's concern.
+    # Users need no warning about a full disk or an entry that another process is writing.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     jax.config.update("jax_compilation_cache_dir", str(directory))
     if values[_LEAST] == 1.0:  # JAX's default
@@ -72,7 +73,7 @@ def enable() -> Path | None:
 
 
 def _machine() -> str:
-    """A name for the kind of host: code for one CPU may not run on another that shares a home."""
+    """Returns a name for this kind of host, since different CPUs may share a home directory."""
     features = platform.processor()
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
         features = next((x for x in lines if x.startswith(("flags", "Features"))), features)
@@ -80,16 +81,16 @@ def _machine() -> str:
 
 
 def prune(folder: Path, max_bytes: int = MAX_BYTES) -> None:
-    """Deletes cut entries, and those not used for longest until `max_bytes` remain.
+    """Deletes truncated entries, then the least recently used ones until `max_bytes` remain.
 
-    JAX never replaces an entry, so one that a full disk or a kill cut short would stay for good.
+    JAX never replaces an entry, so one truncated by a full disk or a kill would stay for good.
     """
     mark = folder / _CHECKED
     since = mark.stat().st_mtime if mark.exists() else 0.0
     mark.touch()
     entries, total = [], 0
     for path in folder.rglob("*-cache"):
-        with contextlib.suppress(OSError):  # another process deletes, too
+        with contextlib.suppress(OSError):  # another process may delete the same file
             status = path.stat()
             if status.st_mtime >= since and _cut(path.read_bytes()):
                 path.unlink()
@@ -105,7 +106,7 @@ def prune(folder: Path, max_bytes: int = MAX_BYTES) -> None:
 
 
 def _cut(data: bytes) -> bool:
-    """Whether an entry lacks its end. JAX writes zlib, or zstd where Python can."""
+    """Returns whether an entry is truncated. JAX compresses with zstd if Python has it, or zlib."""
     if not data:
         return True
     if data[:1] == b"\x78":

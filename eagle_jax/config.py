@@ -1,8 +1,8 @@
 """Configuration of models, data and training: frozen dataclasses.
 
-`eagle_jax.settings` reads them from Python files, overrides and checks them. The classes of the
-drafters (`EagleConfig`, `FeatureRegression`, ...) are defined in `eagle_jax.drafters.<kind>.config`
-and imported from here, as any other configuration is.
+`eagle_jax.settings` reads them from Python files, applies overrides and checks them. The drafters'
+classes (`EagleConfig`, `FeatureRegression`, ...) are defined in `eagle_jax.drafters.<kind>.config`
+and can be imported from this module too.
 """
 
 from __future__ import annotations
@@ -40,20 +40,23 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for texts longer than those of pre-training.
+    """Scaling of the rotary embedding for contexts longer than those of pre-training.
 
     Attributes:
-        rope_type: "linear" divides every frequency by `factor`; "llama3" the slow ones only, with a
-            ramp between; "yarn" (arXiv 2309.00071) ramps over dimensions and sharpens attention.
-        factor: by how much the context grows.
-        original_max_position_embeddings: context of pre-training, in tokens; not for "linear".
-        low_freq_factor, high_freq_factor: "llama3": wavelengths above the original context over the
-            first are divided, those below it over the second kept.
-        beta_fast, beta_slow: "yarn": turns within the original context that bound the ramp.
-        attention_factor: "yarn": multiplies queries and keys; by default 0.1 ln(factor) + 1.
-        mscale, mscale_all_dim: "yarn": if both are given, the factor is the quotient of two such
-            terms, each with its own weight in place of 1.
-        truncate: "yarn": the ramp's bounds are whole dimensions.
+        rope_type: "linear" divides every frequency by `factor`; "llama3" divides only the low
+            frequencies, with a ramp between low and high; "yarn" (arXiv 2309.00071) has a ramp over
+            dimensions and scales attention scores.
+        factor: ratio of the new context length to the original one.
+        original_max_position_embeddings: context of pre-training, in tokens; unused by "linear".
+        low_freq_factor, high_freq_factor: for "llama3", with L the original context: frequencies of
+            wavelength above L / low_freq_factor are divided by `factor`, those below
+            L / high_freq_factor are kept.
+        beta_fast, beta_slow: for "yarn", the numbers of rotations within the original context
+            between which the ramp lies.
+        attention_factor: for "yarn", multiplies queries and keys; by default 0.1 ln(factor) + 1.
+        mscale, mscale_all_dim: for "yarn": if both are given, the default attention factor is
+            (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1).
+        truncate: for "yarn", round the ramp's bounds to whole dimensions.
     """
 
     rope_type: Literal["linear", "llama3", "yarn"]
@@ -89,12 +92,12 @@ LayerType = Literal["full_attention", "sliding_attention"]
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """A decoder-only transformer; field names and meanings are Hugging Face's where it has them.
+    """The architecture of a decoder-only transformer, with Hugging Face's field names.
 
-    The defaults are Llama's; `eagle_jax.checkpoint.families` says what other families set.
+    The defaults are Llama's; `eagle_jax.checkpoint.families` lists what other families set.
 
     Attributes:
-        vocab_size: rows of the embedding.
+        vocab_size: rows of the embedding matrix.
         hidden_size: width `d` of the residual stream.
         intermediate_size: width `f` of the gated feed-forward block.
         num_hidden_layers: decoder layers.
@@ -106,26 +109,26 @@ class TransformerConfig:
         max_position_embeddings: longest sequence (prompt and answer together), in tokens.
         tie_word_embeddings: the output head is the embedding matrix.
         attention_bias: biases on the q, k and v projections (Qwen2).
-        rope_scaling: of the rotary embedding, for long contexts.
-        rope_local_base_freq: base of the rotary embedding, unscaled, in sliding layers (Gemma 3);
-            by default they have that of the others.
-        sliding_window: a token sees itself and the `sliding_window - 1` positions before.
-        layer_types: of each layer, whether it has that window; empty: all have it.
-        hidden_act: of the gate.
-        qk_norm: an RMSNorm on every head of queries and keys (Qwen3, Gemma 3).
-        query_pre_attn_scalar: scores are divided by its square root; by default `head_dim`.
-        attn_logit_softcapping: scores are bent to stay within ± this: c tanh(x / c).
-        final_logit_softcapping: the same for logits.
-        post_norms: norms also after attention and after the feed-forward block (Gemma 2 and 3).
-        unit_offset_norm: RMSNorm multiplies with 1 + its scale (Gemma).
-        scale_embeddings: embeddings are multiplied with the root of `hidden_size` (Gemma).
-        num_experts: feed-forward blocks of a layer, among which a router chooses; 0: one, no
-            router.
-        num_experts_per_tok: how many each token goes through.
+        rope_scaling: scaling of the rotary embedding for long contexts, or None.
+        rope_local_base_freq: base of the rotary embedding in sliding-window layers, which is not
+            scaled (Gemma 3); None: these layers use the same rotary embedding as the others.
+        sliding_window: a token attends to itself and the `sliding_window - 1` positions before it.
+        layer_types: the attention type of each layer; empty: every layer has the sliding window.
+        hidden_act: activation function of the gate.
+        qk_norm: apply an RMSNorm to each head's queries and keys (Qwen3, Gemma 3).
+        query_pre_attn_scalar: attention scores are divided by its square root; by default
+            `head_dim`.
+        attn_logit_softcapping: attention scores x become c tanh(x / c) with this c; None: no cap.
+        final_logit_softcapping: the same for the output logits.
+        post_norms: apply norms after attention and after the feed-forward block too (Gemma 2, 3).
+        unit_offset_norm: RMSNorm multiplies by 1 + its scale (Gemma).
+        scale_embeddings: multiply embeddings by the square root of `hidden_size` (Gemma).
+        num_experts: experts of a mixture-of-experts layer; 0: a dense feed-forward block.
+        num_experts_per_tok: experts that the router chooses for each token.
         moe_intermediate_size: width of an expert; by default `intermediate_size`.
-        norm_topk_prob: the chosen experts' weights add up to 1.
-        mlp_only_layers: layers without experts all the same.
-        model_type: the family a checkpoint came from, for going back; no part of the computation.
+        norm_topk_prob: normalise the chosen experts' weights to a sum of 1.
+        mlp_only_layers: layers that have a dense block although `num_experts` is set.
+        model_type: family of the checkpoint, used for export; it does not affect the computation.
     """
 
     vocab_size: int
@@ -157,7 +160,7 @@ class TransformerConfig:
     moe_intermediate_size: int | None = None
     norm_topk_prob: bool = True
     mlp_only_layers: tuple[int, ...] = ()
-    # Not compared: equal computations share compiled programs, whatever file they came from.
+    # Not compared, so that equal architectures share compiled programs whatever their family.
     model_type: str | None = dataclasses.field(default=None, compare=False)
 
     kind: ClassVar[str] = "model"  # as a draft: an independent small model
@@ -217,28 +220,28 @@ class TransformerConfig:
             raise ValueError(f"mlp_only_layers={self.mlp_only_layers}: must be 0 to {layers - 1}")
 
     def window(self, layer: int) -> int | None:
-        """The sliding window of a layer, in positions; None where it sees all of them."""
+        """Returns the sliding window of a layer in positions, or None for full attention."""
         sliding = not self.layer_types or self.layer_types[layer] == "sliding_attention"
         return self.sliding_window if sliding else None
 
     def has_experts(self, layer: int) -> bool:
-        """Whether the feed-forward block of a layer is a router and its experts."""
+        """Returns whether a layer has a router and experts instead of a dense block."""
         return self.num_experts > 0 and layer not in self.mlp_only_layers
 
 
 def check_draft_vocabulary(size: int | None, vocab_size: int) -> None:
-    """Raises ValueError if a draft vocabulary has no entry, or more than the target's has."""
+    """Raises ValueError if a draft vocabulary is empty or larger than the target's."""
     if size is not None and not 1 <= size <= vocab_size:
         raise ValueError(f"draft_vocab_size={size}: must be 1 to vocab_size={vocab_size}")
 
 
 @runtime_checkable
 class DraftConfig(Protocol):
-    """The architecture of a draft of any kind; `eagle_jax.drafters.DrafterSpec` says more.
+    """Protocol of a draft's architecture; see `eagle_jax.drafters.DrafterSpec`.
 
     Attributes:
-        kind: names its drafter.
-        vocab_size: the target's.
+        kind: the drafter's name.
+        vocab_size: size of the target's vocabulary.
     """
 
     kind: ClassVar[str]
@@ -249,13 +252,13 @@ class DraftConfig(Protocol):
 
 @runtime_checkable
 class DraftObjective(Protocol):
-    """The settings of a draft's training; each drafter has classes of its own.
+    """Protocol of a draft's training objective; each drafter defines its own classes.
 
     Attributes:
         draft: the architecture to train from random weights.
-        target: a directory that `eagle_jax.load` reads, or the name of a shipped pair.
-        features: a directory that `python -m eagle_jax.train.features` wrote; empty: the target
-            runs in every step.
+        target: a directory that `eagle_jax.load` reads, or the name of a shipped model.
+        features: a directory with target features that `python -m eagle_jax.train.features` wrote;
+            empty: the target runs in every training step.
     """
 
     @property
@@ -270,17 +273,17 @@ class DraftObjective(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where training text comes from and how it is cut into sequences.
+    """Training text and how it is packed into sequences.
 
     Attributes:
-        train: conversations, JSONL (plain or gzip), one file or several.
+        train: one or more JSONL files (plain or gzip) of conversations.
         validation: the same for held-out conversations.
         tokenizer: a `tokenizer.json`, or a directory that holds one.
-        sequence_length: tokens of one packed sequence.
-        batch_size: sequences of one optimizer step.
-        cache_dir: where the prepared ArrayRecord files live.
-        workers: processes that decode and pack; 0 does it in the training process.
-        seed: of the shuffle.
+        sequence_length: tokens per packed sequence.
+        batch_size: sequences per optimizer step.
+        cache_dir: directory of the tokenised text (ArrayRecord files).
+        workers: processes that read and pack sequences; 0: the training process does it.
+        seed: seed of the shuffle.
     """
 
     train: tuple[str, ...]
@@ -295,17 +298,19 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up.
+    """The optimizer: AdamW with linear warm-up.
 
     Attributes:
-        learning_rate: the peak.
+        learning_rate: peak learning rate.
         steps: optimizer steps of the whole run.
-        warmup_steps: steps of linear rise from zero.
-        schedule: after warm-up, "constant", "cosine" or "linear" decay to `final_fraction`.
-        final_fraction: last learning rate over the peak.
-        b1, b2, eps, weight_decay: AdamW's; decay acts on matrices only.
-        clip_value: clip each gradient element to ±this (EAGLE-1's code), or none.
-        clip_norm: clip the global norm, or none.
+        warmup_steps: steps in which the learning rate rises linearly from zero.
+        schedule: learning rate after the warm-up: "constant", or "cosine" or "linear" decay to
+            `final_fraction` of the peak.
+        final_fraction: last learning rate divided by the peak.
+        b1, b2, eps, weight_decay: AdamW's parameters; weight decay applies to matrices only.
+        clip_value: clip each element of the gradient to ± this value (as EAGLE-1's code does);
+            None: no clipping.
+        clip_norm: clip the gradient's global norm to this value; None: no clipping.
     """
 
     learning_rate: float
@@ -323,7 +328,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class NextToken:
-    """Objective: next-token cross-entropy on assistant tokens; trains the target.
+    """The objective that trains a target: next-token cross-entropy on assistant tokens.
 
     Attributes:
         model: the architecture to train from random weights.
@@ -334,28 +339,33 @@ class NextToken:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One training run.
+    """The configuration of one training run.
 
     Attributes:
-        output_dir: receives checkpoints, events, the loss curve and the final export.
-        objective: what is trained, against what.
-        data: the text.
+        output_dir: directory for checkpoints, events, the loss curve and the exported model.
+        objective: the model to train and its loss.
+        data: the training text.
         optim: the optimizer.
-        seed: of initial weights and of noise.
+        seed: seed of the initial weights and of training noise.
         compute_dtype: dtype of activations; weights and optimizer state are float32.
-        eval_every, eval_batches: validation interval in steps, and its length (0: no validation).
+        eval_every: steps between validations; 0: no validation.
+        eval_batches: batches per validation.
         checkpoint_every: steps between checkpoints.
-        keep_checkpoints: how many of the newest stay.
+        keep_checkpoints: number of newest checkpoints to keep.
         export_dtype: dtype of the exported safetensors.
-        fsdp: devices that share one copy of weights and optimizer state, each with rows of its own.
-        tensor: devices that work on the same rows, each with a part of every matrix.
-        expert: devices that hold different experts of a target that has some.
-        peak_flops: of one device, for MFU; 0 looks the device up.
-        attention: "xla", or cuDNN's fused kernel: bfloat16 on a GPU, where it takes half the time
-            and never holds scores of all pairs of tokens.
-        remat: recompute activations in the backward pass, which saves memory for time.
-        stop_on_spike: stop at a loss above this many times the median of the last 100 steps, once
-            there are 20 (0: never). A loss or gradient that is not finite always stops a run.
+        fsdp: size of an fsdp group, whose devices split one copy of weights and optimizer state and
+            each process their own rows of the batch.
+        tensor: size of a tensor group, whose devices process the same rows with a part of every
+            matrix each.
+        expert: size of an expert group, whose devices hold different experts (for a target with
+            experts).
+        peak_flops: peak FLOP/s of one device, for MFU; 0: look up the device.
+        attention: "xla", or "cudnn" for the fused kernel of cuDNN (bfloat16 on a GPU), which takes
+            half the time and does not store the attention scores.
+        remat: recompute activations in the backward pass, which saves memory and costs time.
+        stop_on_spike: stop if the loss exceeds this many times the median of the last 100 steps
+            (checked from 20 steps on; 0: never). A loss or gradient that is not finite always stops
+            the run.
     """
 
     output_dir: str
@@ -379,7 +389,7 @@ class TrainConfig:
 
 
 def __getattr__(name: str) -> Any:
-    # On first use, since the drafters' configurations are made of the classes above.
+    # Imported on first use, because the drafters' configurations import the classes above.
     from eagle_jax.drafters import registry
 
     for spec in registry.built_in().values():

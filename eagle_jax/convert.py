@@ -1,7 +1,7 @@
-"""`python -m eagle_jax.convert`: checkpoints from one layout to another, or what one is.
+"""`eagle-jax convert`: converts checkpoints between layouts, and describes them.
 
-Every conversion is written beside its destination, read again, compared bit by bit, and only then
-gets its name. Tensors pass through memory one at a time.
+A conversion is written beside its destination, read back and compared bit by bit; only then is it
+renamed. Only one tensor at a time is in memory.
 """
 
 from __future__ import annotations
@@ -39,43 +39,44 @@ def convert(
     text: Sequence[str | Path] = (),
     progress: Any = None,
 ) -> dict[str, Any]:
-    """Writes a checkpoint in another layout.
+    """Writes a checkpoint in another layout and returns a summary.
 
     Args:
-        source: directory of a target, of a draft, or of both (`target/` and a directory per draft),
-            or the name of a shipped pair.
-        to: a directory that does not exist yet, or is empty.
-        layout: "hf" (a whole model, for transformers; with a draft vocabulary the draft alone, as
-            `load(TARGET, draft=...)` reads it), "official", "sglang" or "speculators" (a draft),
+        source: directory of a target, of a draft, or of both (`target/` and one directory per
+            draft), or the name of a shipped model.
+        to: a directory that does not exist yet or is empty.
+        layout: "hf" (a whole model, for transformers; with `draft_vocabulary` only the draft, as
+            `load(TARGET, draft=...)` reads it), "official", "sglang" or "speculators" (a draft), or
             "native" (a target and its drafts in one directory).
-        target: the draft's, where `source` has none; for "hf" only with `draft_vocabulary`.
-            Official EAGLE-3 heads need it to know their layers; serving stacks want its context
-            length.
-        draft: further drafts; for "hf" only with `draft_vocabulary`.
-        kind: which draft to write, where there are several; "model" with "hf" for an independent
-            model beside a target; not for "native".
-        dtype: of the weights, one of `files.DTYPES`; by default that of the source.
-        target_name: under which a serving stack finds the target (speculators files say it); by
-            default that of its directory.
-        draft_vocabulary: so many of the target's tokens are what the EAGLE-1 head then drafts; for
-            "hf" and "native". Other formats have no place for it, and a head that has one is
-            written without.
-        text: conversations, JSONL or JSONL.gz; the tokens that their answers have most often, and
-            those that end an answer, are the draft vocabulary.
-        progress: makes a progress bar from a total of bytes and a text: an object with `update`,
-            in a `with` statement; for example `tqdm`.
+        target: the draft's target, if `source` has none; for "hf" only with `draft_vocabulary`.
+            Official EAGLE-3 heads need it to derive which layers they read, serving stacks for its
+            context length.
+        draft: directories of further drafts; for "hf" only with `draft_vocabulary`.
+        kind: kind of the draft to write if there are several; "model" with "hf" writes an
+            independent model that lies beside a target. Not for "native".
+        dtype: dtype of the weights, one of `files.DTYPES`; by default the source's.
+        target_name: name of the target in the files for speculators; by default the name of its
+            directory.
+        draft_vocabulary: number of tokens that the EAGLE-1 head can draft after the conversion; for
+            "hf" and "native". The other layouts cannot store a draft vocabulary and write the head
+            without it.
+        text: JSONL or JSONL.gz files of conversations. The draft vocabulary consists of the most
+            frequent tokens of their answers and the tokens that end an answer.
+        progress: makes a progress bar from a number of bytes and a label: a context manager whose
+            value has `update`, for example `tqdm`.
 
     Returns:
-        What was written: directory, format, kinds, bytes; of a draft vocabulary its size and the
-            share of the answers' tokens that it has.
+        The directory, layout, kinds and bytes written; for a draft vocabulary also its size and
+            coverage (the share of the answers' tokens that are in it).
 
     Raises:
-        ValueError: the source is broken or has not what the layout holds, or `to` is not empty.
-        OSError: it cannot be written. Nothing half-written stays, whatever is raised.
+        ValueError: the source is broken or lacks a part that the layout needs, or `to` is not
+            empty.
+        OSError: the files cannot be written. After any error nothing half-written remains.
 
     Warns:
-        UserWarning: the authors' code does not know all of an official draft's features, or a
-            format has no place for a draft vocabulary.
+        UserWarning: the official code does not support a feature of the draft, or the layout cannot
+            store a draft vocabulary.
     """
     if layout not in FORMATS:
         raise ValueError(f"format={layout!r}: must be one of {', '.join(FORMATS)}")
@@ -94,7 +95,7 @@ def convert(
     to = Path(to).expanduser()
     found = conversion.source_of(source, target, draft)
     if found.root is not None:
-        manifest.check(found.root, whole=True)  # the new manifest would bless what is broken
+        manifest.check(found.root, whole=True)  # else the new manifest would list broken files
     job = conversion.Job(layout, dtype, progress, target_name)
     if draft_vocabulary is not None:
         files.check_new(to)
@@ -112,18 +113,20 @@ def convert(
 
 
 def inspect(path: str | Path, target: str | Path | None = None) -> dict[str, Any]:
-    """What a checkpoint is, of which only headers are read.
+    """Returns a description of a checkpoint.
+
+    It reads only the headers of the weights, unless a manifest lists checksums to compare.
 
     Args:
-        path: a directory, or the name of a shipped pair.
-        target: of a draft; needed for what follows from it.
+        path: a directory, or the name of a shipped model.
+        target: directory of the target, if `path` is a draft whose architecture depends on it.
 
     Returns:
-        By the name of each part ("." for a directory that is one): kind, family, sizes, dtypes,
-        parameters, bytes, vocabulary, what it lacks, and, where it cannot be loaded, why.
+        For each part, by name ("." if the directory itself is one): kind, family, sizes, dtypes,
+        parameters, bytes, vocabulary, missing optional parts, and why it cannot be loaded, if so.
 
     Raises:
-        ValueError: no checkpoint at all, or files that differ from their manifest.
+        ValueError: there is no checkpoint, or files differ from their manifest.
     """
     from eagle_jax.params import find, own_drafts
 
@@ -140,7 +143,7 @@ def inspect(path: str | Path, target: str | Path | None = None) -> dict[str, Any
 
 
 def parser(prog: str = "python -m eagle_jax.convert") -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     out = cli.Parser(
         prog=prog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -256,7 +259,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m eagle_jax.convert
 
 @contextlib.contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Lets SIGTERM raise SystemExit, so that half-written files go, as they do after Ctrl-C."""
+    """Lets SIGTERM raise SystemExit, so that half-written files are removed, as after Ctrl-C."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield

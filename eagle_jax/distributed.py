@@ -1,7 +1,7 @@
-"""Several processes: how they find each other, and who speaks.
+"""Several processes: how they connect, and which one writes.
 
-Every process runs the same program on the same arguments; arrays span all of their devices. Files
-and the console belong to the first process.
+Every process runs the same program with the same arguments, and arrays span the devices of all
+processes. Only the first process writes files and prints.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import sys
 from typing import Any
 
 _FLAGS = ("coordinator", "processes", "process")
-# Any of these says that a launcher started several of us (jax.distributed knows what they mean).
+# A launcher that starts several processes sets one of these; jax.distributed interprets them.
 _LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that all commands have in common."""
+    """Adds the options that describe several processes."""
     group = parser.add_argument_group(
         "several processes", "start the same command in each; the first writes and prints"
     )
@@ -32,15 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def join(arguments: argparse.Namespace, *, preemptible: bool = False) -> None:
-    """Meets the other processes, if the arguments say that there are any; before any JAX work.
+    """Connects to the other processes if the arguments name any; call it before any use of JAX.
 
     Args:
-        arguments: with those of `add_arguments`.
-        preemptible: JAX's runtime hears SIGTERM, and the program asks it (`train.preemption`).
-            Otherwise SIGTERM ends the program as it always does.
+        arguments: parsed options of `add_arguments`.
+        preemptible: let JAX's runtime receive SIGTERM, so that the program can ask it
+            (`train.preemption`). Otherwise SIGTERM ends the program as usual.
 
     Raises:
-        ValueError: arguments that don't fit together, or the others don't come.
+        ValueError: the arguments contradict each other, or the other processes do not connect.
     """
     given = {name: getattr(arguments, name) for name in _FLAGS}
     if all(value is None for value in given.values()) and not arguments.distributed:
@@ -62,7 +62,8 @@ def join(arguments: argparse.Namespace, *, preemptible: bool = False) -> None:
     count, index = given["processes"], given["process"]
     if not 0 <= index < count:
         raise ValueError(f"--process={index}: must be 0 to {count - 1}, below --processes={count}")
-    # All is said: JAX would only cut devices to SLURM's one a process, or ask Kubernetes' API.
+    # The arguments are complete. Automatic detection would only restrict a process to one device
+    # under SLURM, or call Kubernetes' API.
     _initialize(
         preemptible,
         coordinator_address=given["coordinator"],
@@ -87,14 +88,14 @@ def _initialize(preemptible: bool, **where: Any) -> None:
 
 
 def first() -> bool:
-    """Whether this process writes files and prints."""
+    """Returns whether this is the first process, which writes files and prints."""
     import jax
 
     return jax.process_index() == 0
 
 
 def wait_for_all(name: str) -> None:
-    """Returns once every process is here."""
+    """Waits until every process has called this function with the same name."""
     import jax
     from jax.experimental import multihost_utils
 
@@ -103,7 +104,7 @@ def wait_for_all(name: str) -> None:
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays that span processes, whole, in every one of them."""
+    """Returns arrays that span processes as whole host arrays, in every process."""
     import jax
     from jax.experimental import multihost_utils
 
@@ -116,8 +117,8 @@ def raise_together(error: ValueError | None, what: str) -> None:
     """Raises the first process's error in every process, so that none waits for the others.
 
     Args:
-        error: of the first process, or None; other processes pass None.
-        what: begins the message that the other processes raise.
+        error: the first process's error, or None; other processes pass None.
+        what: beginning of the message that the other processes raise.
     """
     import jax
     import numpy as np

@@ -1,8 +1,8 @@
-"""Fingerprints: short hashes by which stored results know what they belong to.
+"""Fingerprints: short hashes that tie stored results to the models or files they were made with.
 
-Each says of what it is. `of_params` is of models in memory, `of_weight_files` of a model's
-directory, `of_file` of one whole file, `of_json` of small settings, `of_arrays` of training state
-on devices. Two that are equal mean the same weights; none protects against forgery.
+`of_params` hashes models in memory, `of_weight_files` a model's directory, `of_file` one whole
+file, `of_json` small settings, and `of_arrays` training state on devices. Equal fingerprints mean
+the same model or file; none protects against forgery.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:  # commands that only print their help import this module
 
     from eagle_jax.params import Params
 
-_HEXADECIMAL_DIGITS = 32  # of a short fingerprint
-_CORNER = 64  # values that are read of every matrix
+_HEXADECIMAL_DIGITS = 32  # length of a short fingerprint
+_CORNER = 64  # number of values that are read from every matrix
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt")
-# Files up to the first size are read whole; of larger ones, the first part of every step. In bytes.
+# In bytes: files up to _READ_WHOLE are read whole, larger ones only the first _PART of every _STEP.
 _READ_WHOLE, _STEP, _PART = 64 * 2**20, 2**20, 4096
 
 
 def of_params(params: Params) -> str:
     """Hashes a target and its drafts in memory: configurations, layouts and samples of weights.
 
-    All vectors count, and the first values of every matrix: training changes all of them. Over
-    several processes only vectors count, since no process has all matrices.
+    The hash covers all vectors and the first values of every matrix; training changes all of them.
+    With several processes it covers vectors only, since no process holds all matrices.
     """
     import numpy as np
 
@@ -58,7 +58,7 @@ def _samples(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     if jax.process_count() > 1:
         return jax.device_get(vectors)
     matrices: Mapping[str, Any] = {name: x for name, x in arrays.items() if x.ndim > 1}
-    if jax.default_backend() == "cpu":  # numpy reads there what JAX would compile slices for
+    if jax.default_backend() == "cpu":  # numpy reads without a copy; JAX would compile each slice
         matrices = {name: np.asarray(array) for name, array in matrices.items()}
     corners = {name: array[(0,) * (array.ndim - 1)][:_CORNER] for name, array in matrices.items()}
     return jax.device_get({**vectors, **corners})
@@ -67,8 +67,8 @@ def _samples(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
 def of_weight_files(directory: Path) -> str:
     """Hashes the weights in a model's directory without reading all of them.
 
-    Of files above 64 MiB the size counts and 4 KiB of every MiB: training changes every tensor.
-    One damaged byte of a large file may go unnoticed.
+    For files above 64 MiB the hash covers the size and 4 KiB of every MiB, which is enough because
+    training changes every tensor. One damaged byte of a large file may go unnoticed.
     """
     found = sorted(path for end in _WEIGHT_FILES for path in directory.glob(f"*{end}"))
     digest = hashlib.sha256()
@@ -90,7 +90,7 @@ def of_file(path: Path) -> str:
 
 
 def of_texts(*texts: str | bytes) -> str:
-    """Hashes a few strings, in this order."""
+    """Returns a hash of a few strings, in this order."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(text.encode() if isinstance(text, str) else text)
@@ -98,15 +98,15 @@ def of_texts(*texts: str | bytes) -> str:
 
 
 def of_json(content: Any) -> str:
-    """Returns the SHA-256 of what JSON can hold; the order of keys does not count."""
+    """Returns the SHA-256 of a JSON value; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def of_arrays(tree: Any) -> int:
-    """Sums all words of a tree of arrays on their devices, modulo 2**32.
+    """Returns the sum, modulo 2**32, of all words of a tree of arrays; runs on their devices.
 
-    One changed word changes it, and so do two arrays that changed places; how the arrays are cut
-    over devices does not.
+    Each array's sum has its own odd weight, so the result changes if one word changes or if two
+    arrays are exchanged. It does not depend on how the arrays are sharded.
     """
     return int(_word_sum()(tree))
 

@@ -1,7 +1,7 @@
-"""What accelerators can do at most: memory, bandwidth and arithmetic, by their data sheets.
+"""Peak figures of accelerators from their data sheets: memory, bandwidth and FLOP/s.
 
-Evaluation divides by the bandwidth (MBU), training by the arithmetic (MFU), ahead-of-time
-compilation by all three. Does not import JAX: a device is known by its `device_kind`.
+Evaluation uses the bandwidth for MBU, training the FLOP/s for MFU, and ahead-of-time compilation
+all three. The module does not import JAX and finds a device by its `device_kind`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ class Device:
     """One accelerator.
 
     Attributes:
-        names: words of a `device_kind` that name it, in this order and one after the other.
-        memory: in GiB.
+        names: consecutive words of the `device_kind` that identify it.
+        memory: size of the device's memory in GiB.
         bandwidth: peak bytes per second between the device and its memory.
-        flops: peak dense bfloat16 FLOP/s, or None where it is not listed here.
+        flops: peak dense bfloat16 FLOP/s, or None if it is not listed here.
     """
 
     names: tuple[str, ...]
@@ -26,10 +26,10 @@ class Device:
     flops: float | None = None
 
 
-# The first match counts, so a name stands before names that are part of it. Figures are those of
-# the makers' data sheets: NVIDIA's "Tensor Core GPU" sheets (dense, without sparsity), and the
-# "system architecture" pages of cloud.google.com/tpu/docs (one chip). Memory of H100 SXM and H200
-# is what the driver reports; of other GPUs it is the nominal size.
+# The first match is taken, so a longer name stands before a name that is part of it. The figures
+# are from NVIDIA's "Tensor Core GPU" data sheets (dense, without sparsity) and from the "system
+# architecture" pages of cloud.google.com/tpu/docs (one chip). The memory of H100 SXM and H200 is
+# what the driver reports; for other GPUs it is the nominal size.
 DEVICES = (
     Device(("H100 PCIe",), 80, 2.04e12, 756e12),
     Device(("H100 NVL",), 94, 3.94e12, 835e12),
@@ -60,7 +60,7 @@ DEVICES = (
 def find(device_kind: str) -> Device | None:
     """Returns the device that JAX calls `device_kind`, or None for CPUs and unknown devices.
 
-    Whole words are compared: an L40 is no L4.
+    Whole words are compared, so an L40 is not taken for an L4.
     """
     words = device_kind.replace("-", " ").split()
     for device in DEVICES:

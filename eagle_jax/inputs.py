@@ -1,4 +1,4 @@
-"""Files that users give: whatever is wrong in one becomes a ValueError of one line."""
+"""Readers of users' files; whatever is wrong in a file becomes a ValueError of one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number (from 1) and bytes of every line that is not blank; gzip if the name ends in `.gz`.
+    """Yields number (from 1) and bytes of every line that is not blank.
+
+    A file whose name ends in `.gz` is decompressed.
 
     Raises:
         ValueError: the file is not a regular file, or its gzip data are damaged or cut short.
@@ -30,7 +32,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def check_path(path: Path) -> None:
-    """Raises ValueError unless `path` is a regular file; a device could be read without end."""
+    """Raises ValueError unless `path` is a regular file; reading a device might never end."""
     if "\0" in str(path):
         raise ValueError(f"{str(path)!r}: holds a NUL byte; give a file name")
     if not path.is_file():
@@ -39,7 +41,7 @@ def check_path(path: Path) -> None:
 
 
 def parse_json(text: str | bytes, where: str, remedy: str) -> Any:
-    """The value that a JSON text holds.
+    """Returns the value of a JSON text.
 
     Raises:
         ValueError: it is not JSON, not UTF-8, nested too deeply, or has a number that is too long.
@@ -51,7 +53,7 @@ def parse_json(text: str | bytes, where: str, remedy: str) -> Any:
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The object that a JSON file holds; an empty one if there is no such file.
+    """Returns the object in a JSON file, or an empty one if there is no such file.
 
     Raises:
         ValueError: the file is not one JSON object.
@@ -65,5 +67,5 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def one_line(error: object) -> str:
-    """The message of an error on one line, or its type where it has none."""
+    """Returns an error's message on one line, or its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,9 +1,9 @@
-"""Ctrl-C ends a command within two seconds and without a traceback, also while it compiles.
+"""Ends a command within two seconds of Ctrl-C and without a traceback, even while it compiles.
 
-Python raises KeyboardInterrupt only when its main thread is back from C++, which takes half a
-minute for some compilations, and leaving a thread pool waits for its threads. So a command has a
-watching thread: the signal handler of Python writes to a pipe at once, the thread reads it, and
-ends the process if the main thread has not done so after `GRACE` seconds.
+Python raises KeyboardInterrupt only when the main thread returns from C++, which takes half a
+minute for some compilations, and leaving a thread pool waits for its threads. Therefore a command
+has a watching thread: Python's signal handler writes to a pipe at once, the thread reads from it,
+and it ends the process if the main thread has not done so after `GRACE` seconds.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
 STATUS = 130  # 128 + SIGINT, as shells report it
-GRACE = 1.5  # seconds that the main thread has to clean up
+GRACE = 1.5  # seconds that the main thread gets to clean up
 
 
 def end_quietly() -> None:
-    """Lets Ctrl-C end the process at once, for the time in which modules are imported."""
+    """Makes Ctrl-C end the process at once; used while modules are imported."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_now)
 
@@ -33,13 +33,13 @@ def _end_now(number: int, frame: object) -> None:
 
 
 def end() -> NoReturn:
-    """Ends the process: its worker processes are killed, no thread is waited for."""
+    """Ends the process: kills its worker processes and does not wait for threads."""
     if multiprocessing := sys.modules.get("multiprocessing"):
         for child in multiprocessing.active_children():
             child.kill()
     if progress := sys.modules.get("eagle_jax.progress"):
         progress.erase()
-    # In a thread: the main thread may hold a stream's lock while it waits for a full pipe.
+    # In a thread, because the main thread may hold a stream's lock while it waits on a full pipe.
     flushing = threading.Thread(target=_flush, daemon=True)
     flushing.start()
     flushing.join(0.2)
@@ -53,7 +53,7 @@ def _flush() -> None:
 
 
 class Watch:
-    """Counts Ctrl-C, and ends the process after one that the main thread does not obey."""
+    """Counts Ctrl-C, and ends the process if the main thread does not react to one."""
 
     def __init__(self) -> None:
         self._interrupted = threading.Event()
@@ -63,7 +63,7 @@ class Watch:
         self._pipe: tuple[int, int] | None = None
 
     def interrupted(self, timeout: float = 0.0) -> bool:
-        """Whether a Ctrl-C came that nobody had announced to handle, within `timeout` seconds."""
+        """Returns whether a Ctrl-C that `allow_one` did not announce arrives within `timeout` s."""
         return self._interrupted.wait(timeout)
 
     def allow_one(self) -> None:
@@ -72,16 +72,15 @@ class Watch:
             self._allowed = self._seen + 1
 
     def disallow(self) -> None:
-        """Takes `allow_one` back; to be called if no Ctrl-C came."""
+        """Revokes `allow_one`; call it if no Ctrl-C came."""
         with self._lock:
             self._allowed = min(self._allowed, self._seen)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watches inside `with`.
+        """Watches for Ctrl-C inside `with`.
 
-        Does nothing outside the main thread, under another handler of SIGINT, or where SIGINT is
-        ignored.
+        Does nothing outside the main thread, or if SIGINT is ignored or has another handler.
         """
         ours = (signal.default_int_handler, _end_now)
         in_main = threading.current_thread() is threading.main_thread()
@@ -96,11 +95,11 @@ class Watch:
             signal.set_wakeup_fd(before)
 
     def _open(self) -> int:
-        """The pipe's end to write to; the first call starts the thread that reads."""
+        """Returns the write end of the pipe; the first call starts the thread that reads."""
         if self._pipe is None:
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
-            # A forked worker hears the same Ctrl-C; written to the same pipe it would count twice.
+            # A forked worker gets the same Ctrl-C; through the same pipe it would count twice.
             os.register_at_fork(after_in_child=_forget_pipe)
             threading.Thread(target=self._read, name="ctrl-c", daemon=True).start()
         return self._pipe[1]
@@ -114,7 +113,7 @@ class Watch:
                     end()
 
     def _count(self) -> bool:
-        """Counts one Ctrl-C; whether it ends the process."""
+        """Counts one Ctrl-C and returns whether it ends the process."""
         with self._lock:
             self._seen += 1
             if self._seen > self._allowed:
@@ -132,7 +131,7 @@ watch = Watch()
 
 @contextlib.contextmanager
 def thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool of `threads` threads; after an error or Ctrl-C nothing in it is waited for."""
+    """Yields a pool of `threads` threads; after an error or Ctrl-C it does not wait for them."""
     pool = ThreadPoolExecutor(threads)
     try:
         yield pool

@@ -1,4 +1,4 @@
-"""Programs that run others of this project: in turn, or at once on one device."""
+"""Runs other programs of this project as subprocesses, one after the other or concurrently."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 Job = tuple[Path, list[str]]
-"""Where a program's progress goes if others run beside it; its arguments after `python`."""
+"""The file for a program's stderr if programs run at once, and its arguments after `python`."""
 
 
 def run(*jobs: Job, together: bool = False) -> None:
-    """Runs programs, echoed: in turn, or at once, what they say to stderr in the files named.
+    """Prints and runs programs, one after the other, or all at once if `together`.
 
-    SIGTERM reaches those that run, which save first; call it from the main thread.
+    Programs that run at once share the device, and each one's stderr goes to its job's file.
+    SIGTERM is forwarded to running programs, which save first; call this from the main thread.
 
     Raises:
-        SystemExit: one failed, with its status; no other is begun, and those beside it have ended.
+        SystemExit: a program failed, with its status. No further program is started, and those
+            that ran at the same time have ended.
     """
-    # Alone a process takes most of the device's memory when it starts.
+    # By default each process reserves most of the device's memory when it starts.
     shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ} if together else None
 
     with _forwarding() as running, ThreadPoolExecutor(max(1, len(jobs))) as pool:
@@ -45,7 +47,7 @@ def run(*jobs: Job, together: bool = False) -> None:
 
 @contextlib.contextmanager
 def _forwarding() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Processes that get the SIGTERM that this one gets."""
+    """Yields a list; SIGTERM to this process is forwarded to the processes in it."""
     running: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: object) -> None:

@@ -1,4 +1,4 @@
-"""How a model's weights lie in memory, apart from what the model computes."""
+"""The layout of a model's weights in memory, which does not affect what the model computes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which arrays hold a model's weights, as `eagle_jax.load` chose them.
+    """The arrays in which a model's weights are stored, as chosen by `eagle_jax.load`.
 
-    A configuration says what is computed; modules take a layout beside it. Models without such
-    matrices (Medusa has neither gates nor attention) ignore the first two fields.
+    The configuration defines the computation; modules take the layout as a second argument. Models
+    without the matrices in question (Medusa has neither gates nor attention) ignore the first two
+    fields.
 
     Attributes:
-        gate_up_fused: gate and up projections are one matrix [d, 2, f], and the experts of a layer
-            one stack of matrices.
-        qkv_fused: query, key and value projections are one matrix [d, k (g + 2) e], as our GPU
-            kernels read them.
-        quantize: "int8" stores the matrices of layers and heads in eight bits, with a scale for
-            every output (`eagle_jax.models.quantize`); None keeps them as floats.
+        gate_up_fused: store gate and up projections as one matrix [d, 2, f], and a layer's experts
+            as one stack of matrices.
+        qkv_fused: store query, key and value projections as one matrix [d, k (g + 2) e], which our
+            GPU kernels read.
+        quantize: "int8" stores the matrices of layers and heads in eight bits, with one scale per
+            output (`eagle_jax.models.quantize`); None keeps them as floats.
     """
 
     gate_up_fused: bool = False

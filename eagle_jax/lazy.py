@@ -1,4 +1,4 @@
-"""Submodules as attributes: `eagle_jax.decode.batching.answer_file` after `import eagle_jax`."""
+"""Lazy submodules: `eagle_jax.decode.batching.answer_file` works after `import eagle_jax`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from types import ModuleType
 
 
 def submodule(package: str, name: str) -> ModuleType:
-    """Imports and returns a submodule; what a package's `__getattr__` returns.
+    """Imports and returns a submodule; for a package's `__getattr__`.
 
     Raises:
-        AttributeError: the package has none of that name.
+        AttributeError: the package has no submodule of that name.
     """
     path = f"{package}.{name}"
     if name.startswith("_") or importlib.util.find_spec(path) is None:

@@ -1,4 +1,4 @@
-"""Files that programs write: refused before they are harmed, locked, named in errors.
+"""Checks and locks of files that programs write, and errors that name them.
 
 Only the first of several processes writes and locks (`eagle_jax.distributed`).
 """
@@ -14,18 +14,18 @@ from typing import IO, Any
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: nothing is locked there
+except ImportError:  # Windows has no flock, so nothing is locked there
     fcntl = None
 
 LOCK = ".lock"
-# Errors of file systems that have no locks.
+# Errors of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def check_file(field: str, path: Path) -> None:
     """Raises ValueError unless `path` is a regular file, or a name in a directory that exists.
 
-    A device, a pipe or a directory is never opened: reading `/dev/full` would not end.
+    It never opens a device, a pipe or a directory: reading `/dev/full` would not end.
     """
     if "\0" in str(path):
         raise ValueError(f"{field}={str(path)!r}: holds a NUL byte; give a file name")
@@ -42,9 +42,9 @@ def lock(file: IO[Any], field: str, path: Path, *, wait: bool = False) -> None:
     """Locks an open file until it is closed or the process ends, however it ends.
 
     Args:
-        file: open for writing.
-        field, path: what the user gave, for the message.
-        wait: wait for the other process, which holds the lock for a moment only.
+        file: a file that is open for writing.
+        field, path: the option and the path that the user gave, for the message.
+        wait: wait for the other process; use it if locks are held for a moment only.
 
     Raises:
         ValueError: another process has locked it.
@@ -65,12 +65,12 @@ def lock(file: IO[Any], field: str, path: Path, *, wait: bool = False) -> None:
 
 @contextlib.contextmanager
 def locked(field: str, path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Holds the lock of a directory (`.lock` in it), or of a file (`.NAME.lock` beside it).
+    """Holds a lock on a directory (`.lock` in it) or on a file (`.NAME.lock` beside it).
 
-    The lock file is removed afterwards; what a killed process leaves of it locks nobody out.
+    The lock file is removed afterwards. If a killed process leaves one, it does not block others.
 
     Args:
-        field, path, wait: as in `lock`. The directory, or the one around a file, must exist.
+        field, path, wait: as in `lock`. The directory, or the parent of the file, must exist.
 
     Raises:
         ValueError: another process has locked it.
@@ -79,7 +79,7 @@ def locked(field: str, path: Path, *, wait: bool = False) -> Iterator[None]:
     while True:
         with _opened(place, path) as file:
             lock(file, field, path, wait=wait)
-            # A process that ended may have removed the file between our opening and locking it.
+            # Another process may have removed the file after we opened and before we locked it.
             if not _is_at(file, place):
                 continue
             try:
@@ -91,13 +91,13 @@ def locked(field: str, path: Path, *, wait: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def claimed(field: str, directory: Path) -> Iterator[None]:
-    """A directory to write into: made if missing, and locked by the first process.
+    """Creates a directory if it is missing, and locks it in the first process, inside `with`.
 
     Raises:
         ValueError: another program is writing there, or `directory` is a file.
-        OSError: it cannot be made.
+        OSError: the directory cannot be created.
     """
-    from eagle_jax import distributed  # which needs JAX; the rest of this module does not
+    from eagle_jax import distributed  # imports JAX, which the rest of this module does not need
 
     with contextlib.ExitStack() as stack:
         error: ValueError | None = None
@@ -113,7 +113,7 @@ def claimed(field: str, directory: Path) -> Iterator[None]:
 
 
 def check_directory(field: str, directory: str | Path) -> None:
-    """Raises ValueError unless `directory` is one, or a name that can become one."""
+    """Raises ValueError unless `directory` is a directory or can be created as one."""
     name = str(directory)
     if not name or "\0" in name:
         raise ValueError(f"{field}={name!r}: is no name of a directory; give one")
@@ -123,7 +123,7 @@ def check_directory(field: str, directory: str | Path) -> None:
 
 @contextlib.contextmanager
 def closing(file: IO[str], path: Path) -> Iterator[IO[str]]:
-    """Closes a file after the block; an error of the last write, which closing does, names it."""
+    """Closes a file after the block; an error of the final write, on closing, names the file."""
     try:
         yield file
     finally:
@@ -132,13 +132,13 @@ def closing(file: IO[str], path: Path) -> Iterator[IO[str]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file; an error names it."""
+    """Writes a text file; an error names the file."""
     with naming(path):
         path.write_text(text, encoding="utf-8")
 
 
 def _opened(place: Path, path: Path) -> IO[str]:
-    """The lock file of `path`; an error names `path`, since nobody asked for a lock file."""
+    """Opens the lock file of `path`; an error names `path`, the file that the user knows."""
     try:
         return open(place, "a", encoding="utf-8")
     except OSError as error:
@@ -154,10 +154,10 @@ def _is_at(file: IO[Any], path: Path) -> bool:
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Adds the file's name to errors that lack one, such as that of a full disk.
+    """Adds the file's name to errors that lack one, such as the error of a full disk.
 
     Raises:
-        OSError: what the block raised, with `path` as its `filename`.
+        OSError: the error that the block raised, with `path` as its `filename`.
     """
     try:
         yield

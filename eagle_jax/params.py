@@ -1,4 +1,4 @@
-"""Params: the models that `generate(params, prompt)` receives, and how they are loaded."""
+"""`Params`, the models that `generate(params, prompt)` takes, and `load`, which reads them."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _SHIPPED = Path(__file__).parent / "pretrained"
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """One draft.
+    """One draft: weights and architecture.
 
     Attributes:
-        params: its arrays by name.
-        config: its architecture, whose `kind` says which draft it is.
-        layout: how `params` lie in memory.
+        params: the draft's arrays by name.
+        config: the draft's architecture; `config.kind` names the kind of draft.
+        layout: how `params` are stored in memory.
     """
 
     params: ParamDict
@@ -52,19 +52,21 @@ class Draft:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Params:
-    """A target and its drafts: what `generate` takes, and a pytree whose leaves are the weights.
+    """A target and its drafts, the first argument of `generate`.
 
-    Compiled programs take only arrays of it (`eagle_jax.decode.program.Weights`), so tokenizer and
-    directory do not affect compilation. It can be pickled and deep-copied.
+    It is a pytree whose leaves are the weights. Compiled programs take only its arrays
+    (`eagle_jax.decode.program.Weights`), so the tokenizer and the directory do not affect
+    compilation. It can be pickled and deep-copied.
 
     Attributes:
         target: the target's arrays by name.
-        drafts: by kind ("eagle", "eagle3", "medusa", "model", or a drafter of your own), at most
-            one of each.
+        drafts: the drafts by kind ("eagle", "eagle3", "medusa", "model", or the name of a
+            registered drafter), at most one of each kind.
         target_config: the target's architecture.
-        layout: how the target's arrays lie in memory; each draft has its own.
-        tokenizer: the target's, or None for a model that takes token ids only.
-        directory: where the model was loaded from, or None; its tuning is stored there.
+        layout: how the target's arrays are stored in memory; each draft has its own layout.
+        tokenizer: the target's tokenizer, or None for a model that takes token ids only.
+        directory: the directory that the model was loaded from, or None. `eagle-jax tune` stores
+            its result there.
     """
 
     target: ParamDict
@@ -76,24 +78,24 @@ class Params:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The dtype of the target's arithmetic, and of its weights that are not quantised."""
+        """The dtype of the target's arithmetic and of its weights that are not quantised."""
         return self.target["embed_tokens.embedding"].dtype
 
     @property
     def quantize(self) -> str | None:
-        """How the target's matrices are stored: "int8", or None for floats."""
+        """The quantisation of the target's matrices: "int8", or None for floats."""
         return self.layout.quantize
 
     @property
     def quantize_drafts(self) -> str | None:
-        """How the drafts' matrices are stored, which `load` stores alike."""
+        """The quantisation of the drafts' matrices, which `load` sets to the same for all."""
         found = {draft.layout.quantize for draft in self.drafts.values()}
         return next(iter(found - {None}), None)
 
     def with_draft(self, kind: str | None) -> Params:
-        """Returns a copy that has only the draft of this kind.
+        """Returns a copy with only the draft of this kind.
 
-        None, or a kind that is missing, drops all drafts.
+        The copy has no draft if `kind` is None or there is no draft of that kind.
         """
         kept = {name: draft for name, draft in self.drafts.items() if name == kind}
         return dataclasses.replace(self, drafts=kept)
@@ -110,12 +112,12 @@ class Params:
         return f"Params({text})"
 
     def _dtypes(self) -> str:
-        embedding = self.target.get("embed_tokens.embedding")  # while trees are mapped, of any kind
+        embedding = self.target.get("embed_tokens.embedding")  # any object under jax.tree.map
         return str(getattr(embedding, "dtype", "-"))
 
 
 def _size(params: ParamDict) -> str:
-    """The number of weights, in words: "21.1M"."""
+    """Returns the number of weights as text, for example "21.1M"."""
     count = sum(getattr(array, "size", 0) for array in params.values())
     for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= unit:
@@ -136,39 +138,40 @@ def load(
     quantize: str | None = None,
     quantize_drafts: str | None = None,
 ) -> Params:
-    """Load a target, its tokenizer and its drafts.
+    """Loads a target, its tokenizer and its drafts, and returns them as `Params`.
 
-    Weights go from their files to the devices one after the other: on the host there is no more
-    at a time than the largest takes. Of files over 64 MiB that a manifest lists, only the size is
-    compared with it; `python -m eagle_jax.convert --inspect` compares all bytes.
+    Weights are copied from their files to the devices one by one, so the host never holds more than
+    the largest weight. If the directory has a manifest, the files are compared with it; files over
+    64 MiB by size only (`eagle-jax convert --inspect` compares all bytes).
 
     Args:
-        name_or_path: "tiny" (shipped with this package), a directory that holds `target/` and a
+        name_or_path: "tiny" (shipped with this package), a directory that holds `target/` and one
             directory per draft, or a Hugging Face directory: `config.json` and weights in
-            safetensors files or in `pytorch_model.bin`, whole or in shards. Without a
-            `tokenizer.json` the model only sees token ids.
-        draft: directories of drafts, of any kind, in place of the target's own of that kind.
-        dtype: of all parameters and so of the arithmetic; by default float32 on CPUs (where it is
-            exact and fast) and bfloat16 elsewhere.
-        sharding: where weights go: a mesh of `eagle_jax.sharding.make_mesh`, whose tensor and
-            expert groups hold a part each (of a draft that they do not divide, all of it) and
-            whose other groups share a batch's rows; or one
-            sharding for all weights. By default whole to the default device.
+            safetensors files or in `pytorch_model.bin`, whole or sharded. Without a
+            `tokenizer.json` the model takes token ids only.
+        draft: one or more directories with drafts of any kind. Each replaces the model's own draft
+            of the same kind.
+        dtype: dtype of all parameters, and so of the arithmetic. The default is float32 on CPUs
+            (where it is exact and fast) and bfloat16 elsewhere.
+        sharding: where the weights are placed. With a mesh of `eagle_jax.sharding.make_mesh`,
+            tensor and expert groups split the weights (a draft that they do not divide is
+            replicated) and the other groups split the rows of a batch. A `jax.sharding.Sharding`
+            applies to all weights. By default all weights go to the default device.
         quantize: "int8" stores the matrices of the target's layers and its head in eight bits, with
-            a scale for every output (`eagle_jax.models.quantize`). It is then another target, whose
-            text every method keeps. Embeddings, norms and biases stay as they are; a head that is
-            the embedding becomes a matrix of its own.
-        quantize_drafts: the same of the drafts' matrices, EAGLE-1's copy of the target's head among
-            them. No text depends on it: a level of the tree reads half the bytes, and a draft
-            that rounds may guess a little worse.
+            one scale per output (`eagle_jax.models.quantize`). This changes the target; every
+            method then reproduces the text of the quantised target. Embeddings, norms and biases
+            are not quantised; a tied head becomes a separate matrix.
+        quantize_drafts: "int8" does the same for the drafts' matrices, including EAGLE-1's copy of
+            the target's head. The text does not depend on it: each draft step reads half the bytes,
+            and acceptance may fall slightly.
 
     Raises:
-        ValueError: unknown name, broken or incomplete files, files that differ from the
-            directory's manifest, a draft that does not fit, has another tokenizer or cannot draft
-            the end of an answer, two drafts of one kind.
+        ValueError: the name is unknown, files are broken, incomplete or differ from the manifest,
+            there are two drafts of one kind, or a draft does not fit the target, has another
+            tokenizer or cannot draft the token that ends an answer.
 
     Warns:
-        UserWarning: a draft's file has another embedding than the target.
+        UserWarning: the embedding in a draft's file differs from the target's.
     """
     check_path("model", name_or_path)
     given = _directories(draft)
@@ -228,15 +231,15 @@ def load(
 
 
 def own_drafts(root: Path) -> list[Path]:
-    """Directories beside `target/` that hold a draft; where there is a manifest, it lists them.
+    """Returns the directories beside `target/` that hold a draft; a manifest must list them all.
 
     Raises:
-        ValueError: there is one that the manifest does not list.
+        ValueError: the manifest does not list one of them.
     """
     if not (root / "target").is_dir():
         return []
-    # By either file, so that a directory which lost the other is told and not passed over. Hidden
-    # ones are no drafts: a killed conversion may have left one.
+    # Either file is enough, so that a directory which lost the other raises an error instead of
+    # being skipped. Hidden directories are skipped: a killed conversion may have left one.
     names = ("config.json", "model.safetensors")
     found = {path.parent for name in names for path in root.glob(f"[!.]*/{name}")}
     found -= {root / "target"}
@@ -267,7 +270,7 @@ def _directories(draft: str | Path | Sequence[str | Path] | None) -> list[Path]:
 
 
 def check_path(field: str, value: Any) -> None:
-    """Raises ValueError unless `value` can be the name of a directory."""
+    """Raises ValueError unless `value` is a string or path that can name a directory."""
     if not isinstance(value, str | Path) or "\0" in str(value):
         raise ValueError(f"{field}={short(value)}: give the name of a directory, as a string")
 
@@ -278,7 +281,11 @@ def _open_drafts(
     opened: tuple[TransformerConfig, Mapping[str, LazyTensor]],
     tokenizer: Tokenizer | None,
 ) -> dict[str, tuple[DraftConfig, Mapping[str, LazyTensor]]]:
-    """The draft of every directory, by kind; none of a kind twice."""
+    """Returns the configuration and weights of each directory's draft, by kind.
+
+    Raises:
+        ValueError: a draft does not fit the target, or two drafts are of one kind.
+    """
     target, weights = opened
     drafts, sources = {}, {}
     for directory in directories:
@@ -298,7 +305,7 @@ def _open_drafts(
 
 
 def _compare_embeddings(directory: Path, config: DraftConfig, embedding: LazyTensor) -> None:
-    """Warns of a draft whose file has another embedding than the target; a few rows tell."""
+    """Warns if the embedding in a draft's file differs from the target's in a sample of rows."""
     if registry.by_config(config).checkpoint().shares_embedding(config):
         own = own_embedding(files.read_tensors(directory))
         if own is not None and not same_matrix(own, embedding, sample=True):
@@ -310,7 +317,7 @@ def _compare_embeddings(directory: Path, config: DraftConfig, embedding: LazyTen
 
 
 def _check_vocabulary(directory: Path, d2t: np.ndarray, tokenizer: Tokenizer) -> None:
-    """An answer's end is in every answer: a draft that cannot propose it was built by mistake."""
+    """Raises ValueError if the draft vocabulary lacks an end token, which every answer needs."""
     tokens = np.arange(len(d2t)) + d2t
     for token in tokenizer.eos_ids:
         if token not in tokens:
@@ -322,10 +329,10 @@ def _check_vocabulary(directory: Path, d2t: np.ndarray, tokenizer: Tokenizer) ->
 
 
 def check_tokenizers(target: Path, draft: Path) -> None:
-    """Checks that a draft's directory has the tokens of the target's, if it has a tokenizer.
+    """Checks that two directories have the same tokens, if both have a tokenizer.
 
     Raises:
-        ValueError: names the first token that differs.
+        ValueError: a token differs; the message names the first one.
     """
     paths = [directory / "tokenizer.json" for directory in (target, draft)]
     if not all(path.is_file() for path in paths):
@@ -340,13 +347,13 @@ def check_tokenizers(target: Path, draft: Path) -> None:
 
 
 def _tokens(path: Path) -> dict[int, Any]:
-    """What each id stands for, text unless the file is damaged."""
+    """Returns the token of each id; tokens are strings unless the file is damaged."""
     content = files.read_json(path)
     try:
         vocabulary = content.get("model", {}).get("vocab", {})
         if isinstance(vocabulary, Mapping):
             tokens = {int(index): token for token, index in vocabulary.items()}
-        else:  # unigram: pairs of a token and its score, in order
+        else:  # unigram models list (token, score) pairs in the order of ids
             tokens = {index: entry[0] for index, entry in enumerate(vocabulary)}
         added = {int(entry["id"]): entry["content"] for entry in content.get("added_tokens", [])}
     except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
@@ -358,12 +365,12 @@ def _tokens(path: Path) -> dict[int, Any]:
 
 
 def shipped() -> list[str]:
-    """Names of the pairs that come with the package."""
+    """Returns the names of the models that are shipped with the package."""
     return sorted(path.name for path in _SHIPPED.iterdir() if (path / "target").is_dir())
 
 
 def shipped_name(directory: Path) -> str:
-    """What to call a model's directory: a shipped pair by its name."""
+    """Returns a model's directory as text; for a shipped model, its name."""
     return directory.name if directory.parent == _SHIPPED.resolve() else str(directory)
 
 
@@ -379,10 +386,10 @@ def _dtype(dtype: Any) -> jnp.dtype:
 
 
 def find(name_or_path: str | Path) -> Path:
-    """The directory of a model, given that or the name of a shipped pair.
+    """Returns the directory of a model, given the directory itself or the name of a shipped model.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such directory or shipped model.
     """
     if not str(name_or_path):
         raise ValueError(f"model '': empty; give a directory or one of {', '.join(shipped())}")

@@ -1,4 +1,4 @@
-"""Weights on devices: in the layout that decoding is fastest with, cut over a mesh."""
+"""Places weights on devices, sharded over a mesh, in the layout that decodes fastest."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from eagle_jax.types import ParamDict
 def layout_for_decoding(dtype: jnp.dtype, quantize: Literal["int8"] | None = None) -> Layout:
     """Returns the layout that is fastest to decode with.
 
-    q, k and v are joined only where our kernels read them: compiled for TPUs, a tree's round would
-    take a sixth longer (docs/tpu.md).
+    The q, k and v projections are fused only where our GPU kernels read them: compiled for TPUs,
+    the fused matrix would make a round with a tree a sixth slower (docs/tpu.md).
     """
     return Layout(gate_up_fused=True, qkv_fused=kernels.expected(dtype), quantize=quantize)
 
@@ -37,16 +37,16 @@ def place(
     dtype: jnp.dtype,
     sharding: Mesh | Sharding | None,
 ) -> ParamDict:
-    """Reads, casts and places one array after the other, in `layout`.
+    """Reads, casts and places arrays one by one, and returns them in `layout`.
 
     Args:
-        params: the weights as they lie in files.
-        config: of the model.
-        layout: of the result.
-        dtype: of all weights that are not quantised.
-        sharding: where they go, as in `load`.
+        params: the weights in their files.
+        config: configuration of the model.
+        layout: layout of the result.
+        dtype: dtype of all weights that are not quantised.
+        sharding: where the weights are placed, as in `load`.
     """
-    scales: frozenset[str] = frozenset()  # of int8 matrices; the module says which have them
+    scales: frozenset[str] = frozenset()  # the module defines which matrices become int8
     if layout.quantize is not None:
         module = registry.by_config(config).module_class()
         names_there = param_names(module, config, layout)
@@ -57,19 +57,19 @@ def place(
         read = {name: np.asarray(params[name]) for name in names}
         for name, array in fuse(read, config, layout).items():
             small = name + quantisation.SCALE in scales
-            # A table of token ids is no weight; what becomes int8 is read with all its bits.
+            # Tables of token ids stay integers; matrices to quantise keep the file's precision.
             if not small and not np.issubdtype(array.dtype, np.integer):
                 array = array.astype(dtype, copy=False)
             placed[name] = jax.device_put(array, _sharding(name, array, sharding))
             if small:
                 placed |= _quantised(name, placed[name], sharding)
-            # Waited for, so that the host's copy of one is gone before the next is read.
+            # Wait, so that the host frees this copy before it reads the next array.
             jax.block_until_ready(placed[name])
     return placed
 
 
 def _quantised(name: str, kernel: jax.Array, sharding: Mesh | Sharding | None) -> ParamDict:
-    """Returns a matrix and its scales, made on the devices that hold it."""
+    """Returns the int8 matrix and its scales, computed on the devices that hold the matrix."""
     names, axis = (name, name + quantisation.SCALE), quantisation.input_axis(name)
     shapes = jax.eval_shape(lambda x: quantisation.quantize(x, axis), kernel)
     where: Any = sharding
@@ -81,7 +81,7 @@ def _quantised(name: str, kernel: jax.Array, sharding: Mesh | Sharding | None) -
 
 
 def draft_place(config: DraftConfig, sharding: Mesh | Sharding | None) -> Mesh | Sharding | None:
-    """Returns where a draft goes: whole to every device if the mesh does not divide it."""
+    """Returns where to place a draft: replicated if the mesh does not divide it."""
     if isinstance(sharding, Mesh):
         try:
             check_tensor(sharding, [config])

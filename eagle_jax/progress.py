@@ -1,6 +1,7 @@
-"""Shows a person at a terminal that a long compilation is one: `compiling eagle3 decode, 12 s`.
+"""Shows on a terminal that a compilation is running: `compiling eagle3 decode, 12 s`.
 
-Only commands switch it on (`show`). In a library, in threads, in pipes and files nothing is shown.
+Only commands switch it on (`show`). Nothing is shown when eagle_jax is used as a library, from
+other threads, or if standard error is not a terminal.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-_AFTER = 1.0  # seconds; what is found compiled takes less
+_AFTER = 1.0  # seconds; loading a program from the compilation cache takes less
 
 _shown = False
 _line = threading.Lock()
@@ -19,14 +20,14 @@ _dirty = False
 
 
 def show(on: bool) -> None:
-    """Switches the line on, if standard error is a terminal, or off."""
+    """Switches the progress line on (if standard error is a terminal) or off."""
     global _shown
     _shown = on and sys.stderr.isatty()
 
 
 @contextlib.contextmanager
 def compiling(what: Callable[[], str]) -> Iterator[None]:
-    """Shows `compiling WHAT, N s` on standard error each second; erases it at the end."""
+    """Shows `compiling WHAT, N s` on standard error every second inside `with`, then erases it."""
     if not _shown or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -54,7 +55,7 @@ def _tick(what: str, done: threading.Event) -> None:
 
 
 def erase() -> None:
-    """Erases the line if one is shown."""
+    """Erases the progress line if it is shown."""
     global _dirty
     if _line.acquire(timeout=0.2):
         try:

@@ -28,12 +28,12 @@ T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser, kind: str, example: str = "") -> None:
-    """`--config PATH` and `--set a.b=c`: what `load` takes, as `config` and `overrides`.
+    """Adds `--config PATH` and `--set a.b=c`, the arguments of `load`, to a parser.
 
     Args:
-        parser: receives them.
-        kind: of the file, for the help.
-        example: fields that are often overridden.
+        parser: the parser; its results are named `config` and `overrides`.
+        kind: what the file configures, for the help.
+        example: an example of an override, for the help.
     """
     parser.add_argument("--config", required=True, metavar="PATH", help=kind)
     parser.add_argument(
@@ -52,13 +52,13 @@ def load(
     *,
     kind: type[T],
 ) -> T:
-    """Runs a Python config file and returns its `config`, overridden and checked.
+    """Runs a Python config file and returns its `config` with overrides applied, after a check.
 
-    The file may import `eagle_jax.config` and the config files beside it.
+    The file may import `eagle_jax.config` and other config files of its directory.
 
     Args:
         path: a Python file that defines `config`.
-        overrides: as in `override`.
+        overrides: `"key=value"` strings, as in `override`.
         kind: the dataclass that `config` must be an instance of.
 
     Raises:
@@ -84,14 +84,14 @@ def load(
 
 
 def override(config: T, overrides: Sequence[str]) -> T:
-    """A copy of `config` with fields replaced.
+    """Returns a copy of `config` with fields replaced.
 
     All replacements take effect together, so fields that constrain each other can change at once.
 
     Args:
         config: a configuration dataclass, possibly nested.
-        overrides: `"key=value"` each, with a dotted key such as `optim.learning_rate`. The value is
-            a Python literal, or else a plain string.
+        overrides: `"key=value"` strings with dotted keys such as `optim.learning_rate`. A value
+            that is not a Python literal is taken as a string.
 
     Raises:
         ValueError: no `=`, an unknown key, or a value that does not fit the field; one line.
@@ -148,7 +148,7 @@ def _known(config: Any, name: str, key: str) -> None:
 
 
 def _names(config: Any) -> list[str]:
-    """Fields that can be set."""
+    """Returns the names of the fields that can be set."""
     return [field.name for field in dataclasses.fields(config) if field.init]
 
 
@@ -159,7 +159,7 @@ def _unknown(owner: str, name: str, names: Sequence[str]) -> str:
 
 
 def _parse(text: str, hint: Any, key: str) -> Any:
-    """`text` as a literal if that fits the field, else as it stands: 007 can name a directory."""
+    """Returns `text` as a Python literal if that fits the field, else as a string (007, say)."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -181,7 +181,11 @@ def _rebuild(config: T, changes: Mapping[str, Any]) -> T:
 
 
 def _fit(value: Any, hint: Any, key: str) -> Any:
-    """`value` as a `hint` (int widens to float, list to tuple), or an error that names `key`."""
+    """Returns `value` as type `hint` (int widens to float, list to tuple).
+
+    Raises:
+        ValueError: it does not fit; the message names `key`.
+    """
     try:
         return _convert(value, hint)
     except TypeError:
@@ -235,12 +239,12 @@ def _describe(hint: Any) -> str:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    """The names that the file defines; whatever goes wrong in it becomes one line."""
+    """Runs a file and returns the names it defines; any error becomes a ValueError of one line."""
     try:
         with _importing_from(path.parent.resolve()):
             return runpy.run_path(str(path))
     except SyntaxError as error:
-        # Python names neither file nor line where the file holds a NUL byte.
+        # If the file holds a NUL byte, the error names neither file nor line.
         where = error.filename or path
         line = "" if error.lineno is None else f", line {error.lineno}"
         raise ValueError(f"{where}{line}: {error.msg or error}") from error
@@ -250,9 +254,9 @@ def _run(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _importing_from(folder: Path) -> Iterator[None]:
-    """Makes the files of `folder` importable, and forgets them afterwards.
+    """Makes the files of `folder` importable inside `with`, and removes them from `sys.modules`.
 
-    Two folders may both have a `base.py`: without forgetting, the second would get the first's.
+    Two folders may both have a `base.py`; if the first one stayed, the second would get it.
     """
     before = set(sys.modules)
     sys.path.insert(0, str(folder))
@@ -266,7 +270,7 @@ def _importing_from(folder: Path) -> Iterator[None]:
 
 
 def _where(error: Exception, path: Path) -> str:
-    """File and line of the innermost frame in the config's folder, where the user can act."""
+    """Returns file and line of the innermost frame in the config's folder, where users can act."""
     folder = path.parent.resolve()
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if Path(frame.filename).resolve().parent == folder:
@@ -275,7 +279,7 @@ def _where(error: Exception, path: Path) -> str:
 
 
 def _explain(error: Exception) -> str:
-    """The message; a misspelt keyword of a dataclass gets the valid names."""
+    """Returns an error's message; for a misspelt field of a dataclass it lists the valid names."""
     found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword.*?'(\w+)'", str(error))
     owner = _named(found[1]) if found else None
     if isinstance(error, TypeError) and found and dataclasses.is_dataclass(owner):
@@ -286,8 +290,8 @@ def _explain(error: Exception) -> str:
 
 
 def _named(name: str) -> Any:
-    """The configuration class of this name, of the library or of any drafter."""
-    from eagle_jax.drafters import registry  # whose configurations import this module
+    """Returns the configuration class of this name, of the library or of any drafter, or None."""
+    from eagle_jax.drafters import registry  # here, since its configurations import this module
 
     homes = [sys.modules.get(name) for name in ("eagle_jax.config", "eagle_jax.evaluate.config")]
     found = [getattr(home, name, None) for home in homes]

@@ -1,13 +1,13 @@
-"""Device mesh, and the tables that say what is cut along which of its axes.
+"""The device mesh, and the tables that map logical axes of arrays to mesh axes.
 
-`data` groups hold copies of the weights and each a share of the batch. The devices of one `fsdp`
-group have a share of the batch each too, and one copy of weights and optimizer state between them:
-what a pass needs is gathered for it. The devices of one `tensor` group work on the same rows, each
-with its own heads, feed-forward columns and vocabulary entries; two sums over the group per layer
-join their results. `expert` groups hold different experts of a layer; without experts to hold they
-do the same work.
+Each `data` group holds a copy of the weights and processes a share of the batch. The devices of an
+`fsdp` group also process a share of the batch each, but split one copy of weights and optimizer
+state; a pass gathers the weights it needs. The devices of a `tensor` group process the same rows,
+each with its own heads, feed-forward columns and vocabulary entries; two all-reduces per layer
+combine their results. The devices of an `expert` group hold different experts of a layer; for a
+model without experts they all do the same work.
 
-No other module names a mesh axis: arrays are described by logical axes.
+Other modules do not name mesh axes: they describe arrays by logical axes.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from eagle_jax.config import DraftConfig
 
 T = TypeVar("T")
 
-Logical = tuple[str | None, ...]  # axes of an array; past those named it is whole
+Logical = tuple[str | None, ...]  # logical axes of an array; further axes are not sharded
 
 DATA, FSDP, EXPERT, TENSOR = "data", "fsdp", "expert", "tensor"
-AXES = (DATA, FSDP, EXPERT, TENSOR)  # the last varies fastest: neighbours speak most
+AXES = (DATA, FSDP, EXPERT, TENSOR)  # the last varies fastest: its devices communicate most
 
-# Logical axis -> mesh axes. "shard" is a weight's axis of which each device stores a part, and
-# which is whole again when the weight is used.
+# Logical axis -> mesh axes. "shard" is the axis along which fsdp splits a stored weight; the axis
+# is gathered when the weight is used.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": (DATA, FSDP),
     "heads": (TENSOR,),
@@ -43,8 +43,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "shard": (FSDP,),
 }
 
-# Names of weights, the first that matches counts -> logical axes. All others are the same on every
-# device of a tensor group.
+# Name patterns of weights -> logical axes; the first match is taken. All other weights are
+# replicated within a tensor group.
 WEIGHTS: dict[str, tuple[str | None, ...]] = {
     "*experts.gate_up_proj.kernel": ("experts", None, None, None),
     "*experts.down_proj.kernel": ("experts", None, None),
@@ -57,7 +57,7 @@ WEIGHTS: dict[str, tuple[str | None, ...]] = {
     "*down_proj.kernel": ("mlp", None),
     "*embed_tokens.embedding": ("vocab", None),
     "*lm_head.kernel": (None, "vocab"),
-    # Scales of int8 kernels lie as the outputs that they are of.
+    # Scales of int8 kernels are sharded like the outputs that they belong to.
     "*experts.gate_up_proj.kernel_scale": ("experts", None, None),
     "*experts.down_proj.kernel_scale": ("experts", None),
     "*[qkv]_proj.kernel_scale": ("heads",),
@@ -75,10 +75,12 @@ def make_mesh(
     expert: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A (data, fsdp, expert, tensor) mesh over `devices` (all of them by default).
+    """Returns a (data, fsdp, expert, tensor) mesh over `devices` (by default all devices).
+
+    The size of the data axis is the number of devices over the product of the other three.
 
     Raises:
-        ValueError: the axes do not divide the number of devices.
+        ValueError: the product of the axes does not divide the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {FSDP: fsdp, EXPERT: expert, TENSOR: tensor}
@@ -98,9 +100,9 @@ def make_mesh(
 
 
 def decoding_mesh(tensor: int, expert: int = 1) -> Mesh | None:
-    """All devices in groups of `tensor` x `expert`; none for `tensor` 0: one device decodes alone.
+    """Returns a mesh of all devices in groups of `tensor` x `expert`, or None.
 
-    Several processes always decode together.
+    None means that one device decodes alone: a single process with `tensor` 0 and `expert` 1.
     """
     check_whole("tensor", tensor, 0)
     check_whole("expert", expert)
@@ -110,7 +112,7 @@ def decoding_mesh(tensor: int, expert: int = 1) -> Mesh | None:
 
 
 def spec(*logical: str | None) -> P:
-    """Partition of an array whose axes carry these logical names (None: not cut).
+    """Returns the PartitionSpec of an array with these logical axes (None: not sharded).
 
     Raises:
         ValueError: an unknown name, or two axes of one array on the same mesh axis.
@@ -129,24 +131,27 @@ def spec(*logical: str | None) -> P:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
 def mesh_parts(mesh: Mesh | AbstractMesh, logical: str) -> int:
-    """Returns how many parts a mesh cuts a logical axis into."""
+    """Returns the number of parts into which a mesh splits a logical axis."""
     return int(np.prod([mesh.shape[axis] for axis in RULES[logical]]))
 
 
 def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
-    """The leading axis over data and fsdp groups; `rows` that they do not divide, whole."""
+    """Returns a sharding of the leading axis over data and fsdp groups.
+
+    If the groups do not divide `rows`, the array is replicated.
+    """
     if rows is not None and rows % mesh_parts(mesh, "batch"):
         return replicated(mesh)
     return NamedSharding(mesh, spec("batch"))
 
 
 def check_batch(mesh: Mesh, batch_size: int) -> None:
-    """Raise ValueError unless every group of devices gets the same number of rows."""
+    """Raises ValueError unless every group of devices gets the same number of rows."""
     if batch_size % mesh_parts(mesh, "batch"):
         raise ValueError(
             f"batch_size={batch_size}: must be a multiple of {mesh_parts(mesh, 'batch')}, the "
@@ -155,7 +160,7 @@ def check_batch(mesh: Mesh, batch_size: int) -> None:
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """Returns which part of the batch this process reads, and of how many.
+    """Returns the index of the batch part that this process reads, and the number of parts.
 
     Processes of one tensor group read the same part.
 
@@ -176,7 +181,7 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh that a tree's first array lies on, if it lies on one of `make_mesh`."""
+    """Returns the mesh of a tree's first array if `make_mesh` made it, else None."""
     for leaf in jax.tree.leaves(tree):
         place = getattr(leaf, "sharding", None)
         if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh):
@@ -186,31 +191,31 @@ def mesh_of(tree: Any) -> Mesh | None:
 
 
 def at_a_time(tree: Any, threads: int) -> int:
-    """Returns how many threads may run programs on a tree's arrays.
+    """Returns how many threads may run programs on a tree's arrays at the same time.
 
-    Over several devices it is one: otherwise each program may wait for a device that another holds.
+    With several devices only one: two programs could each wait for a device that the other holds.
     """
     mesh = mesh_of(tree)
     return threads if mesh is None or mesh.size == 1 else 1
 
 
 def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """The context in which `constrain` knows the mesh; for code that is being traced."""
+    """Returns a context in which traced code (`constrain`, for one) uses this mesh."""
     if mesh is None:
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def over_several() -> bool:
-    """Whether what is traced here is for all devices of a mesh at once, to be cut by XLA."""
+    """Returns whether the code being traced is for a whole mesh, to be partitioned by XLA."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual
 
 
 def constrain(x: T, *logical: str | None) -> T:
-    """`x` cut along these logical axes, where a mesh is in use.
+    """Returns `x` sharded along these logical axes, or unchanged if no mesh is in use.
 
-    Axes past those named are whole, and so is one that the mesh does not divide.
+    Axes that are not named are not sharded, nor are axes that the mesh does not divide.
     """
     if not over_several():
         return x
@@ -223,7 +228,7 @@ def constrain(x: T, *logical: str | None) -> T:
 
 
 def placed(mesh: Mesh, shape: tuple[int, ...], *logical: str | None) -> NamedSharding:
-    """Where `constrain` puts an array of this shape."""
+    """Returns the sharding that `constrain` gives an array of this shape."""
     return NamedSharding(mesh, _fitting(mesh, shape, logical))
 
 
@@ -232,13 +237,13 @@ def _fitting(
 ) -> P:
     fitting = [
         name if name is not None and size % mesh_parts(mesh, name) == 0 else None
-        for name, size in zip(logical, shape, strict=False)  # names of leading axes
+        for name, size in zip(logical, shape, strict=False)  # only leading axes have names
     ]
     return spec(*fitting)
 
 
 def parts_of(logical: str, size: int) -> int:
-    """Returns how many parts the mesh in use cuts an axis of this size into; 1 without a mesh."""
+    """Returns the number of parts into which the mesh in use splits an axis of this size, or 1."""
     parts = mesh_parts(jax.sharding.get_abstract_mesh(), logical) if over_several() else 1
     return 1 if size % parts else parts
 
@@ -252,18 +257,18 @@ def on_each_device(
     weights: Mapping[str, jax.Array] | None = None,
     sizes: Mapping[str, int] | None = None,
 ) -> Any:
-    """Runs `function` on each device of the mesh in use and returns its results put together.
+    """Runs `function` on each device of the mesh in use and returns the assembled results.
 
-    Each device gets its own parts of the arrays and sends nothing but by `all_reduce`. An axis that
-    its mesh axes do not divide stays whole, and so do all other axes which these would cut.
+    Each device gets its own parts of the arrays and communicates only by `all_reduce`. If the mesh
+    axes of a logical axis do not divide its size, no axis is sharded over these mesh axes.
 
     Args:
-        function: of `args`, after `weights` if they are given; returns a tree of arrays, or, for
-            several `results`, a tuple of as many.
+        function: called with `weights` (if given) and `args`; returns a tree of arrays, or, for
+            several `results`, a tuple of that many trees.
         args: trees of arrays.
-        axes, results: leading logical axes of the arrays of each argument and result.
-        weights: by name, as a pass uses them.
-        sizes: of logical axes that lie within an axis of weights.
+        axes, results: leading logical axes of the arrays of each argument and each result.
+        weights: weights by name, sharded as a pass uses them.
+        sizes: sizes of logical axes that are part of a larger axis of a weight.
     """
     mesh = jax.sharding.get_abstract_mesh()
     named = {name: _logical(name, x) for name, x in (weights or {}).items()}
@@ -292,21 +297,21 @@ def on_each_device(
         places.insert(0, {name: place(names) for name, names in named.items()})
     found = [place(names) for names in results]
     out = tuple(found) if len(found) > 1 else found[0]
-    # Kernels do not say over which axes their results vary.
+    # Kernels do not declare over which mesh axes their results vary, so JAX cannot check it.
     run = jax.shard_map(function, in_specs=tuple(places), out_specs=out, check_vma=False)
     return run(*args)
 
 
 def all_reduce(x: T, logical: str) -> T:
-    """Returns, within `on_each_device`, the sum over the devices that hold parts of this axis."""
+    """Returns the sum over the devices that split this axis; for use inside `on_each_device`."""
     return jax.lax.psum(x, RULES[logical])
 
 
 def check_tensor(mesh: Mesh, configs: Iterable[DraftConfig]) -> None:
-    """Checks that models can be cut over the tensor and expert groups.
+    """Checks that models can be sharded over the tensor and expert groups.
 
     Raises:
-        ValueError: names the size that does not divide.
+        ValueError: a group does not divide a size of a model; the message names it.
     """
     for config in configs:
         needed = {
@@ -330,7 +335,7 @@ def _logical(name: str, leaf: Any) -> tuple[str | None, ...]:
     rank = len(leaf.shape)
     for pattern, axes in WEIGHTS.items():
         if fnmatch.fnmatchcase(name, pattern) and len(axes) == rank:
-            if leaf.dtype == np.int8:  # eight bits have the inputs last (`models.quantize`)
+            if leaf.dtype == np.int8:  # int8 matrices have the inputs last (`models.quantize`)
                 at = int(axes[0] == "experts")
                 return (*axes[:at], *axes[at + 1 :], axes[at])
             return axes
@@ -340,13 +345,13 @@ def _logical(name: str, leaf: Any) -> tuple[str | None, ...]:
 def _weight(mesh: Mesh, name: str, leaf: Any, *, stored: bool) -> NamedSharding:
     """Returns the sharding of a weight by its name, over tensor and expert groups.
 
-    A stored weight is also cut over fsdp: the largest remaining axis that divides, the first of
-    equals.
+    A stored weight is also split over fsdp, along the largest remaining axis that fsdp divides (the
+    first one, if several are equal).
     """
     axes = list(_logical(name, leaf))
     for i, (logical, size) in enumerate(zip(axes, leaf.shape, strict=True)):
         if logical == "vocab" and size % mesh_parts(mesh, logical):
-            axes[i] = None  # vocabularies have odd sizes; all else is made to be cut
+            axes[i] = None  # vocabularies may have odd sizes; all other sizes must divide
         elif logical is not None and size % mesh_parts(mesh, logical):
             raise ValueError(
                 f"{name}: axis {i} of {tuple(leaf.shape)} cannot be cut into "
@@ -362,15 +367,16 @@ def _weight(mesh: Mesh, name: str, leaf: Any, *, stored: bool) -> NamedSharding:
 
 
 def weight_shardings(mesh: Mesh, tree: Any, *, stored: bool = True) -> Any:
-    """Shardings of a pytree of weights or optimizer state (arrays or their shapes).
+    """Returns the shardings of a pytree of weights or optimizer state (arrays or their shapes).
 
     Args:
-        mesh: of `make_mesh`.
-        tree: dictionaries by parameter name, at any depth.
-        stored: as kept between uses; else as a pass uses them, whole within an fsdp group.
+        mesh: a mesh of `make_mesh`.
+        tree: a pytree with dictionaries by parameter name, at any depth.
+        stored: return the shardings for storage, split over fsdp; otherwise those for a pass, whole
+            within an fsdp group.
 
     Raises:
-        ValueError: a weight cannot be cut as the tables say; names it.
+        ValueError: a weight cannot be sharded as the tables say; the message names it.
     """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -381,5 +387,5 @@ def weight_shardings(mesh: Mesh, tree: Any, *, stored: bool = True) -> Any:
 
 
 def put(mesh: Mesh | None, tree: Any) -> Any:
-    """Host arrays that every process has alike, whole on every device."""
+    """Places host arrays, equal in all processes, whole on every device, and returns them."""
     return jax.device_put(tree, None if mesh is None else replicated(mesh))

@@ -1,4 +1,4 @@
-"""Public fakes for tests and examples: tiny architectures with random or adversarial parameters."""
+"""Public helpers for tests and examples: tiny architectures with random parameters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from eagle_jax.types import ParamDict
 
 
 def tiny_target(vocab_size: int = 61, **changes: int | float | bool) -> TransformerConfig:
-    """A two-layer target, every dimension different from every other."""
+    """Returns a two-layer target configuration in which all dimensions differ from each other."""
     config = TransformerConfig(
         vocab_size=vocab_size,
         hidden_size=32,
@@ -40,7 +40,7 @@ def tiny_target(vocab_size: int = 61, **changes: int | float | bool) -> Transfor
 
 
 def tiny_draft(target: TransformerConfig, **changes: int | float | bool) -> EagleConfig:
-    """A draft that fits `target`."""
+    """Returns an EAGLE-1 draft configuration that fits `target`."""
     config = EagleConfig(
         vocab_size=target.vocab_size,
         hidden_size=target.hidden_size,
@@ -55,7 +55,7 @@ def tiny_draft(target: TransformerConfig, **changes: int | float | bool) -> Eagl
 def tiny_eagle3(
     target: TransformerConfig, **changes: int | float | bool | tuple[int, ...]
 ) -> Eagle3Config:
-    """An EAGLE-3 draft that fits `target`; two thirds of the vocabulary are its own."""
+    """Returns an EAGLE-3 draft configuration for `target`; it drafts two thirds of the tokens."""
     config = Eagle3Config(
         vocab_size=target.vocab_size,
         draft_vocab_size=max(1, target.vocab_size * 2 // 3),
@@ -70,13 +70,13 @@ def tiny_eagle3(
 
 
 def tiny_medusa(target: TransformerConfig, **changes: int | bool) -> MedusaConfig:
-    """Three Medusa heads that fit `target`."""
+    """Returns a configuration of three Medusa heads that fit `target`."""
     config = MedusaConfig(target.vocab_size, target.hidden_size, num_heads=3)
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
 
 def tiny_model(target: TransformerConfig, **changes: int | float | bool) -> TransformerConfig:
-    """A one-layer model of its own width that shares `target`'s vocabulary."""
+    """Returns a one-layer model configuration with `target`'s vocabulary and another width."""
     smaller = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 1, "head_dim": 6}
     return dataclasses.replace(target, **(smaller | changes))  # type: ignore[arg-type]
 
@@ -84,7 +84,7 @@ def tiny_model(target: TransformerConfig, **changes: int | float | bool) -> Tran
 def random_draft(
     config: DraftConfig, seed: int, scale: float = 12.0, layout: Layout = PLAIN
 ) -> Draft:
-    """A draft of any kind with random arrays; its vocabulary lacks the target's first tokens."""
+    """Returns a draft with random arrays; a draft vocabulary lacks the target's first tokens."""
     module = registry.by_config(config).module_class()
     params = random_params(module, config, seed, scale, layout)
     if size := size_of(config):
@@ -100,7 +100,7 @@ def random_params(
     scale: float = 12.0,
     layout: Layout = PLAIN,
 ) -> ParamDict:
-    """Every array random: matrices with standard deviation `scale / 50`, norms around one."""
+    """Returns random arrays: matrices with standard deviation `scale / 50`, norms around one."""
 
     def draw(key: jax.Array, name: str, like: jax.Array) -> jax.Array:
         noise = jax.random.normal(key, like.shape)
@@ -119,10 +119,10 @@ def tiny_params(
     scale: float = 12.0,
     layout: Layout = PLAIN,
 ) -> Params:
-    """A random target with a draft of every kind, all in the same layout.
+    """Returns a random target with a draft of every kind, all in the same layout.
 
-    Outputs depend on the whole context, the more sharply the larger `scale`. Not the
-    initial weights of training, whose layers are the identity.
+    The larger `scale`, the more strongly the outputs depend on the context. Training starts from
+    other weights, with layers that are the identity.
     """
     target = target or tiny_target()
     configs = (tiny_draft(target), tiny_eagle3(target), tiny_medusa(target), tiny_model(target))

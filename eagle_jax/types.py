@@ -1,10 +1,10 @@
-"""The dimension dictionary and array aliases used in annotations and einsums of the library.
+"""Dimension letters and array aliases for the library's annotations and einsums.
 
 | letter | meaning |
 |---|---|
-| b | batch: rows, each a sequence of its own |
+| b | batch: rows, each with its own sequence |
 | t | tokens of the block being processed: a prompt, a training sequence, the nodes of a tree |
-| u | tokens of the block that queries may attend to (the block itself, and blocks before it) |
+| u | tokens that queries may attend to: those of the block itself and of blocks before it |
 | s | slots of the key/value cache |
 | n | depth of a tree plus one: the longest path, root included |
 | d | width of the residual stream, of embeddings and of features |
@@ -23,7 +23,7 @@ from collections.abc import Mapping
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
-# Parameters of one model: dotted module path -> array. Flat, so that names are the checkpoint's.
+# Parameters of one model: dotted module path -> array. Flat, as names are in checkpoints.
 ParamDict = Mapping[str, jax.Array]
 
 Tokens = Int[Array, "b t"]
@@ -32,5 +32,5 @@ Logits = Float[Array, "b t v"]
 Mask = Bool[Array, "b t u"]
 
 # Keys and values of one layer for one block of tokens or one cache.
-# Their length is left open: a cache (s), a block (t) and several blocks (u) meet in one function.
+# Their length has no letter, because functions take caches (s), blocks (t) and several blocks (u).
 KeyValue = tuple[Float[Array, "b k _ e"], Float[Array, "b k _ e"]]

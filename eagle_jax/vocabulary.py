@@ -1,7 +1,7 @@
-"""Draft vocabularies: the tokens that a draft may propose, by how often answers have them.
+"""Draft vocabularies: the tokens that a draft can propose, chosen by their frequency in answers.
 
-A draft that scores fewer tokens takes less time, and the target verifies with all of its own. So
-only acceptance depends on the choice, never the text.
+A draft that scores fewer tokens takes less time. The target verifies with its whole vocabulary, so
+the choice affects acceptance, but never the text.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from eagle_jax.text import Tokenizer, encode_files
 
 
 def token_counts(files: Sequence[str | Path], tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """How often each token occurs in assistant turns, int64 [vocab_size].
+    """Returns how often each token occurs in assistant turns, int64 [vocab_size].
 
     Args:
-        files: conversations, JSONL or JSONL.gz.
-        tokenizer: the target's.
-        vocab_size: the target's.
+        files: JSONL or JSONL.gz files of conversations.
+        tokenizer: the target's tokenizer.
+        vocab_size: size of the target's vocabulary.
 
     Raises:
-        ValueError: a file is wrong, or the tokenizer has tokens that the target has not.
+        ValueError: a file is wrong, or the tokenizer has tokens that the target lacks.
     """
     found: collections.Counter[int] = collections.Counter()
     for tokens, mask in encode_files(files, tokenizer):
@@ -47,16 +47,16 @@ def draft_vocabulary(
     required: Sequence[int] = (),
     field: str = "draft_vocab_size",
 ) -> tuple[np.ndarray, float]:
-    """The most frequent tokens as offsets `d2t`, and the share of the counted text they cover.
+    """Returns the most frequent tokens as offsets `d2t`, and the share of the text they cover.
 
     Args:
-        counts: [V], of every token of the target's vocabulary.
-        size: of the draft vocabulary.
-        required: tokens that are in it whatever their count: those that end an answer.
-        field: what the user calls `size`, for the message of an error.
+        counts: [V], the count of every token of the target's vocabulary.
+        size: size of the draft vocabulary.
+        required: tokens to include whatever their count, such as those that end an answer.
+        field: the option that sets `size`, for error messages.
 
     Returns:
-        int32 [size]: draft id i is token `i + d2t[i]`, in ascending order; and the coverage.
+        `d2t`, int32 [size]: draft id i is token `i + d2t[i]`, in ascending order; and the coverage.
 
     Raises:
         ValueError: `size` is smaller than the number of required tokens.
@@ -68,7 +68,7 @@ def draft_vocabulary(
             f"{field}={size}: the tokens that end an answer alone are {needed.sum()}; make it "
             "larger"
         )
-    order = np.lexsort((np.arange(len(counts)), -counts, ~needed))  # the last key counts most
+    order = np.lexsort((np.arange(len(counts)), -counts, ~needed))  # the last key sorts first
     tokens = np.sort(order[:size])
     coverage = float(counts[tokens].sum() / max(1, counts.sum()))
     return (tokens - np.arange(size)).astype(np.int32), coverage

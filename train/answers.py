@@ -1,11 +1,11 @@
-"""A target's own answers to the first turns of conversations: text that its drafts learn from.
+"""Generates a target's own answers to the first turns of conversations, to train its drafts on.
 
     python train/answers.py --model runs/tiny/model/target --data data/open.jsonl.gz \\
         --output runs/tiny
 
-The output folder gets `prompts.jsonl` and, of every way of decoding that a draft shall imitate, a
-file `answers-0.jsonl`, `answers-1.jsonl`, ... Start it again after an interruption: it goes on.
-What another model answered, or other prompts, is not mixed in (`answers.json`).
+The output folder gets `prompts.jsonl` and one file per decoding pass (temperature and seed):
+`answers-0.jsonl`, `answers-1.jsonl`, ... The same command resumes after an interruption. Answers of
+another model or to other prompts are not mixed in (`answers.json` records model and prompts).
 """
 
 import argparse
@@ -20,13 +20,13 @@ from eagle_jax.checkpoint import files
 from eagle_jax.decode.batching.answer_file import answer_file
 from eagle_jax.text import read_prompts
 
-# Temperature, and the first prompt's seed.
+# The temperature and the first prompt's seed of each pass.
 PASSES = ((0.0, 0), (1.0, 1000000), (1.0, 2000000))
-LONGEST = 128  # prompt, in tokens
+LONGEST = 128  # the longest prompt, in tokens
 
 
 def main() -> None:
-    """Collect prompts, answer them."""
+    """Collects prompts and answers them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="shipped pair or directory")
     parser.add_argument("--data", required=True, help="conversations, JSONL or JSONL.gz")
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", default=380, type=int, help="longest answer")
     args = parser.parse_args()
     params = eagle_jax.load(args.model)
-    assert params.tokenizer is not None  # every model directory has one
+    assert params.tokenizer is not None  # model directories have a tokenizer
 
     args.output.mkdir(parents=True, exist_ok=True)
     prompts, made = args.output / "prompts.jsonl", args.output / "answers.json"

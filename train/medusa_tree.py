@@ -1,9 +1,9 @@
-"""Which tree suits these Medusa heads? Accuracy of every head and rank, and the best tree.
+"""Finds the best tree for Medusa heads from the accuracy of every head and rank.
 
     python train/medusa_tree.py --data data --task alpaca --nodes 63
 
-Vanilla answers the questions greedily; then head i's guess at every token is compared with the
-token that stands there. The tree takes the paths with the largest products of accuracies.
+Vanilla decoding answers the questions greedily; then the guesses of every head are compared with
+the tokens of the answers. The tree takes the paths with the largest products of accuracies.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from eagle_jax.models.transformer import packed_mask
 
 
 def main():
-    """Answer, count, choose."""
+    """Answers the questions, counts correct guesses and prints the best tree."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="shipped set or directory")
     parser.add_argument("--draft", help="directory of other heads")
@@ -40,7 +40,7 @@ def main():
 
     @jax.jit
     def places(params, tokens):
-        """Rank of token t + 2 + i in the scores of head i at token t."""
+        """Returns the rank of token t + 2 + i in the scores of head i at token t."""
         length = tokens.shape[1]
         positions = jnp.arange(length)[None]
         target = bind(Transformer, params.target_config, params.target, params.layout)

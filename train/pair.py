@@ -1,11 +1,11 @@
-"""A shipped set, end to end: target, the target's own answers, every draft, evaluation.
+"""Trains a target and its drafts end to end: target, its own answers, every draft, evaluation.
 
     python train/pair.py --data data/open.jsonl.gz --validation data/open_val.jsonl \\
         --eval data --output runs/tiny --set attention=cudnn
 
-`--target DIR` keeps a target that there is; `--prompts 0` skips its answers. All drafts see the
-same text; `--together` trains them at once, so that loading and compiling overlap. Everything
-resumes: start it again after an interruption. Ends in evaluation's JSON line.
+`--target DIR` uses an existing target; `--prompts 0` skips its answers. All drafts are trained on
+the same text; `--together` trains them concurrently, so that loading and compiling overlap. The
+same command resumes after an interruption. The last line of output is evaluation's JSON line.
 """
 
 import argparse
@@ -20,7 +20,7 @@ DRAFTS = ("eagle", "eagle3", "medusa", "model")
 
 
 def main() -> None:
-    """Run the steps in order."""
+    """Runs the steps in order."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="conversations, JSONL or JSONL.gz")
     parser.add_argument("--validation", required=True, help="held-out conversations")

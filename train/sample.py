@@ -1,9 +1,9 @@
-"""Rebuild `train/sample/`: conversations that a model generates from the prompts there.
+"""Rebuilds `train/sample/`: conversations that a model generates from the prompts there.
 
     python train/sample.py
 
 Every prompt is answered twice, greedily and at temperature 0.7. Every 13th prompt is held out for
-validation. About six minutes on two CPU cores.
+validation. This takes about six minutes on two CPU cores.
 """
 
 import argparse
@@ -23,7 +23,7 @@ PASSES = ({"temperature": 0.7, "top_p": 0.95}, {"temperature": 0.0})
 
 
 def main():
-    """Answer, split, write."""
+    """Answers the prompts, splits the conversations and writes them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="shipped pair or directory")
     parser.add_argument("--prompts", default=HERE / "prompts.jsonl", type=Path)

@@ -19,9 +19,9 @@ TEMPLATE = (
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-# One alternative a line: a contraction; a word with the blank or sign before it; a single digit
-# with its blank; signs with the line break and indentation after them; line breaks with the
-# indentation of the next line, except its last blank, which belongs to the word; other blanks.
+# One alternative per line: a contraction; a word with the blank or sign before it; a single digit
+# with the blank before it; signs with the line break and indentation after them; line breaks with
+# the next line's indentation except its last blank, which belongs to the word; other blanks.
 WORDS = "|".join(
     [
         r"'(?:s|t|d|m|ll|re|ve)\b",
@@ -35,7 +35,7 @@ WORDS = "|".join(
 
 
 def train(files: list[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE over the messages of conversation files; the same for the same files."""
+    """Trains a byte-level BPE on the messages of conversation files, deterministically."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -54,7 +54,7 @@ def train(files: list[str], vocab_size: int) -> Tokenizer:
 
 
 def write(tokenizer: Tokenizer, output: Path) -> None:
-    """Writes the directory in Hugging Face's layout."""
+    """Writes a tokenizer directory in Hugging Face's layout."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,

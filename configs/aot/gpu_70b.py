@@ -1,7 +1,7 @@
 """Llama-3.3-70B shapes and an EAGLE-3 draft of its width on two H200.
 
-python -m eagle_jax.aot --config configs/aot/gpu_70b.py
-python -m eagle_jax.aot --config configs/aot/gpu_70b.py --set topology=h100:4 --set tensor=4
+eagle-jax compile --config configs/aot/gpu_70b.py
+eagle-jax compile --config configs/aot/gpu_70b.py --set topology=h100:4 --set tensor=4
 """
 
 from eagle_jax.aot import AotConfig

@@ -1,7 +1,7 @@
 """Llama-2-7B shapes and an EAGLE-1 head on one H100, drafting EAGLE-2's trees.
 
-python -m eagle_jax.aot --config configs/aot/gpu_7b.py
-python -m eagle_jax.aot --config configs/aot/gpu_7b.py --set quantize_drafts=int8
+eagle-jax compile --config configs/aot/gpu_7b.py
+eagle-jax compile --config configs/aot/gpu_7b.py --set quantize_drafts=int8
 """
 
 from eagle_jax.aot import AotConfig

@@ -1,7 +1,7 @@
 """Llama-3.3-70B shapes and an EAGLE-3 draft of its width on a v5p-16 slice (8 chips).
 
-python -m eagle_jax.aot --config configs/aot/llama_70b.py
-python -m eagle_jax.aot --config configs/aot/llama_70b.py --set topology=v6e:2x4
+eagle-jax compile --config configs/aot/llama_70b.py
+eagle-jax compile --config configs/aot/llama_70b.py --set topology=v6e:2x4
 """
 
 from eagle_jax.aot import AotConfig

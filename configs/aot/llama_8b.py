@@ -1,7 +1,7 @@
 """Llama-3.1-8B shapes and its EAGLE-3 draft on one v5e host of 8 chips.
 
-python -m eagle_jax.aot --config configs/aot/llama_8b.py
-python -m eagle_jax.aot --config configs/aot/llama_8b.py --set topology=v6e:2x4
+eagle-jax compile --config configs/aot/llama_8b.py
+eagle-jax compile --config configs/aot/llama_8b.py --set topology=v6e:2x4
 """
 
 from eagle_jax.aot import AotConfig

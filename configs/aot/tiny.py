@@ -1,6 +1,6 @@
 """The shipped target and an EAGLE-1 draft on one v5e host: compiles in seconds.
 
-python -m eagle_jax.aot --config configs/aot/tiny.py
+eagle-jax compile --config configs/aot/tiny.py
 """
 
 from eagle_jax.aot import AotConfig

@@ -1,6 +1,6 @@
-"""How much should a draft's logits count against the noise? tau at temperature 1.
+"""Measures tau at temperature 1 for several weights of the draft's logits against the noise.
 
-python -m eagle_jax.evaluate --config configs/eval/confidence.py --data data
+eagle-jax evaluate --config configs/eval/confidence.py --data data
 """
 
 from eagle_jax.decode import DynamicTree, Eagle, Vanilla

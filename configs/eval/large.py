@@ -1,4 +1,4 @@
-"""The pair of benchmarks/large_pair.py: the EAGLE family by several trees, and what it is to beat.
+"""Evaluates the pair of benchmarks/large_pair.py: EAGLE with several trees, and its competitors.
 
 python benchmarks/pair.py --config configs/eval/large.py --model runs/large/model --data DIR
 """
@@ -19,13 +19,13 @@ from eagle_jax.decode import (
 from eagle_jax.decode.tree import MC_SIM_7B_63
 from eagle_jax.evaluate import EvalConfig
 
-# A pass of up to 16 nodes costs less than one of 17 (a tensor core multiplies 16 rows).
+# A pass of up to 16 nodes costs less than one of 17, since tensor cores multiply 16 rows at a time.
 SHORT = dataclasses.replace(EagleLookup().lookup, length=15)
 
 config = EvalConfig(
     output_dir="runs/large/evaluation",
     model="runs/large/model",
-    quantize_drafts="int8",  # for speed: no text depends on it
+    quantize_drafts="int8",  # faster; does not change the text
     methods=(
         ("vanilla", Vanilla()),
         ("eagle3", Eagle(DynamicTree(depth=6, k=10, drafted=59), head="eagle3")),

@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct with drafts trained by `configs/smollm2`: methods beside vanilla decoding.
+"""Evaluates SmolLM2-135M-Instruct with the drafts of `configs/smollm2` against vanilla decoding.
 
-python -m eagle_jax.evaluate --config configs/eval/smollm2.py --data data
+eagle-jax evaluate --config configs/eval/smollm2.py --data data
 """
 
 from eagle_jax.decode import (

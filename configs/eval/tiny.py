@@ -1,9 +1,9 @@
-"""The shipped pair: every method beside vanilla decoding, on prompts of our own.
+"""Evaluates every method with the shipped pair against vanilla decoding, on our own prompts.
 
-    python -m eagle_jax.evaluate --config configs/eval/tiny.py
+    eagle-jax evaluate --config configs/eval/tiny.py
 
-Public questions: put mt_bench.jsonl, humaneval.jsonl, gsm8k.jsonl, alpaca.jsonl into a directory
-(docs/evaluation.md says where they come from) and add `--data DIR`.
+For public questions, put mt_bench.jsonl, humaneval.jsonl, gsm8k.jsonl and alpaca.jsonl into a
+directory (docs/evaluation.md names their sources) and add `--data DIR`.
 """
 
 from eagle_jax.decode import (

@@ -1,7 +1,7 @@
 """The EAGLE-1 draft of `configs/large/target.py`; benchmarks/large_pair.py trains it.
 
-Objective and optimizer as in `configs/tiny/eagle.py`. Its MLP is half as
-wide as the target's.
+Objective and optimizer are those of `configs/tiny/eagle.py`. The draft's MLP is half as wide as the
+target's.
 """
 
 from eagle_jax.config import DataConfig, EagleConfig, FeatureRegression, OptimConfig, TrainConfig

@@ -1,7 +1,7 @@
 """The EAGLE-3 draft of `configs/large/target.py`; benchmarks/large_pair.py trains it.
 
-Objective as in `configs/tiny/eagle3.py`, with fewer steps; the fused layers are the official
-rule's: 2, L // 2, L - 3. The MLP as in `configs/large/eagle.py`.
+The objective is that of `configs/tiny/eagle3.py` with fewer steps. The fused layers follow the
+official rule 2, L // 2, L - 3. The MLP is as wide as in `configs/large/eagle.py`.
 """
 
 from eagle_jax.config import DataConfig, Eagle3Config, OptimConfig, TrainConfig, TrainingTimeTest
@@ -22,7 +22,7 @@ config = TrainConfig(
             norm_output=True,
         ),
         target="runs/large/model/target",
-        steps=5,  # as deep as the trees that should pay here (configs/eval/large.py)
+        steps=5,  # the depth of the trees in configs/eval/large.py
         decay=0.8,
     ),
     data=DataConfig(

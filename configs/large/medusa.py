@@ -1,6 +1,6 @@
 """Medusa heads of `configs/large/target.py`; benchmarks/large_pair.py trains them.
 
-As in `configs/tiny/medusa.py`: three heads that read the vocabulary through the target's own head.
+As in `configs/tiny/medusa.py`, three heads share the target's output head.
 """
 
 from eagle_jax.config import DataConfig, MedusaConfig, MedusaTraining, OptimConfig, TrainConfig

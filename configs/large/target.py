@@ -1,11 +1,11 @@
-"""A target of 1.1 billion parameters, of the shape of models that run on one small device.
+"""A target of 1.1 billion parameters, with the shape of models that run on one small device.
 
     python benchmarks/large_pair.py --data data/open.jsonl.gz --validation data/open_val.jsonl
 
-trains it on one 80 GB GPU by the clock (ten minutes by default), with its drafts: `optim.steps`
-here is replaced by what fits. The pair is for measuring speed: 20 M tokens of text do not make a
-good chat model of this size. Learning rates were guessed from the shipped pair's; no run with them
-diverged (docs/results.md, "A pair of 1.1 billion parameters").
+trains it and its drafts on one 80 GB GPU for a fixed time (ten minutes by default) and replaces
+`optim.steps` by the number of steps that fit. The pair serves to measure speed: 20 M tokens of text
+do not make a good chat model of this size. The learning rates are guesses from those of the shipped
+pair; no run with them diverged (docs/results.md, "A pair of 1.1 billion parameters").
 """
 
 from eagle_jax.config import DataConfig, NextToken, OptimConfig, TrainConfig, TransformerConfig

@@ -1,12 +1,12 @@
 """The EAGLE-1 draft of the shipped pair.
 
-    python -m eagle_jax.train --config configs/tiny/eagle.py \\
+    eagle-jax train --config configs/tiny/eagle.py \\
         --set "data.train=('data/answers.jsonl',)"
 
 Objective and optimizer are the paper's (section 4.2: smooth L1 + soft cross-entropy, uniform noise
-of 0.1, AdamW with betas 0.9 and 0.95, clipping at 0.5, linear warm-up) but for two numbers, since a
-draft this small is far from the regime of a 7B one: the cross-entropy has weight 1 instead of 0.1,
-the learning rate is 30 times the paper's 3e-5.
+of 0.1, AdamW with betas 0.9 and 0.95, clipping at 0.5, linear warm-up) except for two numbers,
+because this draft is much smaller than one for a 7B target: the cross-entropy has weight 1 instead
+of 0.1, and the learning rate is 30 times the paper's 3e-5.
 """
 
 from eagle_jax.config import DataConfig, EagleConfig, FeatureRegression, OptimConfig, TrainConfig

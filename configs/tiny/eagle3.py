@@ -1,12 +1,13 @@
 """An EAGLE-3 draft for the shipped target, over the 5120 tokens that answers use most.
 
-    python -m eagle_jax.train --config configs/tiny/eagle3.py \\
+    eagle-jax train --config configs/tiny/eagle3.py \\
         --set "data.train=('data/answers.jsonl',)"
 
-Objective and clipping are the paper's and its code's (training-time test of 7 steps with weights
-0.8^j, AdamW with betas 0.9 and 0.95, clipping the global norm at 0.5), but for means over the rows
-that count instead of all rows. The fused layers are 2, 4 and 6, the last residual stream. The
-official rule (2, L // 2 and L - 3, each once) gives only two layers of 6, and its code then stops.
+Objective and clipping are those of the paper and its code (training-time test of 7 steps with
+weights 0.8^j, AdamW with betas 0.9 and 0.95, clipping the global norm at 0.5), except that means
+are over the rows that the loss counts instead of all rows. The fused features are those of layers
+2, 4 and 6 (the last one). For 6 layers the official rule (2, L // 2 and L - 3) gives only two
+different layers, which the official code rejects.
 """
 
 from eagle_jax.config import DataConfig, Eagle3Config, OptimConfig, TrainConfig, TrainingTimeTest

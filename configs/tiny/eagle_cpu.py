@@ -1,10 +1,10 @@
-"""A draft for the shipped target, trained on a CPU in minutes, on a sample that the repo ships.
+"""An EAGLE-1 draft for the shipped target, trained on a CPU in minutes on the repository's sample.
 
-    python -m eagle_jax.train --config configs/tiny/eagle_cpu.py
+    eagle-jax train --config configs/tiny/eagle_cpu.py
 
-The sample is conversations that the shipped target itself generated from prompts we wrote
-(`train/sample/`). Expect the validation top-1 and the acceptance length far above an untrained
-draft's and below the shipped draft's, which saw 400 times as much text.
+The sample consists of conversations that the shipped target generated from prompts that we wrote
+(`train/sample/`). Validation top-1 and acceptance length should end far above those of an untrained
+draft and below those of the shipped draft, which saw 400 times as much text.
 """
 
 from eagle_jax.config import DataConfig, EagleConfig, FeatureRegression, OptimConfig, TrainConfig

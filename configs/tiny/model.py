@@ -1,10 +1,10 @@
 """An independent draft model for the shipped target: two layers, a quarter of its width.
 
-    python -m eagle_jax.train --config configs/tiny/model.py \\
+    eagle-jax train --config configs/tiny/model.py \\
         --set "data.train=('data/answers.jsonl',)"
 
-Distilled from the target's distributions on assistant tokens; it shares the tokenizer and nothing
-else, as in classic speculative decoding.
+It is distilled from the target's distributions on assistant tokens. As in classic speculative
+decoding, it shares only the tokenizer with the target.
 """
 
 from eagle_jax.config import DataConfig, Distillation, OptimConfig, TrainConfig, TransformerConfig

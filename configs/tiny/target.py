@@ -1,10 +1,10 @@
 """The target of the shipped pair: a 21M-parameter Llama-architecture chat model.
 
-    python -m eagle_jax.train --config configs/tiny/target.py \\
+    eagle-jax train --config configs/tiny/target.py \\
         --set "data.train=('data/open.jsonl.gz',)" --set "data.validation=('data/open_val.jsonl',)"
 
-Size, learning rate and epochs were chosen by validation loss (MODEL_CARD.md has the figures). On an
-H100 add `--set attention=cudnn`: about two minutes.
+Size, learning rate and epochs were chosen by validation loss (figures are in MODEL_CARD.md). On an
+H100 add `--set attention=cudnn`; training then takes about two minutes.
 """
 
 from eagle_jax.config import DataConfig, NextToken, OptimConfig, TrainConfig, TransformerConfig

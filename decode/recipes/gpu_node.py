@@ -1,9 +1,9 @@
-"""A model too large or too slow for one GPU, on the eight of a node, in one process.
+"""Runs a model that is too large or too slow for one GPU on eight GPUs of a node, in one process.
 
     python decode/recipes/gpu_node.py "What is a prime number?" --model MODEL --draft HEAD
 
-Each GPU holds an eighth of every matrix and of the cache. For a file of prompts there is `python -m
-eagle_jax.decode --tensor 8 --input prompts.jsonl --output answers.jsonl`.
+Each GPU holds an eighth of every matrix and of the KV cache. For a file of prompts use `eagle-jax
+answers --tensor 8 --input prompts.jsonl --output answers.jsonl`.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from eagle_jax.sharding import make_mesh
 
 
 def main():
-    """Answer the prompts as one batch."""
+    """Answers the prompts as one batch."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompt", nargs="+")
     parser.add_argument("--model", required=True, help="directory")

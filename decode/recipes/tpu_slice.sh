@@ -6,10 +6,10 @@
 #         decode/recipes/tpu_slice.sh --model MODEL --draft HEAD --input IN.jsonl
 #         --output OUT.jsonl"
 #
-# Hosts are prepared as train/recipes/tpu_slice.sh says; model, prompts and answers lie on the file
-# system that they share. The first host writes the answers.
+# Prepare the hosts as in train/recipes/tpu_slice.sh; model, prompts and answers are on the shared
+# file system. The first host writes the answers.
 #
-# tensor: chips that share the weights; it divides the slice's chips and the model's heads (keys and
-# values too). Groups of so many share the rows of a batch.
+# tensor: number of chips that split the weights; it must divide the slice's chips and the model's
+# query and key/value heads. Groups of that many chips share the rows of a batch.
 
 exec python -m eagle_jax.decode --distributed --tensor 8 "$@"

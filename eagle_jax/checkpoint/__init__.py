@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors files, Hugging Face directories."""
+"""Models on disk: safetensors files, Hugging Face directories, training checkpoints."""
 
 from types import ModuleType
 

@@ -1,4 +1,4 @@
-"""`config.json` <-> configurations of targets and drafts."""
+"""Converts between `config.json` and the configurations of targets and drafts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from eagle_jax.settings import check
 
 T = TypeVar("T")
 
-# Null says something else for these than absence.
+# For these keys, null has another meaning than absence.
 _NULLABLE = {
     "sliding_window",
     "attn_logit_softcapping",
@@ -31,7 +31,7 @@ _NULLABLE = {
     "num_key_value_heads",
 }
 
-# What a text_config leaves out that is as transformers has it (the rest is in the table).
+# transformers' defaults for keys that a text_config leaves out (others are in `families`).
 _GEMMA3_TEXT = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4}
 _GEMMA3_NAMES = {
     "language_model.model.": "model.",
@@ -42,12 +42,12 @@ _GEMMA3_NAMES = {
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`config.json` with the nested layer of speculators' files beside the other keys."""
+    """Returns `config.json` with the keys of speculators' nested layer moved to the top level."""
     nested = settings.get("transformer_layer_config")
     if not isinstance(nested, Mapping):
         return dict(settings)
     nested = {key: value for key, value in nested.items() if value is not None}
-    # vLLM takes true where such a file has no word on it.
+    # vLLM assumes true if such a file lacks the key.
     own = {key: value for key, value in settings.items() if key not in ("model_type",)}
     return {"norm_before_residual": True, **nested, **own}
 
@@ -55,9 +55,9 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 def text_part(
     settings: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings and tensors of the language model, where images are read too (Gemma 3 from 4B on).
+    """Returns settings and tensors of a multimodal model's language model (Gemma 3 from 4B on).
 
-    Of any other model, all.
+    For any other model it returns all of them.
     """
     text = settings.get("text_config")
     if settings.get("model_type") != "gemma3" or not isinstance(text, Mapping):
@@ -75,7 +75,7 @@ def text_part(
 
 
 def to_json(config: TransformerConfig, model_type: str, dtype: str) -> dict[str, Any]:
-    """The keys that describe a target's layers, those of its family among them."""
+    """Returns the keys that describe a target's layers, including its family's own keys."""
     family = FAMILIES[model_type]
     return {
         **_layer_json(config, family, model_type, dtype),
@@ -87,7 +87,7 @@ def to_json(config: TransformerConfig, model_type: str, dtype: str) -> dict[str,
 
 
 def draft_json(config: Any, dtype: str) -> dict[str, Any]:
-    """The keys of a draft whose layer is a Llama's, as the code of official heads reads them."""
+    """Returns the keys of a draft with a Llama layer, as the official code reads them."""
     return {
         **_layer_json(config, FAMILIES["llama"], "llama", dtype),
         **rope.to_json(config, official=True),
@@ -127,10 +127,10 @@ def _layers_json(config: TransformerConfig, family: Family) -> dict[str, Any]:
 
 
 def from_json(directory: Path, settings: Mapping[str, Any]) -> TransformerConfig:
-    """The configuration of a whole transformer from the keys of `directory`'s `config.json`.
+    """Returns the configuration of a whole transformer from the keys of its `config.json`.
 
     Raises:
-        ValueError: names the file, and the key that is missing, wrong or not supported.
+        ValueError: a key is missing, wrong or not supported; the message names file and key.
     """
     family = _family(directory / "config.json", settings)
     keys = {**_null_keys(directory / "config.json"), **settings}
@@ -138,9 +138,9 @@ def from_json(directory: Path, settings: Mapping[str, Any]) -> TransformerConfig
 
 
 def draft_from_json(directory: Path, kind: type[T], settings: Mapping[str, Any]) -> T:
-    """A draft's configuration of type `kind`, whose layer is described as a target's layers are.
+    """Returns a draft's configuration of type `kind`; its layer has the keys of a target's layers.
 
-    Official heads say `qkv_bias` and have no biases without it, whatever their family.
+    In official heads the key `qkv_bias` alone decides about biases, whatever their family.
 
     Raises:
         ValueError: as in `from_json`.
@@ -151,13 +151,13 @@ def draft_from_json(directory: Path, kind: type[T], settings: Mapping[str, Any])
 
 
 def build(directory: Path, kind: type[T], values: Callable[[], Mapping[str, Any]]) -> T:
-    """`kind(**values())`, with the file's name before the message of an error."""
+    """Returns `kind(**values())`; an error's message begins with the file's name."""
     try:
         config = kind(**values())
         check(config)
         layer = getattr(config, "layer", None)
         if layer is not None:
-            layer()  # checks its sizes
+            layer()  # checks the layer's sizes
         epsilon = getattr(config, "rms_norm_eps", 0.0)
         if epsilon < 0:
             raise ValueError(f"rms_norm_eps={epsilon}: must be 0 or more")
@@ -167,7 +167,7 @@ def build(directory: Path, kind: type[T], values: Callable[[], Mapping[str, Any]
 
 
 def check_fixed(path: Path, settings: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
-    """Refuses keys with values that change the computation to one we don't have."""
+    """Raises ValueError for a key whose value asks for a computation that is not supported."""
     for key, value in fixed.items():
         if settings.get(key, value) != value:
             raise ValueError(
@@ -177,7 +177,7 @@ def check_fixed(path: Path, settings: Mapping[str, Any], fixed: Mapping[str, Any
 
 
 def _null_keys(path: Path) -> dict[str, None]:
-    """Keys that the file sets to null and for which this is no absence; `settings` lack them."""
+    """Returns the keys that the file sets to null although null is not absence for them."""
     if not path.is_file():
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -185,7 +185,7 @@ def _null_keys(path: Path) -> dict[str, None]:
 
 
 def _family(path: Path, settings: Mapping[str, Any]) -> Family:
-    model_type = settings.get("model_type", "llama")  # the oldest heads name none
+    model_type = settings.get("model_type", "llama")  # the oldest heads have no model_type
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"{path}: model_type={model_type!r} is not supported; known: {', '.join(FAMILIES)}"
@@ -203,7 +203,7 @@ def _target_values(settings: Mapping[str, Any], family: Family) -> dict[str, Any
         **family.flags,
         **_family_values(settings, family),
     }
-    # Other families' fields have their defaults, whatever a file says.
+    # Fields of other families keep their defaults, whatever the file contains.
     own = [field for field in fields.values() if field.name in COMMON]
     return _with_keys(values, own, settings, family)
 
@@ -224,7 +224,7 @@ def _with_keys(
     settings: Mapping[str, Any],
     family: Family,
 ) -> dict[str, Any]:
-    """`values` and, of the other fields, what their keys say."""
+    """Returns `values` together with the other fields that have a key in `settings`."""
     for field in fields:
         value = settings.get(field.name, family.defaults.get(field.name))
         if value is None:
@@ -237,7 +237,7 @@ def _with_keys(
 
 
 def _check_unused(settings: Mapping[str, Any]) -> None:
-    """Keys that drafts have for others."""
+    """Raises ValueError if a key that drafts have but do not use has a value of the wrong type."""
     for key, kind in (("max_position_embeddings", int), ("tie_word_embeddings", bool)):
         value = settings.get(key, kind(1))
         if type(value) is not kind or value < 0:
@@ -245,7 +245,7 @@ def _check_unused(settings: Mapping[str, Any]) -> None:
 
 
 def _family_values(settings: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """The fields of `TransformerConfig` that this family has keys for."""
+    """Returns the fields of `TransformerConfig` for which this family has keys."""
     aliases = {key: settings[other] for key, other in family.aliases.items() if other in settings}
     found = {**family.defaults, **aliases, **settings}
     values = {name: found.get(key) for name, key in family.keys.items()}
@@ -261,7 +261,7 @@ def _family_values(settings: Mapping[str, Any], family: Family) -> dict[str, Any
 def _layer_types(
     settings: Mapping[str, Any], family: Family, values: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Window and layer types, in one form where several would say the same."""
+    """Returns window and layer types in a canonical form, since several forms are equivalent."""
     window, layers = values.get("sliding_window"), settings.get("num_hidden_layers")
     if window is None or (family.switch and not settings.get("use_sliding_window", False)):
         return {"sliding_window": None, "layer_types": ()}
@@ -281,7 +281,7 @@ def _layer_types(
 
 
 def _mlp_only_layers(settings: Mapping[str, Any]) -> tuple[int, ...]:
-    """Layers without experts: the listed ones, and those that `decoder_sparse_step` leaves out."""
+    """Returns the layers without experts: those listed, and those `decoder_sparse_step` skips."""
     step, layers = settings.get("decoder_sparse_step", 1), count(settings, "num_hidden_layers", 0)
     listed = settings.get("mlp_only_layers", ())
     if not isinstance(listed, list | tuple) or any(type(layer) is not int for layer in listed):
@@ -292,7 +292,7 @@ def _mlp_only_layers(settings: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _derived(name: str, settings: Mapping[str, Any]) -> int | None:
-    """transformers' rule for keys that older `config.json` files leave out."""
+    """Returns a key that older `config.json` files leave out, by transformers' rule."""
     heads, width = settings.get("num_attention_heads"), settings.get("hidden_size")
     if name == "num_key_value_heads":
         return heads

@@ -1,7 +1,7 @@
-"""The work of `eagle_jax.convert`: finds sources, writes targets and drafts, and compares.
+"""The implementation of `eagle_jax.convert`: finds sources, writes targets and drafts, compares.
 
-Tensors pass through memory one at a time. What is written lies in a temporary directory until it
-has been read again.
+Only one tensor at a time is in memory. Files are written to a temporary directory, which is renamed
+after they have been read back and compared.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from eagle_jax.drafters.one_layer import own_embedding, same_matrix
 
 FORMATS = ("hf", *export.LAYOUTS, NATIVE)
 
-# Files of a model directory besides configuration and weights.
+# Files of a model directory that are copied, besides configuration and weights.
 _OTHERS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -40,19 +40,19 @@ _OTHERS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Keys that a draft keeps though they are not of its computation.
+# Keys that a draft keeps although they do not affect its computation.
 _KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-_KEPT += ("base_model_name_or_path",)  # the published loader of Medusa heads wants it
+_KEPT += ("base_model_name_or_path",)  # the published loader of Medusa heads needs it
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What is converted: directories of a target and of drafts.
+    """The source of a conversion: directories of a target and of drafts.
 
     Attributes:
-        target: of the target, if there is one.
-        drafts: of the drafts.
-        root: of a directory that holds both, with its manifest.
+        target: directory of the target, or None.
+        drafts: directories of the drafts.
+        root: the directory that holds target, drafts and manifest, or None.
     """
 
     target: Path | None
@@ -62,19 +62,19 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """A draft vocabulary that the EAGLE-1 head gets: offsets `d2t`, and the coverage."""
+    """A draft vocabulary for the EAGLE-1 head: offsets `d2t`, and the coverage."""
 
     offsets: np.ndarray
     coverage: float
 
     def said(self) -> dict[str, Any]:
-        """The keys of `config.json` and of the summary that say it."""
+        """Returns the keys that describe it in `config.json` and in the summary."""
         return {"draft_vocab_size": len(self.offsets), vocabularies.COVERAGE: self.coverage}
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is asked of a conversion, as in `eagle_jax.convert.convert`."""
+    """The options of a conversion, as in `eagle_jax.convert.convert`."""
 
     layout: str
     dtype: str | None
@@ -83,14 +83,14 @@ class Job:
     vocabulary: Vocabulary | None = None
 
     def bar(self, total: int, text: str) -> Any:
-        """A progress bar over so many bytes."""
+        """Returns a progress bar over `total` bytes."""
         if self.progress is None:
             return export.NoBar()
         return self.progress(total=total, desc=text)
 
 
 def source_of(path: str | Path, target: str | Path | None, drafts: Sequence[str | Path]) -> Source:
-    """What a user's paths name: a target, drafts, or a directory of both.
+    """Returns the target and drafts that a user's paths name.
 
     Raises:
         ValueError: a target is given though the source has one.
@@ -105,17 +105,17 @@ def source_of(path: str | Path, target: str | Path | None, drafts: Sequence[str 
             raise ValueError(f"target: {root} has a target of its own; leave --target out")
         return Source(root / "target", (*own_drafts(root), *more), root)
     if hf.is_whole(root):
-        if outer is not None:  # a small model that drafts for a large one
+        if outer is not None:  # a whole model that is the draft of a larger target
             return Source(outer, (root, *more))
         return Source(root, tuple(more))
     return Source(outer, (root, *more))
 
 
 def target_of(path: str | Path | None) -> Path | None:
-    """The directory of a target, given that, a pair's, or a shipped name; None stays None.
+    """Returns the directory of a target, given it, its parent or a shipped name; None stays None.
 
     Raises:
-        ValueError: it is a draft.
+        ValueError: the directory holds a draft.
     """
     from eagle_jax.params import find
 
@@ -131,7 +131,7 @@ def target_of(path: str | Path | None) -> Path | None:
 def check_vocabulary(
     layout: str, kind: str | None, size: int | None, text: Sequence[str | Path]
 ) -> None:
-    """Raises ValueError unless the arguments for a draft vocabulary go together."""
+    """Raises ValueError unless the arguments for a draft vocabulary are consistent."""
     if size is None:
         if text:
             raise ValueError(
@@ -153,7 +153,7 @@ def check_vocabulary(
 
 
 def _shortening() -> list[str]:
-    """The kinds of drafts that can get a draft vocabulary after training."""
+    """Returns the kinds of drafts that can get a draft vocabulary after training."""
     return [kind for kind, spec in registry.specs().items() if spec.checkpoint().shortens]
 
 
@@ -162,13 +162,13 @@ def _or(kinds: Sequence[str]) -> str:
 
 
 def shortened(source: Source) -> str:
-    """The kind of the source's draft that gets a draft vocabulary."""
+    """Returns the kind of the source's draft that gets the draft vocabulary."""
     kinds = [hf.kind(directory) for directory in source.drafts]
     return next((kind for kind in _shortening() if kind in kinds), _shortening()[0])
 
 
 def vocabulary_of(source: Source, size: int, text: Sequence[str | Path]) -> Vocabulary:
-    """The tokens that answers have most often, for a draft of the source."""
+    """Returns a draft vocabulary of the tokens that are most frequent in answers."""
     from eagle_jax.text import Tokenizer
     from eagle_jax.vocabulary import draft_vocabulary, token_counts
 
@@ -205,7 +205,7 @@ def vocabulary_of(source: Source, size: int, text: Sequence[str | Path]) -> Voca
 
 
 def to_hf(job: Job, source: Source, to: Path, kind: str | None) -> dict[str, Any]:
-    """Writes a whole model as transformers opens it; returns the summary."""
+    """Writes a whole model that transformers can open; returns the summary."""
     chosen = source.target if kind is None else _choose(source, kind)
     if chosen is None or not hf.is_whole(chosen):
         draft = chosen or source.drafts[0]
@@ -277,7 +277,7 @@ def to_native(job: Job, source: Source, to: Path) -> dict[str, Any]:
 
 
 def _write_target(job: Job, source: Path, directory: Path) -> int:
-    """A target with its own `config.json`, whatever else that says; returns the weights' bytes."""
+    """Writes a target, keeping all settings of its `config.json`; returns the weights' bytes."""
     config, _ = hf.open_target(source)
     settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
     settings, tensors = config_json.text_part(settings, files.read_tensors(source))
@@ -306,7 +306,7 @@ def _write_draft(
     layout: str,
     target: Path | None,
 ) -> tuple[DraftConfig, int]:
-    """A draft in a layout of `serving`; returns the bytes of its tensors."""
+    """Writes a draft in a layout of `export`; returns its configuration and the tensors' bytes."""
     about = None if target is None else _target(target, job.target_name)
     config, params = hf.open_draft(source, about.config if about else None)
     if about is not None:
@@ -347,7 +347,7 @@ def _write_draft(
 def _target(directory: Path, name: str | None) -> ExportTarget:
     config, params = hf.open_target(directory)
     architectures = files.read_json(directory / "config.json").get("architectures", [])
-    if name is None:  # a path of this machine would tell others nothing
+    if name is None:  # a path of this machine would mean nothing elsewhere
         place = directory.resolve()
         name = place.parent.name if place.name == "target" else place.name
     return ExportTarget(config, params["embed_tokens.embedding"], name, architectures)
@@ -356,7 +356,7 @@ def _target(directory: Path, name: str | None) -> ExportTarget:
 def _embedding(
     source: Path, target: ExportTarget | None, layout: str, config: DraftConfig
 ) -> LazyTensor | None:
-    """The matrix that goes beside the weights: the target's, or else the source's own."""
+    """Returns the embedding to write with the draft: the target's, or else the source's own."""
     files_of_kind = registry.by_config(config).checkpoint()
     if not files_of_kind.shares_embedding(config):
         return None
@@ -369,7 +369,7 @@ def _embedding(
     if wanted == "none":
         return None
     if wanted == "kept":
-        return own if target is None else None  # nobody has seen that it is the target's
+        return own if target is None else None  # kept if it was not compared with the target's
     if wanted == "required" and own is None and target is None:
         raise ValueError(
             f"{source}: has no {EMBEDDING}, without which the official code does not open "

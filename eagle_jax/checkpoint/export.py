@@ -1,6 +1,6 @@
-"""Drafts in the layouts of those who run them: the official code, SGLang, speculators and vLLM.
+"""Writes drafts for other programs: the official code, SGLang, speculators and vLLM.
 
-Each drafter says which layouts it has, and what they are (`eagle_jax.drafters.files.DraftFiles`):
+Each drafter defines the layouts that it supports (`eagle_jax.drafters.files.DraftFiles`):
 
 | layout | EAGLE-1 | EAGLE-3 | Medusa |
 |---|---|---|---|
@@ -8,13 +8,13 @@ Each drafter says which layouts it has, and what they are (`eagle_jax.drafters.f
 | sglang | `LlamaForCausalLMEagle` | `LlamaForCausalLMEagle3` | |
 | speculators | | `Eagle3Speculator`, as vLLM reads it | |
 
-None of them has a draft vocabulary for EAGLE-1 (SGLang takes one from a file of its own,
-`--speculative-token-map`). There the head is written without it: the same weights, which then
-draft from all tokens and cost more. `NATIVE` keeps it.
+None of these layouts can store a draft vocabulary for EAGLE-1 (SGLang takes one from a separate
+file, `--speculative-token-map`). The head is then written without it: with the same weights it
+drafts from all tokens, which costs more time. `NATIVE` keeps the draft vocabulary.
 
-A wrong word in such a file lowers acceptance and nothing else tells. So whatever follows from a
-default elsewhere is written out, and what was written is read again and compared, bit by bit,
-before it counts.
+A wrong setting in such a file lowers acceptance without any error. Therefore settings are written
+even where they equal a reader's default, and the files are read back and compared bit by bit before
+the conversion counts as done.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LAYOUTS = ("official", "sglang", "speculators")
 
 @runtime_checkable
 class Bar(Protocol):
-    """A progress bar; tqdm's are."""
+    """The protocol of a progress bar, such as tqdm's."""
 
     def update(self, count: int, /) -> object: ...
 
@@ -68,23 +68,24 @@ def write(
     embedding: LazyTensor | None = None,
     bar: Callable[[int], AbstractContextManager[Bar]] = lambda total: NoBar(),
 ) -> DraftConfig:
-    """Writes a draft, reads it again and compares; returns it as the layout says it.
+    """Writes a draft, reads it back and compares; returns its configuration in that layout.
 
     Args:
-        directory: must exist; what fails leaves files there, so give one of `files.staged`.
-        config: of the draft.
-        params: its arrays by their Flax names, as `hf.open_draft` gives them.
+        directory: an existing directory; a failure leaves files there, so give one of
+            `files.staged`.
+        config: the draft's configuration.
+        params: the draft's arrays by Flax name, as `hf.open_draft` returns them.
         layout: one of `LAYOUTS`, or `NATIVE`.
-        dtype: of the weights on disk; None: one that holds all of them as they are.
-        target: what the draft was trained for.
-        extra: further keys of `config.json`, which give way to those that the layout has.
-        embedding: the target's matrix [v, d], to write beside the weights of a draft that has
-            none, for the layouts that have one.
-        bar: makes a progress bar, given the number of bytes that are written and compared.
+        dtype: dtype of the weights on disk; None: the dtype that stores all of them exactly.
+        target: the target that the draft was trained for.
+        extra: further keys of `config.json`; the layout's own keys take precedence.
+        embedding: the target's embedding [v, d], for a draft without one and a layout that stores
+            one.
+        bar: makes a progress bar from the number of bytes that are written and compared.
 
     Raises:
-        ValueError: `params` don't match `config`, the layout cannot say what this draft computes,
-            or what was written reads as something else.
+        ValueError: `params` don't match `config`, the layout cannot express what this draft
+            computes, or the files read back differ from what was written.
         OSError: the directory cannot be written.
     """
     exact = dtype is None
@@ -95,7 +96,7 @@ def write(
     config, params = own.as_layout(config, params, layout)
     settings = {**(extra or {}), **own.export_settings(config, layout, dtype, target)}
     if draft_vocabulary.size_of(config) is None:
-        settings.pop(draft_vocabulary.COVERAGE, None)  # of one that the layout has not
+        settings.pop(draft_vocabulary.COVERAGE, None)  # the layout has no draft vocabulary
     tensors = own.export_tensors(config, params, layout, dtype)
     beside: dict[str, LazyTensor] = {}
     if embedding is not None and own.embedding(config, layout) != "none":
@@ -105,7 +106,7 @@ def write(
     if not exact:
         expected = {name: _cast(array, dtype) for name, array in expected.items()}
     paths = [directory / name for name in own.export_files(layout)]
-    total = 2 * len(paths) * size(tensors)  # written, and read again
+    total = 2 * len(paths) * size(tensors)  # written once and read back once
     with bar(total + size(expected)) as progress:
         for path in paths:
             if path.suffix == ".bin":
@@ -116,7 +117,7 @@ def write(
         found, again = hf.open_draft(directory, target.config if target else None)
         if found != config:
             raise ValueError(f"{directory}: reads as {found}, not as {config}; please report this")
-        if exact:  # the source's numbers come back, whatever dtype they took on the way
+        if exact:  # the dtype on disk stores the source's numbers exactly, so they must come back
             again = {
                 n: x.astype(expected[n].dtype if n in expected else x.dtype)
                 for n, x in again.items()
@@ -134,7 +135,7 @@ def compare(
     expected: Mapping[str, LazyTensor],
     progress: Bar,
 ) -> None:
-    """Raises ValueError unless both have the same names, dtypes and bits; one tensor at a time."""
+    """Raises ValueError unless both have the same names, dtypes and bits; reads tensors singly."""
     if found.keys() != expected.keys():
         names = sorted(found.keys() ^ expected.keys())
         raise ValueError(f"{directory}: {names[0]} got lost or was added; please report this")
@@ -146,7 +147,7 @@ def compare(
 
 
 def size(arrays: Mapping[str, Any]) -> int:
-    """Bytes that these arrays take."""
+    """Returns the number of bytes of these arrays."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays.values())
 
 
@@ -156,14 +157,14 @@ def _same(one: np.ndarray, two: np.ndarray) -> bool:
 
 
 def _exact_dtype(params: Mapping[str, Any]) -> str:
-    """The dtype that holds all weights as they are."""
+    """Returns the dtype that stores all weights exactly."""
     names = {x.dtype.name for x in params.values() if x.dtype.kind not in "iub"}
     if not names <= set(files.DTYPES):
         raise ValueError(
             f"weights are {', '.join(sorted(names))}; give --dtype, one of "
             f"{', '.join(files.DTYPES)}"
         )
-    return names.pop() if len(names) == 1 else "float32"  # neither of bfloat16 and float16 does
+    return names.pop() if len(names) == 1 else "float32"  # it holds both of the others
 
 
 def _cast(array: Any, dtype: str) -> LazyTensor:
@@ -172,7 +173,7 @@ def _cast(array: Any, dtype: str) -> LazyTensor:
 
 
 def _check_layout(config: DraftConfig, layout: str) -> None:
-    """Raises ValueError unless this kind of draft can be written in a layout."""
+    """Raises ValueError unless this kind of draft can be written in the layout."""
     if layout not in (*LAYOUTS, NATIVE):
         raise ValueError(f"layout={layout!r}: must be one of {', '.join(LAYOUTS)}")
     known = {kind: spec.checkpoint() for kind, spec in registry.specs().items()}

@@ -1,4 +1,4 @@
-"""What each model type of Hugging Face implies for a configuration, as a table."""
+"""The table of model families: what each Hugging Face model type implies for a configuration."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What one `model_type` of `config.json` implies.
+    """The meaning of one `model_type` of `config.json`.
 
     Attributes:
-        architecture: the class in transformers.
-        flags: fields of `TransformerConfig` that the family has in this way, and no key for.
-        keys: further fields that it may have, by their keys in `config.json`; all other families'
-            fields must have their defaults.
-        defaults: for keys that `config.json` may leave out.
-        fixed: keys that must be absent, null or have this value: others change the computation.
-        extra: keys that are written besides.
-        windows: the rule for layers that slide where `layer_types` is absent: a function of the
-            keys and the number of a layer. Without one, all layers slide.
-        aliases: keys that some writers call otherwise.
-        switch: `sliding_window` counts only where `use_sliding_window` is true.
-        renames: parts of our tensors' names, and what they are called on disk.
+        architecture: name of the class in transformers.
+        flags: fields of `TransformerConfig` that the family fixes and has no key for.
+        keys: fields that the family can set, with their keys in `config.json`; fields of other
+            families must have their defaults.
+        defaults: values of keys that `config.json` may leave out.
+        fixed: keys that must be absent, null or have this value, because any other value changes
+            the computation.
+        extra: further keys to write.
+        windows: returns whether a layer has the sliding window if `layer_types` is absent, from the
+            keys and the layer's index. None: all layers have it.
+        aliases: other names that some writers use for keys.
+        switch: `sliding_window` applies only if `use_sliding_window` is true.
+        renames: parts of our tensors' names, mapped to those on disk.
     """
 
     architecture: str
@@ -43,7 +44,7 @@ class Family:
 
 
 def after_max_window_layers(settings: Mapping[str, Any], layer: int) -> bool:
-    """Returns whether a layer slides by Qwen2's rule: from `max_window_layers` on."""
+    """Returns whether a layer has the window by Qwen2's rule: from `max_window_layers` on."""
     return layer >= count(settings, "max_window_layers", 28)
 
 
@@ -60,10 +61,10 @@ def _all_but_every_sixth(settings: Mapping[str, Any], layer: int) -> bool:
 
 
 def count(settings: Mapping[str, Any], key: str, default: int) -> int:
-    """Returns the number of layers that `config.json` has under a key.
+    """Returns the number of layers that `config.json` gives under a key.
 
     Raises:
-        ValueError: it is no number of layers.
+        ValueError: the value is not a number of layers.
     """
     value = settings.get(key, default)
     if type(value) is not int or value < 0:
@@ -108,7 +109,7 @@ FAMILIES = {
     "llama": Family(
         architecture="LlamaForCausalLM",
         defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
-        # transformers' `attention_bias` for Llama also puts one on o_proj, which we don't have.
+        # transformers' `attention_bias` for Llama also adds a bias to o_proj, which we don't have.
         fixed=_SILU | {"attention_bias": False, "mlp_bias": False},
     ),
     "mistral": Family(
@@ -154,7 +155,7 @@ FAMILIES = {
             "rope_theta": 1e6,
         },
         fixed=_SILU,
-        # It has an expert's matrices by number: w1(x) is gated, times w3(x), then w2.
+        # Names of an expert's matrices on disk: the expert computes w2(silu(w1(x)) * w3(x)).
         renames={
             ".mlp.": ".block_sparse_moe.",
             ".gate_proj.": ".w1.",
@@ -210,7 +211,7 @@ FAMILIES = {
             "rope_theta": 1e6,
             "rope_local_base_freq": 1e4,
         },
-        # transformers has the key and reads it nowhere.
+        # transformers defines this key but never reads it.
         fixed=_GEMMA_FIXED | {"attn_logit_softcapping": None},
         extra={"hidden_activation": "gelu_pytorch_tanh"},
         windows=_all_but_every_sixth,
@@ -218,7 +219,7 @@ FAMILIES = {
 }
 """Every `model_type` that can be read."""
 
-# What a decoder layer is made of, under the same key in every family and for drafts of one layer.
+# Fields of a decoder layer that have the same key in every family and in one-layer drafts.
 LAYER = {
     "head_dim",
     "hidden_size",
@@ -235,10 +236,10 @@ COMMON |= {"tie_word_embeddings", "model_type"}
 
 
 def family_of(config: TransformerConfig) -> str:
-    """The model type that has everything `config` asks for: its own, or else the first that fits.
+    """Returns the model type that can express `config`: its own, or else the first that fits.
 
     Raises:
-        ValueError: none has; names what the closest lacks.
+        ValueError: no family can; the message names what the closest one lacks.
     """
     own = [config.model_type] if config.model_type in FAMILIES else []
     unmet = {name: _unmet(config, FAMILIES[name]) for name in [*own, *FAMILIES]}
@@ -253,7 +254,7 @@ def family_of(config: TransformerConfig) -> str:
 
 
 def _unmet(config: TransformerConfig, family: Family) -> list[str]:
-    """Fields whose values `config.json` of this family cannot say."""
+    """Returns the fields whose values this family's `config.json` cannot express."""
     unmet = []
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)

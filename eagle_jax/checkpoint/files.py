@@ -1,4 +1,4 @@
-"""The files of a model directory, `config.json` and its tensors; directories written as a whole."""
+"""Reads and writes the files of a model directory; a directory appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ _ENDINGS = (".safetensors", ".bin", ".pt")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; keys whose value is null count as absent.
+    """Returns the object in a JSON file, without the keys whose value is null.
 
     Raises:
-        ValueError: no such file, or not one JSON object.
+        ValueError: there is no such file, or it does not hold one JSON object.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: no such file; give a Hugging Face model directory") from None
-    except (ValueError, RecursionError) as error:  # of JSON and of UTF-8; nested without end
+    except (ValueError, RecursionError) as error:  # bad JSON or UTF-8; nested too deeply
         raise ValueError(f"{path}: not valid JSON ({error}); download the file again") from error
     if not isinstance(result, dict):
         raise ValueError(f"{path}: holds no JSON object; download the file again")
@@ -50,12 +50,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(directory: Path) -> LazyTensors:
-    """The tensors of a directory, by their names on disk, in one file or in several; none is read.
+    """Returns the tensors of a directory, in one or several files, by name on disk; reads none yet.
 
-    Safetensors files go before torch's, where both are there.
+    If there are safetensors and torch files, the safetensors files are taken.
 
     Raises:
-        ValueError: a file is missing or corrupt, or a torch file has code in it.
+        ValueError: a file is missing or corrupt, or a torch file contains code.
     """
     others = [name for spec in registry.specs().values() for name in spec.checkpoint().other_names]
     for usual, read in ((_SAFETENSORS, safetensors.stored), (_TORCH, torch_bin.stored)):
@@ -96,7 +96,10 @@ def _indexed(index: Path, read: Callable[[Path], LazyTensors]) -> LazyTensors:
 
 
 def _shards(directory: Path, name: str) -> list[str]:
-    """`model-00001-of-00002.safetensors` and so on, without an index: all of them, or none."""
+    """Returns the names of shards (`model-00001-of-00002.safetensors`, ...) that have no index.
+
+    The list is complete, or empty if there are no shards.
+    """
     stem, suffix = name.split(".")
     found = [path.name for path in directory.glob(f"{stem}-*-of-*.{suffix}")]
     counted = [re.fullmatch(rf"{stem}-\d{{5}}-of-(\d{{5}})\.{suffix}", name) for name in found]
@@ -127,7 +130,7 @@ def _merged(
 
 
 def check_new(directory: Path) -> None:
-    """Raises ValueError where `staged` would, before anything is computed for it."""
+    """Raises the ValueError that `staged` would raise, before any work is done."""
     if directory.name in ("", "..") or directory.is_symlink():
         raise ValueError(f"{directory}: is no name for a new directory; give one that is not there")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -136,14 +139,14 @@ def check_new(directory: Path) -> None:
 
 @contextlib.contextmanager
 def staged(directory: str | Path) -> Iterator[Path]:
-    """A new directory that gets the name `directory` when the block ends without an error.
+    """Yields a temporary directory that is renamed to `directory` if the block raises no error.
 
-    It is made beside it, since a rename is atomic within one file system only; after an error
-    nothing of it is left. What a killed run left of the same name is removed.
+    It lies beside `directory`, since a rename is atomic within one file system only. After an error
+    it is deleted; what a killed run left under the same name is deleted too.
 
     Raises:
         ValueError: `directory` exists and is not empty.
-        OSError: it cannot be written.
+        OSError: the directory cannot be written.
     """
     directory = Path(directory)
     check_new(directory)
@@ -171,7 +174,7 @@ def staged(directory: str | Path) -> Iterator[Path]:
 
 
 def _of_place(error: OSError, temporary: Path, directory: Path) -> OSError | None:
-    """An error of our own files, told of the place that the user gave, with a remedy."""
+    """Returns an error about the temporary directory as one about the user's, with a remedy."""
     for name in map(str, (error.filename2, error.filename)):
         if name.startswith(str(temporary)) or name == str(directory):
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -182,7 +185,7 @@ def _of_place(error: OSError, temporary: Path, directory: Path) -> OSError | Non
 
 
 def _make_parents(directory: Path) -> list[Path]:
-    """Makes missing directories; returns those made, the innermost first."""
+    """Creates missing parent directories and returns those created, the innermost first."""
     made: list[Path] = []
     for path in reversed([directory, *directory.parents]):
         if not path.exists():
@@ -192,7 +195,7 @@ def _make_parents(directory: Path) -> list[Path]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file; a failure leaves the old one, or none."""
+    """Writes a JSON file; after a failure the old file, if any, is unchanged."""
     with safetensors.replacing(path) as file:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
 
@@ -205,18 +208,18 @@ def write(
     settings: Mapping[str, Any],
     tables: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Writes a model directory; creates it if missing, and only if nothing is wrong.
+    """Writes `config.json` and `model.safetensors`; checks its arguments before it creates files.
 
     Args:
-        directory: receives `config.json` and `model.safetensors`.
-        config: of the model.
+        directory: the model directory; created if missing.
+        config: configuration of the model.
         params: arrays with the names and shapes of `shapes(config)`.
-        dtype: of the weights on disk, one of `DTYPES`.
+        dtype: dtype of the weights on disk, one of `DTYPES`.
         settings: content of `config.json`.
-        tables: further tensors, written as they are.
+        tables: further tensors, written unchanged.
 
     Raises:
-        ValueError: `params` don't match `config`, or an unknown dtype.
+        ValueError: `params` don't match `config`, or the dtype is unknown.
     """
     check_params(config, params, dtype)
     tensors = {**(tables or {}), **disk_tensors(config, params, dtype)}
@@ -227,9 +230,9 @@ def write(
 
 
 def write_index(directory: Path, tensors: Mapping[str, Any]) -> None:
-    """Writes `model.safetensors.index.json` beside a whole `model.safetensors`.
+    """Writes `model.safetensors.index.json` beside a single `model.safetensors`.
 
-    transformers needs none. The official EAGLE code looks up there where a target's embedding is.
+    transformers does not need it, but the official EAGLE code finds the target's embedding by it.
     """
     total = sum(math.prod(x.shape) * x.dtype.itemsize for x in tensors.values())
     names = dict.fromkeys(sorted(tensors), _SAFETENSORS)
@@ -238,7 +241,7 @@ def write_index(directory: Path, tensors: Mapping[str, Any]) -> None:
 
 
 def disk_tensors(config: DraftConfig, params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The weights of `params` by their names on disk, cast and transposed when they are read."""
+    """Returns the weights of `params` by name on disk; each is cast and transposed when read."""
     tensors = {}
     for name, (disk, transposed) in on_disk(config).items():
         array = cast(disk, lazily(params[name]), dtype)
@@ -249,10 +252,10 @@ def disk_tensors(config: DraftConfig, params: Mapping[str, Any], dtype: str) -> 
 def check_counts(
     directory: Path, settings: Mapping[str, Any], keys: Sequence[str], tensors: LazyTensors
 ) -> None:
-    """Raises ValueError where `config.json` counts more of something than there are tensors.
+    """Raises ValueError if a count in `config.json` (of layers, say) exceeds the number of tensors.
 
-    The names and shapes that a configuration implies are compared later; a wrong number would
-    first make millions of them.
+    This check comes before the comparison of names and shapes, for which a wrong count could
+    generate millions of names.
     """
     for key in keys:
         if isinstance(settings.get(key), int) and settings[key] > len(tensors):
@@ -263,7 +266,7 @@ def check_counts(
 
 
 def check_params(config: DraftConfig, params: Mapping[str, Any], dtype: str) -> None:
-    """Raises ValueError where `write` would."""
+    """Raises the ValueError that `write` would raise."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
     found = {name: np.shape(value) for name, value in params.items()}
@@ -273,7 +276,7 @@ def check_params(config: DraftConfig, params: Mapping[str, Any], dtype: str) -> 
 def arrays(
     directory: Path, config: DraftConfig, tensors: Mapping[str, LazyTensor], *ignored: str
 ) -> LazyTensors:
-    """The weights of `config` by their Flax names, from tensors by their names on disk.
+    """Returns the weights of `config` by Flax name, from tensors by name on disk.
 
     Raises:
         ValueError: a tensor is missing, unexpected (unless `ignored`) or of a wrong shape.
@@ -281,7 +284,7 @@ def arrays(
     found = {
         name: array.shape
         for name, array in tensors.items()
-        # A buffer that transformers 4.30 and older stored; it follows from rope_theta.
+        # transformers 4.30 and older stored this buffer, which rope_theta determines.
         if name not in ignored and not name.endswith("rotary_emb.inv_freq")
     }
     _compare(str(directory), found, disk_shapes(config))
@@ -298,7 +301,7 @@ def arrays(
 
 
 def in_memory(params: Mapping[str, LazyTensor | np.ndarray]) -> Arrays:
-    """All of them read."""
+    """Reads all tensors into memory and returns them."""
     return {name: np.asarray(array) for name, array in params.items()}
 
 

@@ -1,6 +1,6 @@
-"""Hugging Face directories (`config.json`, `model.safetensors`) <-> configuration, parameters.
+"""Reads and writes Hugging Face directories (`config.json`, `model.safetensors`).
 
-A target is what `transformers` reads; each kind of draft has files of its own
+Targets have the files that `transformers` reads; each kind of draft has its own file format
 (`eagle_jax.drafters`).
 """
 
@@ -43,18 +43,18 @@ def save_target(
     bos_token_id: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
 ) -> None:
-    """Writes a directory that `transformers.AutoModelForCausalLM.from_pretrained` opens.
+    """Writes a target directory that `transformers.AutoModelForCausalLM.from_pretrained` opens.
 
     Args:
-        directory: created if missing.
-        config: of the target.
+        directory: where to write; created if missing.
+        config: the target's configuration.
         params: arrays with the names and shapes of `shapes(config)`.
-        dtype: of the weights on disk: "float32", "bfloat16" or "float16".
-        bos_token_id: begins a text, or none.
-        eos_token_id: ends a text, one or several, or none.
+        dtype: dtype of the weights on disk: "float32", "bfloat16" or "float16".
+        bos_token_id: the token that begins a text, or None.
+        eos_token_id: the token or tokens that end a text, or None.
 
     Raises:
-        ValueError: `params` don't match `config`, are quantised, or an unknown dtype.
+        ValueError: `params` don't match `config` or are quantised, or the dtype is unknown.
     """
     _check_floats("quantize", params)
     settings = targets.settings(config, dtype, bos_token_id, eos_token_id)
@@ -62,7 +62,7 @@ def save_target(
 
 
 def load_target(directory: str | Path) -> tuple[TransformerConfig, files.Arrays]:
-    """Reads a target; weights keep their dtype. Sharded directories can be read too.
+    """Returns a target's configuration and its weights, read into memory in their dtype on disk.
 
     Raises:
         ValueError: as in `open_target`.
@@ -72,7 +72,7 @@ def load_target(directory: str | Path) -> tuple[TransformerConfig, files.Arrays]
 
 
 def open_target(directory: str | Path) -> tuple[TransformerConfig, files.LazyTensors]:
-    """A target's configuration and weights, each of which is read when it is asked for.
+    """Returns a target's configuration and its weights, each of which is read when it is used.
 
     Raises:
         ValueError: a file is missing or corrupt, the model type or one of its settings is not
@@ -98,17 +98,17 @@ def save_draft(
     """Writes a draft of any kind in the layout of published heads, without the embedding.
 
     Args:
-        directory: created if missing.
-        config: of the draft; an independent model is written as a target is.
+        directory: where to write; created if missing.
+        config: the draft's configuration; an independent model is written like a target.
         params: arrays with the names and shapes of `shapes(config)`; `d2t` holds offsets, int32
             [Vd].
-        dtype: of the weights on disk: "float32", "bfloat16" or "float16".
-        coverage: share of the tokens of some text, an EAGLE-3 draft's training text, that the
-            draft vocabulary has, 0 to 1; noted in `config.json`.
+        dtype: dtype of the weights on disk: "float32", "bfloat16" or "float16".
+        coverage: share (0 to 1) of the training text's tokens that are in the draft vocabulary;
+            noted in `config.json`.
 
     Raises:
-        ValueError: `params` don't match `config`, are quantised, an unknown dtype, or a coverage
-            that is out of range or of a draft that has the target's vocabulary.
+        ValueError: `params` don't match `config` or are quantised, the dtype is unknown, or
+            `coverage` is out of range or given for a draft without a draft vocabulary.
     """
     if coverage is not None and getattr(config, "draft_vocab_size", None) is None:
         raise ValueError(
@@ -125,7 +125,7 @@ def save_draft(
 
 
 def _check_floats(argument: str, params: Mapping[str, Any]) -> None:
-    """Raises ValueError for a model whose matrices are stored in eight bits."""
+    """Raises ValueError if a model's matrices are stored in eight bits."""
     if any(getattr(array, "dtype", None) == np.int8 for array in params.values()):
         raise ValueError(
             f"{argument}='int8': quantised weights are not written; give the model as it was "
@@ -136,7 +136,7 @@ def _check_floats(argument: str, params: Mapping[str, Any]) -> None:
 def load_draft(
     directory: str | Path, target: TransformerConfig | None = None
 ) -> tuple[DraftConfig, files.Arrays]:
-    """Reads a draft of any kind; weights keep their dtype.
+    """Returns a draft's configuration and its weights, read into memory in their dtype on disk.
 
     Args:
         directory, target: as in `open_draft`.
@@ -151,19 +151,19 @@ def load_draft(
 def open_draft(
     directory: str | Path, target: TransformerConfig | None = None
 ) -> tuple[DraftConfig, files.LazyTensors]:
-    """A draft of any kind: its configuration, and weights that are read when they are asked for.
+    """Returns the configuration of a draft of any kind, and its weights, each read when it is used.
 
-    They are those of the files; `DraftFiles.for_decoding` adds what a module takes of the target's.
+    The weights are those in the files; `DraftFiles.for_decoding` adds those shared with the target.
 
     Args:
-        directory: of the draft; its files say of which kind it is.
-        target: the draft's target. Official EAGLE-3 heads leave it to the target's number of
-            layers L which ones they read (2, L // 2, L - 3), tied Medusa heads its vocabulary.
+        directory: the draft's directory; its files tell the kind of draft.
+        target: the configuration of the draft's target. Official EAGLE-3 heads need it for the
+            layers that they read (2, L // 2, L - 3 of L layers), tied Medusa heads for the
+            vocabulary.
 
     Raises:
-        ValueError: as in `open_target`; a draft's `d2t` is missing, leaves the vocabulary, repeats
-            a token or contradicts `t2d`; or what follows from the target is needed and there is
-            none.
+        ValueError: as in `open_target`; or `d2t` is missing, names tokens outside the vocabulary,
+            repeats one or contradicts `t2d`; or the target is needed and not given.
     """
     directory = Path(directory)
     spec, settings, tensors = recognise(directory)
@@ -172,9 +172,9 @@ def open_draft(
 
 
 def recognise(directory: Path) -> tuple[DrafterSpec, dict[str, Any], files.LazyTensors]:
-    """The drafter whose files a directory holds, the keys of `config.json`, and the tensors.
+    """Returns the drafter whose files a directory holds, the keys of `config.json`, and tensors.
 
-    A target is recognised as an independent model; no tensor is read.
+    A target is recognised as an independent model. No tensor is read.
 
     Raises:
         ValueError: a file is missing or corrupt.
@@ -185,26 +185,27 @@ def recognise(directory: Path) -> tuple[DrafterSpec, dict[str, Any], files.LazyT
 
 
 def kind(directory: Path) -> str:
-    """The kind of draft that a directory holds; "model" for a whole model."""
+    """Returns the kind of draft that a directory holds, "model" for a whole model."""
     return recognise(directory)[0].kind
 
 
 def is_whole(directory: Path) -> bool:
-    """Whether a directory holds a whole model, which can be a target."""
+    """Returns whether a directory holds a whole model, which can be a target."""
     return recognise(directory)[0].checkpoint().whole
 
 
 def check_fit(
     target_config: TransformerConfig, draft_config: DraftConfig, directory: Path | None = None
 ) -> None:
-    """Checks that a draft was made for targets of this size.
+    """Checks that a draft's sizes fit the target.
 
     Args:
-        target_config, draft_config: of the two.
-        directory: of the draft, for the message of an error.
+        target_config: the target's configuration.
+        draft_config: the draft's configuration.
+        directory: the draft's directory, for error messages.
 
     Raises:
-        ValueError: names the first field that does not fit, with both values.
+        ValueError: a field does not fit; the message names the first one and both values.
     """
     try:
         registry.by_config(draft_config).checkpoint().check_fit(target_config, draft_config)
@@ -213,7 +214,7 @@ def check_fit(
 
 
 def _supported(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """`settings`, unless the weights are quantised, which raises a ValueError."""
+    """Returns `settings`, or raises ValueError if they describe quantised weights."""
     if "quantization_config" in settings:
         found = settings["quantization_config"]
         method = found.get("quant_method") if isinstance(found, Mapping) else found

@@ -1,4 +1,4 @@
-"""What a checkpoint is: its kind, its sizes, and what it lacks that others of its kind have."""
+"""Describes a checkpoint: its kind, its sizes, and which optional parts it lacks."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from eagle_jax.drafters.files import DraftFiles
 
 
 def describe(directory: Path, target: Path | None) -> dict[str, Any]:
-    """Kind, family, sizes and what is lacking of one directory, of which only headers are read.
+    """Returns kind, family, sizes and missing parts of a directory; reads only headers of files.
 
     Args:
-        directory: of a target or of a draft.
+        directory: directory of a target or of a draft.
         target: directory of the draft's target, if it is known.
 
     Raises:
-        ValueError: a file is missing or corrupt. A checkpoint that is whole and that this library
-            cannot run is described; "cannot be loaded" says why.
+        ValueError: a file is missing or corrupt. A complete checkpoint that this library cannot run
+            is still described, with the reason under "cannot be loaded".
     """
     spec, settings, tensors = hf.recognise(directory)
     own = spec.checkpoint()
@@ -86,7 +86,7 @@ def _opened(
 
 
 def readable(found: Mapping[str, Any]) -> str:
-    """Descriptions by part, as lines for people."""
+    """Returns the descriptions of all parts as lines of text for users."""
     lines = []
     for part, about in found.items():
         if not isinstance(about, dict):

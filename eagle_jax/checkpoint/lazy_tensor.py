@@ -1,7 +1,6 @@
-"""Tensors that lie in files and are read when they are asked for.
+"""Lazy tensors: they stay in their files until their numbers are needed.
 
-A checkpoint is described, checked and converted without being in memory; whoever needs numbers
-takes them tensor by tensor.
+A checkpoint can be described, checked and converted with only one tensor at a time in memory.
 """
 
 from __future__ import annotations
@@ -13,19 +12,19 @@ from typing import Any
 
 import numpy as np
 
-_BLOCK = 1024  # rows that are read at a time where some are chosen
+_BLOCK = 1024  # rows that `rows` reads at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyTensor:
-    """A tensor in a file; `np.asarray(stored)` reads it, anew each time.
+    """A tensor in a file; every `np.asarray(tensor)` reads the file again.
 
     Attributes:
-        shape: of the array that reading gives.
-        dtype: of that array.
-        load: reads it.
-        part: reads rows from the first of two numbers up to the second, where that is cheaper.
-        base: what this is the transpose of, if it is one.
+        shape: shape of the array that is read.
+        dtype: dtype of that array.
+        load: reads the array.
+        part: `part(start, stop)` reads these rows only, or None if that is not cheaper.
+        base: the tensor that this one is the transpose of, or None.
     """
 
     shape: tuple[int, ...]
@@ -35,7 +34,7 @@ class LazyTensor:
     base: LazyTensor | None = None
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        del copy  # what is read is always new
+        del copy  # reading always makes a new array
         array = self.load()
         return array if dtype is None else array.astype(dtype, copy=False)
 
@@ -43,7 +42,7 @@ class LazyTensor:
         return self.shape[0]
 
     def blocks(self, starts: Iterable[int], rows: int) -> Iterator[np.ndarray]:
-        """So many rows from each start, or those that there are."""
+        """Yields `rows` rows from each start, or fewer at the end of the tensor."""
         part = self.part
         if part is None:
             whole = np.asarray(self)
@@ -52,7 +51,7 @@ class LazyTensor:
             yield from (part(start, min(start + rows, len(self))) for start in starts)
 
     def rows(self, chosen: np.ndarray) -> LazyTensor:
-        """These rows, in this order; of the others a block at a time is in memory."""
+        """Returns a tensor of these rows in this order; reading it takes one block at a time."""
 
         def load() -> np.ndarray:
             result = np.empty((len(chosen), *self.shape[1:]), self.dtype)
@@ -67,18 +66,18 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory, once read."""
+        """The number of bytes of the array that is read."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def T(self) -> LazyTensor:
-        """Transposed."""
+        """The transposed tensor."""
         if self.base is not None:
             return self.base
         return LazyTensor(self.shape[::-1], self.dtype, lambda: self.load().T, base=self)
 
     def astype(self, dtype: Any) -> LazyTensor:
-        """In another dtype, cast when it is read."""
+        """Returns the tensor in another dtype; it is cast when it is read."""
         dtype = np.dtype(dtype)
         if dtype == self.dtype:
             return self
@@ -86,10 +85,10 @@ class LazyTensor:
 
 
 def cast(name: str, tensor: LazyTensor, dtype: Any) -> LazyTensor:
-    """A weight in another dtype, cast when it is read.
+    """Returns a weight in another dtype; it is cast when it is read.
 
     Raises:
-        ValueError: when it is read, if numbers become infinite.
+        ValueError: reading it makes a finite number infinite.
     """
     dtype = np.dtype(dtype)
     if dtype == tensor.dtype:
@@ -110,7 +109,7 @@ def cast(name: str, tensor: LazyTensor, dtype: Any) -> LazyTensor:
 
 
 def equal(one: LazyTensor, two: LazyTensor) -> bool:
-    """Whether two tensors are the same, block by block."""
+    """Returns whether two tensors are equal; compares block by block."""
     if (one.shape, one.dtype) != (two.shape, two.dtype):
         return False
     if getattr(one.load, "args", ()) == getattr(two.load, "args", None):
@@ -121,7 +120,7 @@ def equal(one: LazyTensor, two: LazyTensor) -> bool:
 
 
 def lazily(array: Any) -> LazyTensor:
-    """Any array, numpy's or JAX's, as a `Stored`; one that is a `Stored` stays as it is."""
+    """Returns an array of numpy or JAX as a `LazyTensor`; a `LazyTensor` is returned as it is."""
     if isinstance(array, LazyTensor):
         return array
     return LazyTensor(tuple(array.shape), np.dtype(array.dtype), lambda: np.asarray(array))

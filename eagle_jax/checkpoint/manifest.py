@@ -1,8 +1,8 @@
-"""A model and its drafts as one directory: `target/`, a directory per draft, and a manifest.
+"""The manifest of a model directory, which holds `target/` and one directory per draft.
 
-`eagle_jax.json` says what each directory is, and the size and the SHA-256 of every file, so that a
-file that was cut off, exchanged or edited is told apart from one that was meant. A directory
-without a manifest is read as well; then only the files themselves can be checked.
+`eagle_jax.json` lists the kind of each directory and the size and SHA-256 of every file, which
+reveals a file that was truncated, replaced or edited. A directory without a manifest can be loaded
+too; then only the files themselves are checked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from eagle_jax.checkpoint import files
 MANIFEST = "eagle_jax.json"
 VERSION = 1
 
-# Checksums of larger files take longer than opening the model; sizes are always compared.
+# Checksums of larger files would take longer than loading; sizes are always compared.
 _QUICK = 64 * 2**20
 
 
@@ -25,8 +25,8 @@ def write_manifest(root: Path, parts: Mapping[str, str]) -> None:
     """Writes the manifest of a directory whose other files are complete.
 
     Args:
-        root: of the model.
-        parts: what each of its directories is: "target", or the kind of a draft.
+        root: directory of the model.
+        parts: kind of each of its directories: "target", or the kind of a draft.
     """
     content = {
         "format": "eagle_jax",
@@ -46,10 +46,10 @@ def write_manifest(root: Path, parts: Mapping[str, str]) -> None:
 
 
 def parts(root: Path) -> dict[str, str] | None:
-    """What each directory is by the manifest, or None where there is none.
+    """Returns the kind of each directory in the manifest, or None if there is no manifest.
 
     Raises:
-        ValueError: it is no manifest, or another version wrote it.
+        ValueError: the file is not a manifest, or another version wrote it.
     """
     content = _read(root)
     return None if content is None else {name: part["kind"] for name, part in content.items()}
@@ -59,7 +59,7 @@ def check_kinds(root: Path, listed: Mapping[str, str], found: Collection[str]) -
     """Checks that the drafts in directories are of the kinds that the manifest lists for them.
 
     Raises:
-        ValueError: they are not.
+        ValueError: a draft is of another kind.
     """
     kinds = sorted(listed.values())
     if kinds != sorted(found):
@@ -73,12 +73,12 @@ def check(root: Path, *, whole: bool = False, skip: Collection[str] = ()) -> dic
     """Compares a directory with its manifest.
 
     Args:
-        root: of the model.
-        whole: also the checksums of files over 64 MiB.
-        skip: directories that are not looked at.
+        root: directory of the model.
+        whole: compare the checksums of files over 64 MiB too.
+        skip: names of directories to skip.
 
     Returns:
-        What each directory is, or None where there is no manifest.
+        The kind of each directory, or None if there is no manifest.
 
     Raises:
         ValueError: a listed file is missing or differs, or another version wrote the manifest.
@@ -93,7 +93,7 @@ def check(root: Path, *, whole: bool = False, skip: Collection[str] = ()) -> dic
 
 
 def _read(root: Path) -> dict[str, Any] | None:
-    """The parts that the manifest lists, each with its kind and its files."""
+    """Returns the parts in the manifest, each with its kind and files, or None without manifest."""
     path = root / MANIFEST
     if not path.is_file():
         return None

@@ -1,8 +1,8 @@
 """Names and shapes of a model's parameters, in memory and on disk.
 
-In memory, parameters are a flat dictionary of Flax names: `layers.0.mlp.up_proj.kernel`, laid out
-`[in, out]`. On disk a kernel is called `weight` and is transposed. Shapes are those of the module
-itself; each drafter says how its names differ on disk (`DraftFiles.disk_name`).
+In memory, parameters are a flat dictionary with Flax names such as `layers.0.mlp.up_proj.kernel`,
+of shape `[in, out]`. On disk a kernel is called `weight` and is transposed. Shapes are taken from
+the module itself; each drafter defines its own names on disk (`DraftFiles.disk_name`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ LEAVES = {
 """Flax leaf -> its name on disk, and whether it is transposed there."""
 
 TABLE = "d2t"
-"""The one array of a model that is a table of token ids and no weight."""
+"""The one array of a model that is a table of token ids, not a weight."""
 
 
 def shapes(config: DraftConfig) -> dict[str, Shape]:
-    """The name and the shape of every array that a configuration's files hold.
+    """Returns name and shape of every array in a configuration's files.
 
-    They are those of files and of training: every expert and every projection is an array. A
-    draft's `d2t` is among them.
+    This is the layout of files and of training, in which every expert and every projection is a
+    separate array. A draft's `d2t` is included.
     """
     return registry.by_config(config).checkpoint().shapes(config)
 
@@ -41,7 +41,7 @@ def shapes(config: DraftConfig) -> dict[str, Shape]:
 def module_shapes(
     module: Callable[..., Any], config: Hashable, layout: Layout = PLAIN
 ) -> dict[str, Shape]:
-    """The name and the shape of every parameter and table of a module, without making one."""
+    """Returns name and shape of every parameter and table of a module without allocating it."""
     return dict(_module_shapes(module, config, layout))
 
 
@@ -55,20 +55,20 @@ def _module_shapes(
 
 
 def renamed_leaf(name: str) -> tuple[str, bool]:
-    """A Flax name with the last part's name on disk, and whether it is transposed there."""
+    """Returns a Flax name with its last part renamed as on disk, and whether disk transposes it."""
     stem, leaf = name.rsplit(".", 1) if "." in name else ("", name)
     leaf, transposed = LEAVES.get(leaf, (leaf, False))
     return f"{stem}.{leaf}" if stem else leaf, transposed
 
 
 def on_disk(config: DraftConfig) -> dict[str, tuple[str, bool]]:
-    """Every weight's name on disk by its Flax name, and whether it is transposed there."""
+    """Returns, by Flax name, every weight's name on disk and whether it is transposed there."""
     files = registry.by_config(config).checkpoint()
     return {name: files.disk_name(config, name) for name in files.shapes(config) if name != TABLE}
 
 
 def disk_shapes(config: DraftConfig) -> dict[str, Shape]:
-    """The shape of every weight by its name on disk."""
+    """Returns the shape of every weight by its name on disk."""
     expected = shapes(config)
     return {
         disk: expected[name][::-1] if transposed else expected[name]

@@ -1,4 +1,4 @@
-"""Rotary settings of `config.json`: bases and scalings, under transformers' new keys and old."""
+"""Rotary settings of `config.json`: base and scaling, with transformers' new and old keys."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eagle_jax.config import RopeScaling
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
-# What each type of scaling reads, besides the base.
+# The keys that each type of scaling reads, besides the base.
 _ROPE_KEYS = {
     "linear": ("factor",),
     "llama3": (
@@ -34,11 +34,11 @@ _ROPE_KEYS = {
 
 
 def to_json(config: Any, official: bool = False) -> dict[str, Any]:
-    """The rotary keys of `config.json`, for transformers 5 and for older readers.
+    """Returns the rotary keys of `config.json`, for transformers 5 and for older readers.
 
     Args:
-        config: of a model with rotary embedding.
-        official: write linear scaling as the code of official EAGLE heads knows it.
+        config: configuration of a model with rotary embedding.
+        official: write linear scaling in the form that the official EAGLE code reads.
     """
     scaling: RopeScaling | None = getattr(config, "rope_scaling", None)
     local: float | None = getattr(config, "rope_local_base_freq", None)
@@ -47,7 +47,7 @@ def to_json(config: Any, official: bool = False) -> dict[str, Any]:
         own = dataclasses.asdict(scaling)
         read = _ROPE_KEYS[scaling.rope_type]
         rope = {name: own[name] for name in ("rope_type", *read) if own[name] is not None}
-    # transformers 5 reads `rope_parameters` and `dtype`, older ones the others.
+    # transformers 5 reads `rope_parameters`, older versions read the other keys.
     settings: dict[str, Any] = {"rope_parameters": rope | {"rope_theta": config.rope_theta}}
     if local is not None:
         sliding = {"rope_type": "default", "rope_theta": local}
@@ -58,7 +58,7 @@ def to_json(config: Any, official: bool = False) -> dict[str, Any]:
 
 
 def _rope_parameters(settings: Mapping[str, Any], layers: str) -> Mapping[str, Any]:
-    """The rotary settings of all layers, or of those of one type where types differ."""
+    """Returns the rotary settings of the layers of one type, or of all layers if they agree."""
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_parameters={rope!r}: must be an object")
@@ -67,12 +67,12 @@ def _rope_parameters(settings: Mapping[str, Any], layers: str) -> Mapping[str, A
         if not isinstance(rope, Mapping):
             raise ValueError(f"rope_parameters.{layers}={rope!r}: must be an object")
         return _present(rope)
-    # Gemma 3's older files: scaling is for the full layers.
+    # In older files of Gemma 3, scaling applies to the full-attention layers only.
     return _present(rope) if layers == FULL else {}
 
 
 def _present(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the keys that are null, which is as good as absent."""
+    """Returns the settings without the keys that are null, which means absent."""
     return {key: value for key, value in rope.items() if value is not None}
 
 
@@ -85,10 +85,10 @@ def _base(key: str, value: Any) -> float:
 def from_json(
     fields: Collection[str], settings: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """`rope_theta` and, where `fields` has it, `rope_scaling`.
+    """Returns `rope_theta` and, if `fields` contains it, `rope_scaling`.
 
     Raises:
-        ValueError: a key is wrong, missing or not supported; names it.
+        ValueError: a key is wrong, missing or not supported; the message names it.
     """
     rope = _rope_parameters(settings, FULL)
     default = settings.get("rope_theta", defaults.get("rope_theta", 10000.0))
@@ -111,7 +111,7 @@ def _scaling(rope_type: str, rope: Mapping[str, Any], settings: Mapping[str, Any
     found = {name: rope[name] for name in _ROPE_KEYS[rope_type] if rope.get(name) is not None}
     longest = settings.get("max_position_embeddings")
     if rope_type != "linear":
-        # transformers' rules for what is left out.
+        # transformers' defaults for missing keys.
         outer = settings.get("original_max_position_embeddings", longest)
         original = found.setdefault("original_max_position_embeddings", outer)
         if rope_type == "yarn" and "factor" not in found and longest and original:
@@ -121,7 +121,7 @@ def _scaling(rope_type: str, rope: Mapping[str, Any], settings: Mapping[str, Any
         if name not in found:
             raise ValueError(f"rope_scaling: has no {name}, which {rope_type!r} needs; add it")
     floats = {f.name for f in dataclasses.fields(RopeScaling) if "float" in str(f.type)}
-    # Python's numbers compare equal, but a file's 8 and our 8.0 should not be two configurations.
+    # As floats, so that the 8 of a file and our 8.0 give identical configurations.
     numbers = {
         name: float(value) if name in floats and type(value) is int else value
         for name, value in found.items()
@@ -130,10 +130,10 @@ def _scaling(rope_type: str, rope: Mapping[str, Any], settings: Mapping[str, Any
 
 
 def local_base(settings: Mapping[str, Any], default: float) -> float:
-    """The rotary base of sliding layers, where it is their own.
+    """Returns the separate rotary base of the sliding-window layers.
 
     Raises:
-        ValueError: it is not a positive number, or their rotation is scaled.
+        ValueError: the base is not a positive number, or these layers have a rotary scaling.
     """
     rope = _rope_parameters(settings, SLIDING)
     rope_type = rope.get("rope_type", "default")

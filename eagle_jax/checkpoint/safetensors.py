@@ -1,7 +1,8 @@
-"""Safetensors files as dictionaries of numpy arrays, or of tensors that are read when asked for.
+"""Reads and writes safetensors files, as numpy arrays or as lazy tensors.
 
-The library writes whatever a non-contiguous array's memory holds and truncates the old file before
-it writes the new one; `write` does neither. Reading is the library's, which validates the header.
+The safetensors package writes the memory of a non-contiguous array in the wrong order, and
+truncates the old file before it writes the new one; `write` does neither. Reading uses the package,
+which validates the header.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _BY_CODE = {code: np.dtype(name) for name, code in DTYPES.items()}
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file, with the dtypes they have on disk.
+    """Reads all tensors of a safetensors file and returns them in their dtypes on disk.
 
     Raises:
         ValueError: the file is missing, truncated or corrupt.
@@ -48,7 +49,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def stored(path: str | Path) -> dict[str, LazyTensor]:
-    """The tensors of a safetensors file, of which only the header is read.
+    """Returns the tensors of a safetensors file as lazy tensors; reads only the header.
 
     Raises:
         ValueError: the file is missing, truncated or corrupt, or has a dtype outside `DTYPES`.
@@ -74,7 +75,7 @@ def stored(path: str | Path) -> dict[str, LazyTensor]:
 
 
 def _load(path: Path, name: str) -> np.ndarray:
-    # Opened anew for every tensor: pages of an open map would stay in memory.
+    # Opened for every tensor, because the pages of an open memory map would stay in memory.
     with _opened(path) as file:
         return file.get_tensor(name)
 
@@ -101,19 +102,19 @@ def write(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Writes a safetensors file; a failure leaves the old file, or none.
+    """Writes a safetensors file; after a failure the old file, if any, is unchanged.
 
     Args:
         path: the file; its folder must exist.
-        tensors: arrays of any shape, numpy's, JAX's or `Stored`; one at a time is in memory.
-        metadata: free text of the header.
-        progress: is told the bytes of every tensor, when it is written.
+        tensors: arrays of numpy or JAX, or lazy tensors, of which one at a time is in memory.
+        metadata: text entries for the header.
+        progress: called with the number of bytes of every tensor after it is written.
 
     Raises:
         ValueError: an array has a dtype outside `DTYPES`.
         OSError: the file cannot be written; its `filename` is `path`.
     """
-    # Widest dtypes first keeps every tensor aligned to its own items, as the format asks.
+    # The widest dtypes come first, so that every tensor is aligned to its items, as required.
     items = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     with replacing(path) as file:
         file.write(_header(dict(items), metadata))
@@ -126,21 +127,21 @@ def write(
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of `path` when the block ends without an error.
+    """Yields a temporary binary file that replaces `path` if the block raises no error.
 
-    It is written beside `path`, since a rename is atomic within one file system only.
+    It lies beside `path`, since a rename is atomic within one file system only.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        # Not NamedTemporaryFile: its mode 0600 would hide a shared checkpoint from its readers.
+        # Not NamedTemporaryFile, whose mode 0600 would make a shared checkpoint unreadable.
         with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        if error.filename is None:  # of a full disk, say
+        if error.filename is None:  # the error of a full disk, for example
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
@@ -148,7 +149,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def _header(arrays: Mapping[str, Any], metadata: Mapping[str, str] | None) -> bytes:
-    """Length (8 bytes) and JSON, padded with spaces so that the data starts aligned."""
+    """Returns the header: length (8 bytes) and JSON, padded with spaces so that data is aligned."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, array in arrays.items():

@@ -1,4 +1,4 @@
-"""A whole transformer in a Hugging Face directory: a target, or an independent draft model."""
+"""A whole transformer (target or independent draft model) in a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from eagle_jax.layout import Layout
 
 
 def shapes(config: TransformerConfig) -> dict[str, Shape]:
-    """The name and the shape of every weight of a transformer's files."""
+    """Returns name and shape of every weight in a transformer's files."""
     return dict(_shapes(config))
 
 
 @functools.lru_cache(maxsize=64)
 def _shapes(config: TransformerConfig) -> dict[str, Shape]:
-    # One layer of each kind stands for all like it: Flax takes 50 ms for every layer of a module,
-    # and 20 ms for every expert.
+    # Shapes are computed for one layer of each kind, because Flax takes 50 ms for every layer of a
+    # module and 20 ms for every expert.
     found: dict[bool, dict[str, Shape]] = {}
     result: dict[str, Shape] = {}
     for index in range(config.num_hidden_layers):
@@ -40,7 +40,7 @@ def _shapes(config: TransformerConfig) -> dict[str, Shape]:
 
 
 def _one_layer(config: TransformerConfig, experts: bool) -> Iterator[tuple[str, Shape]]:
-    """Names and shapes of the same transformer with one layer, with experts or without."""
+    """Yields names and shapes of the transformer with one layer only, with experts or without."""
     from eagle_jax.models import Transformer  # imports JAX
 
     changes: dict[str, Any] = {"num_hidden_layers": 1, "layer_types": (), "mlp_only_layers": ()}
@@ -50,7 +50,7 @@ def _one_layer(config: TransformerConfig, experts: bool) -> Iterator[tuple[str, 
     if not experts:
         yield from module_shapes(Transformer, config).items()
         return
-    # All experts in one stack, but for their own matrices, which one expert tells.
+    # The module stacks all experts; the files have one matrix per expert, of one expert's shape.
     single = dataclasses.replace(config, num_experts=1, num_experts_per_tok=1)
     for name, shape in module_shapes(Transformer, config, Layout(gate_up_fused=True)).items():
         if ".experts." not in name:
@@ -62,7 +62,7 @@ def _one_layer(config: TransformerConfig, experts: bool) -> Iterator[tuple[str, 
 
 
 def disk_name(config: TransformerConfig, name: str) -> tuple[str, bool]:
-    """The name on disk of a weight, and whether it is transposed there; families have own words."""
+    """Returns a weight's name on disk in its family, and whether it is transposed there."""
     disk, transposed = renamed_leaf(name)
     if not name.startswith("lm_head."):
         disk = f"model.{disk}"
@@ -82,12 +82,12 @@ def settings(
     bos_token_id: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """The content of `config.json`, as transformers reads it."""
+    """Returns the content of `config.json` as transformers reads it."""
     return config_json.to_json(config, families.family_of(config), dtype) | {
         "num_hidden_layers": config.num_hidden_layers,
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
-        # Written even when null: transformers would otherwise take Llama-2's 1 and 2.
+        # Written even if null, since transformers would otherwise assume Llama-2's ids 1 and 2.
         "bos_token_id": bos_token_id,
         "eos_token_id": list(eos_token_id) if isinstance(eos_token_id, Sequence) else eos_token_id,
     }
@@ -96,7 +96,7 @@ def settings(
 def read(
     directory: Path, settings: Mapping[str, Any], tensors: files.LazyTensors
 ) -> tuple[TransformerConfig, files.LazyTensors]:
-    """Configuration and weights by their Flax names.
+    """Returns the configuration and the weights by Flax name.
 
     Raises:
         ValueError: a key or a tensor is missing, unexpected, wrong or not supported.
@@ -107,7 +107,7 @@ def read(
     tied = ["lm_head.weight"] if config.tie_word_embeddings else []
     head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if tied and head is not None and embedding is not None and not equal(head, embedding):
-        # transformers ties no head that a file has and that differs.
+        # Like transformers, do not tie a head that the file contains and that differs.
         config, tied = dataclasses.replace(config, tie_word_embeddings=False), []
     return config, files.arrays(directory, config, tensors, *tied)
 
@@ -115,10 +115,10 @@ def read(
 def untied(
     config: TransformerConfig, params: Mapping[str, LazyTensor]
 ) -> tuple[TransformerConfig, Mapping[str, LazyTensor]]:
-    """The same model with a head of its own, if its embedding was the head.
+    """Returns the same model with a separate head if its head was tied to the embedding.
 
-    On CPUs a head stored [d, v] multiplies a few rows twice as fast as the [v, d] embedding. A
-    quantised head is a copy anyway, since embeddings stay as they are.
+    On CPUs a head stored as [d, v] multiplies a few rows twice as fast as the [v, d] embedding. A
+    quantised head is a copy anyway, since embeddings are not quantised.
     """
     if not config.tie_word_embeddings:
         return config, params

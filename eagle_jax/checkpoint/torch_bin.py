@@ -1,8 +1,8 @@
-"""Tensors of torch's `pytorch_model.bin`, read and written without torch.
+"""Reads and writes torch's `pytorch_model.bin` without torch.
 
-Such a file is a zip archive: a pickle that describes the tensors, and one entry with the bytes of
-each storage. A pickle may call any function by its name; the reader knows the few names by which
-tensors are rebuilt, refuses all others, and so runs nothing in the file.
+Such a file is a zip archive with a pickle that describes the tensors and one entry with the bytes
+of each storage. A pickle can name any function to call; this reader allows only the few names that
+rebuild tensors and refuses all others, so it never runs code from the file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _STORAGES = {
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    """A named run of numbers within the archive."""
+    """A storage: one entry of the archive, which holds the numbers of one or more tensors."""
 
     entry: str
     dtype: np.dtype
@@ -51,11 +51,11 @@ class _Storage:
 
 
 def stored(path: str | Path) -> dict[str, LazyTensor]:
-    """The tensors of a file that `torch.save(model.state_dict(), path)` wrote; reads none of them.
+    """Returns the tensors that `torch.save(model.state_dict(), path)` wrote, as lazy tensors.
 
     Raises:
-        ValueError: the file is missing, truncated or corrupt, is of torch's format before 1.6, has
-            anything but tensors in it, or a pickle that calls for other code.
+        ValueError: the file is missing, truncated or corrupt, has torch's format before 1.6,
+            contains anything but tensors, or its pickle calls other code.
     """
     path = Path(path)
     try:
@@ -90,20 +90,20 @@ def write(
 ) -> None:
     """Writes a file that `torch.load(path)` reads as a state_dict, also with `weights_only=True`.
 
-    A failure leaves the old file, or none.
+    After a failure the old file, if any, is unchanged.
 
     Args:
         path: the file; its folder must exist.
-        tensors: arrays of any shape, numpy's, JAX's or `LazyTensor`; one at a time is in memory.
-        progress: is told the bytes of every tensor, when it is written.
+        tensors: arrays of numpy or JAX, or lazy tensors, of which one at a time is in memory.
+        progress: called with the number of bytes of every tensor after it is written.
 
     Raises:
-        ValueError: torch has no storage for the dtype of an array.
+        ValueError: torch has no storage type for the dtype of an array.
         OSError: the file cannot be written; its `filename` is `path`.
     """
     root = Path(path).stem
     with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
-        # Entries as `ZipInfo`: with a fixed date, so that equal tensors make equal files.
+        # `ZipInfo` entries have a fixed date, so that equal tensors give equal files.
         archive.writestr(zipfile.ZipInfo(f"{root}/data.pkl"), _pickled(tensors))
         archive.writestr(zipfile.ZipInfo(f"{root}/byteorder"), "little")
         for number, value in enumerate(tensors.values()):
@@ -117,9 +117,9 @@ def write(
 
 
 def _pickled(tensors: Mapping[str, Any]) -> bytes:
-    """The pickle of a state_dict, as torch writes it: a dictionary of `_rebuild_tensor_v2` calls.
+    """Returns the pickle of a state_dict as torch writes it, a dict of `_rebuild_tensor_v2` calls.
 
-    It is put together by hand, because `pickle` can name only what can be imported.
+    The opcodes are written by hand, because `pickle` can only name functions that can be imported.
     """
     out = [pickle.PROTO, b"\x02", pickle.EMPTY_DICT, pickle.MARK]
     for number, (name, value) in enumerate(tensors.items()):
@@ -161,7 +161,7 @@ def _tuple(items: Iterable[bytes]) -> bytes:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows how to rebuild tensors, and nothing else."""
+    """An unpickler that can rebuild tensors and nothing else."""
 
     def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
         self.path, self.sizes = path, {info.filename: info.file_size for info in archive.infolist()}
@@ -177,7 +177,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(archive.read(pickles[0])))
 
     def find_class(self, module: str, name: str, /) -> Any:
-        # New objects at each call, so that a pickle has nothing of ours to change.
+        # New objects at each call, so that a pickle cannot modify objects of ours.
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -214,7 +214,7 @@ def _tensor(
     strides: tuple[int, ...],
     *unused: Any,
 ) -> LazyTensor:
-    """Torch's `_rebuild_tensor_v2`; offset and strides count items."""
+    """Returns the tensor of torch's `_rebuild_tensor_v2`; offset and strides count items."""
     del unused  # requires_grad, hooks
     last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     inside = min(offset, *shape, *strides, 0) >= 0 and offset + last < storage.length

@@ -1,10 +1,11 @@
 """Checkpoints of a training run: weights, optimizer state, step, data position, configuration.
 
-Written asynchronously by orbax, each complete or absent. Starting the same configuration again
-goes on from the newest that can be read; a configuration whose numbers would differ is refused.
+Orbax writes them asynchronously, so that each is either complete or absent. A run that is started
+again resumes from the newest readable checkpoint; a configuration that would compute something else
+is refused.
 
-Every checkpoint holds a fingerprint of its weights: orbax notices files that are missing or cut
-short, but a byte that changed on the disk would be trained on.
+Every checkpoint contains a fingerprint of its weights: orbax detects missing and truncated files,
+but not a byte that changed on the disk.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from orbax.checkpoint import v1 as ocp
 from eagle_jax import fingerprint
 from eagle_jax.config import TrainConfig
 
-# Fields that leave the computed function as it is: a run may go on with other values. Sharding,
-# recomputation and the attention kernel change rounding at most. `data.workers` is not one of
-# them: the saved data position is a different structure with it.
+# Fields that may change when a run resumes, since they do not change the computed function.
+# Sharding, recomputation and the attention kernel change rounding at most. `data.workers` is not
+# listed because the saved data position depends on it.
 _FREE = {
     "output_dir",
     "data.cache_dir",
@@ -54,13 +55,13 @@ _FREE = {
     "remat",
     "stop_on_spike",
 }
-# Fields that configurations had in version 0.1, of which training knew the default only.
+# Fields that configurations had in version 0.1; training supported only their defaults.
 _LAYOUT_FIELDS = ("fused", "fused_qkv", "quantize")
-_UNREADABLE = ".unreadable"  # ends the name of a checkpoint that was set aside
+_UNREADABLE = ".unreadable"  # suffix of a checkpoint that was set aside
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted field -> JSON value; a nested dataclass also gives its type's name."""
+    """Returns the JSON value of each dotted field, and the type name of each nested dataclass."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         name, value = prefix + field.name, getattr(config, field.name)
@@ -73,7 +74,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _defaults(config: Any, prefix: str = "") -> dict[str, Any]:
-    """As `flatten`, of the fields that have a default, with that for a value."""
+    """Returns the defaults of the fields that have one, by dotted field, as `flatten` does."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         name, value = prefix + field.name, field.default
@@ -94,13 +95,13 @@ def check_same(
     directory: Path,
     contents: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise ValueError naming the first field that makes `config` another computation.
+    """Raises ValueError for the first field that makes `config` a different computation.
 
-    `contents` has what counts of fields that name a place: what lies there.
+    `contents` gives, for fields that name files, a fingerprint of the files, which is compared
+    instead of the path.
 
-    A field that the checkpoint lacks did not exist then, and the run had what is now its default.
-    More steps are the same computation only while the learning rate does not depend on their
-    number.
+    If the checkpoint lacks a field, the field is newer than the run, which behaved as the default
+    does now. The number of steps may change only if the learning rate does not depend on it.
     """
     new, old = {**flatten(config), **(contents or {})}, {**_defaults(config), **old}
     free = _FREE | ({"optim.steps"} if config.optim.schedule == "constant" else set())
@@ -114,7 +115,7 @@ def check_same(
 
 
 def _pack(state: Any) -> Any:
-    """Iterator state as JSON: grain's is a dictionary, or bytes."""
+    """Returns the state of a data iterator (grain's: a dictionary or bytes) as a JSON value."""
     if isinstance(state, bytes):
         return {"bytes": base64.b64encode(state).decode()}
     return {"json": json.loads(json.dumps(state))}
@@ -125,29 +126,29 @@ def _unpack(packed: Any) -> Any:
 
 
 class _Unreadable(Exception):
-    """A checkpoint is damaged; the message says how."""
+    """The error of a damaged checkpoint; the message tells what is damaged."""
 
 
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
-    """Whatever orbax raises about damaged files, as `_Unreadable`."""
+    """Turns the errors that orbax raises for damaged files into `_Unreadable`."""
     try:
         yield
-    except (MemoryError, jax.errors.JaxRuntimeError):  # says nothing about the files
+    except (MemoryError, jax.errors.JaxRuntimeError):  # not caused by the files
         raise
     except Exception as error:
         raise _Unreadable(_reason(error)) from error
 
 
 def _drop_loads() -> None:
-    """Collect what a failed load had not begun, whose warnings would tell the user nothing."""
+    """Collects the unstarted coroutines of a failed load, without their warnings."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         gc.collect()
 
 
 def _reason(error: BaseException) -> str:
-    """The end of the innermost message; what comes before talks about handlers and drivers."""
+    """Returns the end of the innermost error's message; the rest names handlers and drivers."""
     inner = error.__cause__ or error.__context__
     if inner:
         return _reason(inner)
@@ -156,19 +157,19 @@ def _reason(error: BaseException) -> str:
 
 
 def _everywhere(ok: bool) -> bool:
-    """Whether `ok` in every process; all have to ask."""
+    """Returns whether `ok` is true in all processes; every process must call it."""
     if jax.process_count() == 1:
         return ok
     return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
 
 
 class Checkpoints:
-    """The newest checkpoints of one run."""
+    """Writes and reads the checkpoints of one run."""
 
     def __init__(
         self, directory: Path, config: TrainConfig, contents: Mapping[str, str] | None = None
     ) -> None:
-        """Opens or creates `directory`; `contents` as in `check_same`."""
+        """Opens or creates `directory`; `contents` is that of `check_same`."""
         policies = ocp.training.preservation_policies
         self._config, self._contents = config, contents or {}
         self._directory = directory
@@ -177,13 +178,13 @@ class Checkpoints:
         self._checkpointer = ocp.training.Checkpointer(
             str(directory.resolve()),
             preservation_policy=policies.LatestN(config.keep_checkpoints),  # pyright: ignore
-            cleanup_tmp_directories=True,  # what a killed run had half written
+            cleanup_tmp_directories=True,  # half-written checkpoints of a killed run
         )
 
     def save(self, step: int, state: Any, data_state: Any) -> None:
-        """Begin to write; returns once `state` is copied and may be donated.
+        """Starts to write a checkpoint; returns once `state` is copied and may be donated.
 
-        Waits for the save before, if that is still in progress, and raises what it raised.
+        Waits for the previous save if it is still in progress, and raises the error it raised.
         """
         self.wait()
         metadata = {
@@ -196,10 +197,10 @@ class Checkpoints:
         )
 
     def wait(self, seconds: float | None = None) -> None:
-        """Wait for the save in progress, at most `seconds`.
+        """Waits for the save in progress, at most `seconds`.
 
         Raises:
-            Exception: the save failed; the checkpoints before it are as they were.
+            Exception: the save failed; earlier checkpoints are unchanged.
         """
         if self._pending is None:
             return
@@ -212,20 +213,20 @@ class Checkpoints:
         self._pending = None
 
     def restore(self, abstract: Any) -> tuple[int, Any, Any] | None:
-        """Step, state and data iterator's state of the newest checkpoint that can be read.
+        """Returns step, state and data iterator's state of the newest readable checkpoint.
 
-        Newer ones that cannot are set aside, with a line on stderr, so that training may write
-        those steps again.
+        Newer checkpoints that cannot be read are renamed, with a line on stderr, so that training
+        can write those steps again.
 
         Args:
-            abstract: shapes, dtypes and shardings wanted, which need not be those saved.
+            abstract: shapes, dtypes and shardings of the result; the saved shardings may differ.
 
         Returns:
-            The three, or None if there are no checkpoints.
+            Step, state and data iterator's state, or None if there are no checkpoints.
 
         Raises:
-            ValueError: there are checkpoints, of which none can be read, or they are of a run that
-                computed something else.
+            ValueError: there are checkpoints, but none can be read, or they belong to a different
+                computation.
         """
         broken: dict[int, str] = {}
         for step in sorted((x.step for x in self._checkpointer.checkpoints), reverse=True):
@@ -243,7 +244,7 @@ class Checkpoints:
             return step, *found  # pyright: ignore
         if not broken:
             return None
-        # Nothing is moved: the reason may be one for all, such as a disk that is not mounted.
+        # Nothing is renamed: all may have the same cause, such as a disk that is not mounted.
         newest, reason = next(iter(broken.items()))
         raise ValueError(
             f"{self._directory}: no checkpoint of steps {sorted(broken)} can be read (step "
@@ -251,7 +252,7 @@ class Checkpoints:
         )
 
     def close(self) -> None:
-        """Wait for what is being written."""
+        """Waits for the save in progress and closes the checkpointer."""
         self.wait()
         self._checkpointer.close()
 
@@ -283,15 +284,15 @@ class Checkpoints:
                     file=sys.stderr,
                 )
         if broken:
-            _everywhere(True)  # nobody looks before all are renamed
+            _everywhere(True)  # all processes wait until the renames are done
             self._checkpointer.reload()
 
 
 @functools.cache
 def _silence_orbax() -> None:
-    """Damaged files and full disks are told in one line: orbax would log several tracebacks.
+    """Silences orbax, which logs several tracebacks for a damaged file or a full disk.
 
-    Everything it logs is raised as well. EAGLE_JAX_DEBUG=1 leaves it as it is.
+    Orbax also raises everything that it logs. With EAGLE_JAX_DEBUG=1 nothing is silenced.
     """
     if os.environ.get("EAGLE_JAX_DEBUG") == "1":
         return
@@ -305,8 +306,8 @@ def _silence_orbax() -> None:
     before = sys.unraisablehook
 
     def unraisable(what: Any) -> None:
-        # Reads that are still under way when one fails come back to a loop that is gone, or are
-        # collected where they wait.
+        # When one read fails, the others still return to an event loop that is closed, or are
+        # garbage-collected while they wait.
         waits = inspect.iscoroutine(what.object) and "orbax" in what.object.cr_code.co_filename
         if not waits and str(what.exc_value) != "Event loop is closed":
             before(what)
@@ -316,15 +317,16 @@ def _silence_orbax() -> None:
 
 @contextlib.contextmanager
 def telling_full_disk(directory: Path, config: TrainConfig, size: int) -> Iterator[None]:
-    """A disk without space, met by anything that writes a run, as one line.
+    """Turns the error of a full disk, raised by any write of a run, into a ValueError of one line.
 
     Args:
-        directory: of the checkpoints.
-        config: the run's.
-        size: of a checkpoint, in bytes.
+        directory: directory of the checkpoints.
+        config: the run's configuration.
+        size: size of a checkpoint in bytes.
 
     Raises:
-        ValueError: names the directory, the last checkpoint and what to do.
+        ValueError: the disk is full; the message names the directory, the last checkpoint and a
+            remedy.
     """
     try:
         yield
@@ -347,7 +349,7 @@ def _is_full_disk(error: BaseException | None) -> bool:
     codes = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError) and error.errno in codes:
         return True
-    # Tensorstore raises a ValueError with the system's text.
+    # Tensorstore raises a ValueError with the operating system's message.
     if any(os.strerror(code) in str(error) for code in codes):
         return True
     return _is_full_disk(error.__cause__ or error.__context__)

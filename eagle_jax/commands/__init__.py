@@ -1,6 +1,6 @@
-"""The commands of `eagle-jax`: a table of names, and the program that finds one and runs it.
+"""The commands of `eagle-jax`: their table, and the program that runs one of them.
 
-A command is a module with `parser(prog)` and `main(argv, prog)`; only the one that is asked for is
+A command is a module with `parser(prog)` and `main(argv, prog)`. Only the requested command is
 imported.
 """
 
@@ -55,17 +55,17 @@ JAX_COMPILATION_CACHE_DIR names another directory, EAGLE_JAX_COMPILATION_CACHE=o
 
 
 def help_text() -> str:
-    """What `eagle-jax --help` prints."""
+    """Returns the text that `eagle-jax --help` prints."""
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:{width}}{what}" for name, (_, what) in COMMANDS.items()]
     return _HELP.format(commands="\n".join(lines))
 
 
 def module(name: str) -> Any:
-    """The module of a command.
+    """Imports and returns the module of a command.
 
     Raises:
-        ValueError: there is no such command; names the closest one.
+        ValueError: there is no such command; the message names the closest one.
     """
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -75,7 +75,7 @@ def module(name: str) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    """Runs the command that `argv` (by default the process's arguments) names."""
+    """Runs the command that `argv` names (by default the arguments of the process)."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words:
         print(help_text(), end="", file=sys.stderr)

@@ -23,7 +23,7 @@ example
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     out = cli.Parser(
         prog=prog,
         description="Answer a file of prompts in batches, with speculative decoding.",
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None, prog: str = "eagle-jax answers") -> None
 
 
 def run(args: argparse.Namespace, raw: bool = False) -> None:
-    """Answers `args.input` into `args.output`; `raw` is refused by `answer_file`."""
+    """Answers the prompts of `args.input` into `args.output`; `answer_file` refuses `raw`."""
     from eagle_jax import compilation_cache
 
     distributed.join(args)

@@ -1,4 +1,4 @@
-"""Completions of `eagle-jax` for a shell, made from the parsers of its commands."""
+"""Shell completions of `eagle-jax`, generated from the parsers of its commands."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _ZSH = '# eval "$(eagle-jax --completion zsh)"\nautoload -U +X bashcompinit && b
 
 
 def script(shell: str) -> str:
-    """The text for a shell to evaluate.
+    """Returns the completion script for a shell to evaluate.
 
     Args:
         shell: "bash" or "zsh".
 
     Raises:
-        ValueError: another shell.
+        ValueError: the shell is another one.
     """
     if shell not in ("bash", "zsh"):
         raise ValueError(f"completion={shell!r}: give bash or zsh")
@@ -57,7 +57,7 @@ def script(shell: str) -> str:
 
 
 def _values(action: argparse.Action) -> list[str]:
-    """The words that an option takes, if it takes a few only."""
+    """Returns the words that an option accepts, if they are a fixed set, else an empty list."""
     if action.dest == "method" and action.option_strings:
         from eagle_jax.decode.registry import AUTO, METHODS
 

@@ -1,7 +1,7 @@
 """`eagle-jax generate "prompt"`: streams the answer to one prompt.
 
-The answer goes to standard output, statistics to standard error; with `--json`, one JSON line with
-text and statistics is all that standard output gets.
+The answer goes to standard output and statistics go to standard error. With `--json`, standard
+output gets only one JSON line with text and statistics.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ examples
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     out = cli.Parser(
         prog=prog,
         description="Answer a prompt with speculative decoding.",
@@ -39,7 +39,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds all options but those of several processes."""
+    """Adds all options except those for several processes."""
     options.add_model(parser)
     options.add_decoding(parser)
     parser.add_argument("--raw", action="store_true", help="continue the text, no chat template")
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _print_text(params: Any, prompt: str, decoding: dict[str, Any], color: bool) -> None:
-    """The answer as it comes, then a line of statistics on standard error."""
+    """Prints the answer as it is generated, then a line of statistics on standard error."""
     from eagle_jax.decode import display, stream
 
     last = None
@@ -105,7 +105,7 @@ def _print_text(params: Any, prompt: str, decoding: dict[str, Any], color: bool)
 
 
 def _print_json(params: Any, prompt: str, decoding: dict[str, Any]) -> None:
-    """One line with text, statistics and, where they are asked for, log-probabilities."""
+    """Prints one JSON line with text, statistics and, if requested, log-probabilities."""
     from eagle_jax.decode import generate
 
     out = generate(params, prompt, **decoding)

@@ -1,4 +1,4 @@
-"""Options that several commands share, under one name and with one meaning."""
+"""Options that several commands share, with the same names and meanings in all of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def load_model(args: argparse.Namespace) -> Params:
     """Loads the model that the options of `add_model` name."""
-    from eagle_jax.params import load  # heavy; after the arguments are known to be good
+    from eagle_jax.params import load  # slow to import, so only after the arguments are parsed
     from eagle_jax.sharding import decoding_mesh
 
     return load(
@@ -54,7 +54,7 @@ def load_model(args: argparse.Namespace) -> Params:
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
-    """Adds the method's, the sampling's and the answer's options."""
+    """Adds the options of the decoding method, of sampling and of the answer."""
     from eagle_jax.decode import method_cli
     from eagle_jax.decode.sampling import options as sampling
 
@@ -66,7 +66,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
 
 
 def decoding_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The keywords of `generate` that the options of `add_decoding` give."""
+    """Returns the keyword arguments for `generate` from the options of `add_decoding`."""
     from eagle_jax.decode import method_cli
     from eagle_jax.decode.sampling import options as sampling
 

@@ -1,6 +1,6 @@
 """Text to token ids and back: tokenizers, chat templates, files of conversations.
 
-The only package that knows text; everything else in the library sees token ids.
+No other package handles text; the rest of the library works on token ids.
 """
 
 from eagle_jax.text.conversations import (

@@ -1,4 +1,4 @@
-"""Chat templates: Jinja sources of model directories, compiled in a sandbox."""
+"""Chat templates: compiles the Jinja sources of model directories in a sandbox."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from eagle_jax.text.messages import short
 
 
 def compile_template(template: str | None) -> Any:
-    """Returns the template, to be rendered.
+    """Returns the compiled template.
 
     Raises:
-        ValueError: there is none, or it is not a Jinja template.
+        ValueError: there is no template, or it is not a Jinja template.
     """
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -34,14 +34,14 @@ def compile_template(template: str | None) -> Any:
 
 
 def template_text(template: Any) -> str | None:
-    """Returns the source in a `tokenizer_config.json`; of several by name, the default one.
+    """Returns the template's source in `tokenizer_config.json`, or the one named "default".
 
     Raises:
-        ValueError: it is not a string.
+        ValueError: the source is not a string.
     """
     found = template
     if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
-        # Several, by name.
+        # A list of named templates.
         found = next((e.get("template") for e in template if e.get("name") == "default"), None)
     if found is not None and not isinstance(found, str):
         raise ValueError(

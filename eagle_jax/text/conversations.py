@@ -18,8 +18,8 @@ def read_conversations(path: str | Path) -> Iterator[list[Message]]:
     Each line is `{"messages": [{"role": ..., "content": ...}, ...]}`; other keys are ignored.
 
     Raises:
-        ValueError: the file is missing or a line is not a conversation with an assistant turn;
-            names the file and the line, counted from 1.
+        ValueError: the file is missing, or a line is not a conversation with an assistant turn; the
+            message names the file and the line, counted from 1.
     """
     for where, messages, _ in _read_records(path):
         if all(message["role"] != "assistant" for message in messages):
@@ -30,10 +30,10 @@ def read_conversations(path: str | Path) -> Iterator[list[Message]]:
 def encode_files(
     files: Iterable[str | Path], tokenizer: Tokenizer
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Ids and mask (`Tokenizer.conversation`) of every conversation of `files`, with a bar.
+    """Yields ids and mask (`Tokenizer.conversation`) of every conversation; shows a progress bar.
 
     Raises:
-        ValueError: as `read_conversations` and `Tokenizer.conversation`.
+        ValueError: as in `read_conversations` and `Tokenizer.conversation`.
     """
     import tqdm
 
@@ -45,20 +45,20 @@ def encode_files(
 
 
 def read_prompts(path: str | Path) -> Iterator[list[Message]]:
-    """Reads what is to be answered: each conversation up to its last user message.
+    """Yields the prompts in a file: each conversation up to its last user message.
 
     Raises:
-        ValueError: as `read_conversations`; a conversation without a user message.
+        ValueError: as in `read_conversations`, or a conversation has no user message.
     """
     for _, messages, _ in read_requests(path):
         yield messages
 
 
 def read_requests(path: str | Path) -> Iterator[tuple[str, list[Message], dict[str, Any]]]:
-    """Reads what is to be answered, with `file:line` and the whole record of every line.
+    """Yields `file:line`, the prompt and the whole record of every line of a file.
 
     Raises:
-        ValueError: as `read_prompts`.
+        ValueError: as in `read_prompts`.
     """
     for where, messages, record in _read_records(path):
         users = [i for i, message in enumerate(messages) if message["role"] == "user"]
@@ -68,7 +68,7 @@ def read_requests(path: str | Path) -> Iterator[tuple[str, list[Message], dict[s
 
 
 def _read_records(path: str | Path) -> Iterator[tuple[str, list[Message], dict[str, Any]]]:
-    """`file:line`, the checked messages and the whole record of every line."""
+    """Yields `file:line`, the checked messages and the whole record of every line."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"conversations={str(path)!r}: no such file; give a .jsonl or .jsonl.gz")

@@ -1,4 +1,4 @@
-"""Messages of a conversation, `{"role": ..., "content": ...}`, and their checks."""
+"""Checks the messages of a conversation, `{"role": ..., "content": ...}`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_messages(messages: Any) -> None:
     """Checks the shape of a conversation.
 
     Raises:
-        ValueError: not a non-empty list of `{"role", "content"}` with a known role and text.
+        ValueError: it is not a non-empty list of `{"role", "content"}` with known roles and text.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(

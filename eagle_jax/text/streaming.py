@@ -1,4 +1,4 @@
-"""Text of token ids that arrive in chunks."""
+"""Decodes token ids that arrive in chunks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _INCOMPLETE = "\ufffd"
 class StreamDecoder:
     """Turns ids that arrive in chunks into text that can be printed at once.
 
-    Characters whose bytes are still incomplete are held back until the rest arrives.
+    A character whose bytes are incomplete is held back until the rest arrives.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
         self._tokenizer = tokenizer
         self._skip_special = skip_special
-        # Printed ids before the pending ones: some tokenizers drop the first token's space.
+        # Printed ids before the pending ones, since some tokenizers drop the first token's space.
         self._context: list[int] = []
         self._pending: list[int] = []
         self._printed = 0
 
     def feed(self, ids: Iterable[int]) -> str:
-        """Adds ids; returns the text that became certain, often empty."""
+        """Adds ids and returns the text that is now final, which is often empty."""
         self._pending += ids
         text = self._text()
         certain = text.rstrip(_INCOMPLETE)
@@ -36,7 +36,7 @@ class StreamDecoder:
         return new
 
     def flush(self) -> str:
-        """Ends the stream; returns what was held back, incomplete bytes as U+FFFD."""
+        """Ends the stream and returns the text held back, with U+FFFD for incomplete bytes."""
         new = self._text()[self._printed :]
         self._context, self._pending, self._printed = [], [], 0
         return new

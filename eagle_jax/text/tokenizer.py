@@ -1,6 +1,6 @@
-"""Tokenizers in Hugging Face's layout, which need no `transformers`.
+"""Tokenizers from Hugging Face directories, without `transformers`.
 
-A directory holds `tokenizer.json`, and beside it `tokenizer_config.json` (special tokens, chat
+A directory holds `tokenizer.json` and optionally `tokenizer_config.json` (special tokens, chat
 template) and `generation_config.json` (end tokens).
 """
 
@@ -18,25 +18,25 @@ from eagle_jax.inputs import one_line, read_object
 from eagle_jax.text.chat_template import compile_template, template_text
 from eagle_jax.text.messages import Message, check_messages, short
 
-# Wraps escaped text in a rendered template. A Unicode noncharacter, so text rarely has it; where
-# text does, it is escaped like a special token.
+# Delimits escaped text in a rendered template. It is a Unicode noncharacter, so text rarely
+# contains it; if it does, it is escaped like a special token.
 _MARK = "\ufdd0"
 _ESCAPED = re.compile(f"{_MARK}(\\d+){_MARK}")
 _DOWNLOAD = "download the file again, or correct it"
 
 
 class Tokenizer:
-    """Token ids of texts and conversations.
+    """A tokenizer with a chat template; encodes and decodes texts and conversations.
 
-    Special tokens come from the chat template only: text that spells one, in a message or given
-    to `encode`, is encoded as ordinary characters.
+    Only the chat template produces special tokens: text that spells one, in a message or given to
+    `encode`, is encoded as ordinary characters.
 
     Attributes:
-        vocab_size: number of ids, added tokens included.
+        vocab_size: number of ids, including added tokens.
         eos_ids: ids that end an answer; empty if the files name none.
-        bos_id: id that opens a text, or none.
-        chat_template: Jinja source, or none.
-        digest: sha256 (hex) of `tokenizer.json` and the chat template.
+        bos_id: id that begins a text, or None.
+        chat_template: Jinja source, or None.
+        digest: SHA-256 (hexadecimal) of `tokenizer.json` and the chat template.
     """
 
     vocab_size: int
@@ -62,7 +62,7 @@ class Tokenizer:
             ValueError: `source` is not a tokenizer, or a key of the others has a wrong type.
         """
         config = tokenizer_config or {}
-        # Two views of one vocabulary, because the switch is a property of the object.
+        # Two tokenizers of one vocabulary, since `encode_special_tokens` is set per object.
         self._template = _from_json(source)
         self._plain = _from_json(source)
         self._plain.encode_special_tokens = True
@@ -72,7 +72,7 @@ class Tokenizer:
 
         added = self._template.get_added_tokens_decoder().values()
         specials = [token.content for token in added if token.special]
-        # Longest first, so that a token which is a prefix of another does not cut it in two.
+        # Longest first, so that a token which is a prefix of another one does not match first.
         self._escapes = sorted([*specials, _MARK], key=len, reverse=True)
         self._unsafe = re.compile("|".join(map(re.escape, self._escapes)))
 
@@ -98,7 +98,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Reads a directory that holds `tokenizer.json`, or that file and its neighbours.
+        """Returns the tokenizer of a directory or of a `tokenizer.json` and the files beside it.
 
         Raises:
             ValueError: the file is missing or is not a tokenizer.
@@ -120,7 +120,7 @@ class Tokenizer:
             raise ValueError(f"tokenizer={str(file)!r}: {error}; {_DOWNLOAD}") from error
 
     def __eq__(self, other: object) -> bool:
-        """Whether both give the same ids, and end answers alike."""
+        """Returns whether both tokenizers give the same ids and have the same end tokens."""
         return isinstance(other, Tokenizer) and self._identity() == other._identity()
 
     def __hash__(self) -> int:
@@ -130,7 +130,7 @@ class Tokenizer:
         return self.digest, self.eos_ids, tuple(self._strings.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        # A compiled template is code, and a pickled tokenizer forgets `encode_special_tokens`.
+        # Compiled templates cannot be pickled, and pickling drops `encode_special_tokens`.
         return {**self.__dict__, "_compiled": None, "_plain": self._plain.to_str()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -139,22 +139,22 @@ class Tokenizer:
         self._plain.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; no special token is added, none is recognised in the text."""
+        """Returns the ids of a text; adds no special token and recognises none in the text."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of ids; bytes that are not UTF-8 become U+FFFD."""
+        """Returns the text of ids; bytes that are not UTF-8 become U+FFFD."""
         return self._template.decode(list(ids), skip_special_tokens=skip_special)
 
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a conversation in the model's chat format.
+        """Returns the ids of a conversation in the model's chat format.
 
         Args:
             messages: turns `{"role": "system" | "user" | "assistant", "content": text}`.
-            add_generation_prompt: end where the assistant's next answer begins.
+            add_generation_prompt: append the header of the assistant's next answer.
 
         Raises:
-            ValueError: no chat template, or messages it cannot render.
+            ValueError: there is no chat template, or it cannot render the messages.
         """
         check_messages(messages)
         text = self._render(self._escape(messages), add_generation_prompt)
@@ -162,21 +162,21 @@ class Tokenizer:
         return [token for token, _, _ in encoded]
 
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        """Ids of a whole conversation, and which of them the assistant wrote.
+        """Returns the ids of a whole conversation and a mask of the assistant's tokens.
 
         Returns:
-            ids and mask of one length; the mask is 1 on the tokens of assistant turns, the
-            token that ends each included, and 0 elsewhere.
+            Ids and mask of the same length. The mask is 1 on the tokens of assistant turns,
+            including the token that ends each turn, and 0 elsewhere.
 
         Raises:
-            ValueError: no assistant turn, or messages that the chat template cannot render.
+            ValueError: there is no assistant turn, or the chat template cannot render the messages.
         """
         return self.conversations([messages])[0]
 
     def conversations(
         self, batch: Sequence[Sequence[Message]]
     ) -> list[tuple[list[int], list[int]]]:
-        """`conversation` of many, encoded on all cores."""
+        """Returns `conversation` of many conversations, encoded on all cores."""
         texts, answers = [], []
         for messages in batch:
             check_messages(messages)
@@ -220,7 +220,7 @@ class Tokenizer:
             return self._compiled.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **strings
             )
-        except Exception as error:  # a template may fail in any way that an expression can
+        except Exception as error:  # a template's expressions can raise anything
             roles = ", ".join(message["role"] for message in messages)
             said = one_line(error)
             if not isinstance(error, jinja2.TemplateError):
@@ -230,7 +230,7 @@ class Tokenizer:
             ) from error
 
     def _render_answers(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-        """Rendered conversation and the character span of each answer in it."""
+        """Returns the rendered conversation and the character span of each answer in it."""
         text = self._render(messages, False)
         spans = []
         for i, message in enumerate(messages):
@@ -249,9 +249,9 @@ class Tokenizer:
         return text, spans
 
     def _encode_rendered(self, texts: Sequence[str]) -> list[list[tuple[int, int, int]]]:
-        """(id, first character, end character) of every token of rendered templates."""
+        """Returns (id, first character, end character) of every token of rendered templates."""
         pieces = [_ESCAPED.split(text) for text in texts]  # template, escape, template, ...
-        # A text without escapes is one piece: the ids are those of encoding it as a whole.
+        # A text without escapes is one piece, so it is encoded as a whole.
         flat = [piece for parts in pieces for piece in parts[::2]]
         encodings = iter(self._template.encode_batch(flat, add_special_tokens=False))
         return [self._join(parts, encodings) for parts in pieces]
@@ -285,8 +285,8 @@ class Tokenizer:
             begin = position
             while position < len(ids) and tokens[position][1] < end:
                 position += 1
-            # What a template puts behind the end-of-turn token, such as a newline, is not
-            # generated by the model.
+            # The model does not generate what a template puts after the end-of-turn token, such as
+            # a newline.
             ends = [i for i in range(begin, position) if ids[i] in self.eos_ids]
             stop = ends[-1] + 1 if ends else position
             mask[begin:stop] = [1] * (stop - begin)

@@ -3,8 +3,8 @@
 #
 #     train/recipes/one_gpu.sh configs/tiny/eagle_cpu.py [--set a.b=c ...]
 #
-# Exit status 143 (SIGTERM) and 130 (Ctrl-C): the step in flight is saved, and the same command goes
-# on from there. It does so after a crash as well, from the last checkpoint.
+# After SIGTERM (exit status 143) and Ctrl-C (130) the current step is saved, and the same command
+# resumes from there. After a crash it resumes from the last checkpoint.
 
 # Training takes every GPU it sees: on a node with several, choose one.
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
