@@ -1,4 +1,4 @@
-"""`SamplingParams` as options of a command line, one per field: `--top-p 0.9 --stop END`."""
+"""Command-line options for `SamplingParams`, one per field: `--top-p 0.9 --stop END`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from eagle_jax.decode.sampling.params import SamplingParams
 
 
 def ids(text: str) -> list[int]:
-    """Token ids between commas."""
+    """Parses token ids that are separated by commas."""
     return [int(part) for part in text.split(",")]
 
 
 def bias(text: str) -> list[tuple[int, float]]:
-    """ID=VALUE."""
+    """Parses ID=VALUE into one pair of a token id and its bias."""
     token, _, value = text.partition("=")
     return [(int(token), float(value))]
 
 
-# Options that may be repeated: how their values are shown and read.
+# Options that may be repeated, each with its metavar and its parser.
 _SEVERAL: dict[str, tuple[str, Any]] = {
     "allowed_token_ids": ("ID,ID,...", ids),
     "bad_words": ("TEXT", lambda text: [text]),
@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """Adds an option for every field of `SamplingParams`.
 
     Args:
-        parser: of the command.
-        **defaults: fields whose default in this command is another one.
+        parser: the command's parser.
+        **defaults: defaults of this command that differ from those of `SamplingParams`.
     """
     group = parser.add_argument_group("sampling")
     for field in dataclasses.fields(SamplingParams):
@@ -55,10 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
 
 
 def sampling_of(args: argparse.Namespace) -> SamplingParams:
-    """Returns the settings that parsed options say.
+    """Returns the sampling settings that parsed options describe.
 
     Raises:
-        ValueError: a value that cannot be; one line.
+        ValueError: a value is invalid; one line.
     """
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingParams)}
     return SamplingParams(**{name: value for name, value in given.items() if value is not None})
