@@ -94,7 +94,7 @@ class DraftFiles:
         return settings.get(KIND) == self.spec.kind
 
     def shapes(self, config: Any) -> dict[str, Shape]:
-        """Returns the name on disk and the shape of every stored array, by its Flax name."""
+        """Returns the shape of every stored array, by its Flax name."""
         return module_shapes(self.spec.module_class(), config)
 
     def disk_name(self, config: Any, name: str) -> tuple[str, bool]:

@@ -124,7 +124,7 @@ class Batcher:
         self._vocabulary, self._capacities = Vocabulary.of(params), Capacities()
         self._vocabulary.resolve(self._default)
         table = methods(params, method, rows, self._default.temperature)
-        self._sampling: Sampling | None = None  # of the rows as they are now
+        self._sampling: Sampling | None = None  # settings of the current rows; None if outdated
         self._context = params.target_config.max_position_embeddings
         self._max_prompt = min(max_prompt, self._context - 1)
         self._max_new_tokens = int(max_new_tokens)
@@ -138,10 +138,10 @@ class Batcher:
         self._lock = threading.Lock()
         self._ids = itertools.count()
         self._queue: collections.deque[Request] = collections.deque()
-        self._requests: dict[int, Request] = {}  # waiting and in rows
-        self._pieces: collections.deque[Piece] = collections.deque()  # not handed out yet
+        self._requests: dict[int, Request] = {}  # requests in the queue and in rows
+        self._pieces: collections.deque[Piece] = collections.deque()  # pieces to hand out
         self._finished = self._tokens = self._rounds = self._passes = self._moves = 0
-        self._places = 0  # rows of all passes
+        self._places = 0  # sum of the batch sizes of all passes
         self._enter(self._stages[-1])  # the largest, so that a lack of memory shows at once
 
     @property

@@ -24,7 +24,7 @@ Table = Mapping[int, str | Method]
 
 # Cost of prefilling a request anew when it moves to another batch size, in decoding passes.
 MOVE = 8
-_FOREVER = 2**31 - 1  # rounds
+_FOREVER = 2**31 - 1  # a number of rounds that no chunk reaches
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,1 +1,1 @@
-"""Decoding methods, one file each."""
+"""Decoding methods that need no trained draft of their own, one file each."""

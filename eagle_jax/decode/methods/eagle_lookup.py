@@ -37,7 +37,7 @@ class EagleLookup:
     )
     rule: Rule = dataclasses.field(default=Exact(), init=False)
 
-    wraps: ClassVar[str] = "eagle"  # the field with the method that drafts
+    wraps: ClassVar[str] = "eagle"  # name of the field that holds the wrapped method
 
     def __post_init__(self) -> None:
         for name, kind in (("eagle", Eagle), ("lookup", PromptLookup)):

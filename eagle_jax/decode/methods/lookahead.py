@@ -74,14 +74,14 @@ def insert(
     same_key = (keys[:, None] == keys[None, :]) & valid[None, :]  # [i, j]: j is valid
     same = same_key & jnp.all(grams[:, None] == grams[None, :], axis=-1)
     kept = valid & ~jnp.any(same & later, axis=1)
-    newer = jnp.sum(same_key & later & kept[None, :], axis=1)  # distinct grams after each
+    newer = jnp.sum(same_key & later & kept[None, :], axis=1)  # distinct n-grams after each one
 
     # The old n-grams of each key, and which of them are not added again.
     old = pool.grams[keys]  # [i, G, m]
     again = jnp.all(old[:, None] == grams[None, :, None], axis=-1) & same_key[:, :, None]
     stays = (jnp.arange(room)[None] < pool.count[keys][:, None]) & ~jnp.any(again, axis=1)
     fresh = jnp.sum(same_key & kept[None, :], axis=1)
-    left = jnp.cumsum(stays[:, ::-1], axis=1)[:, ::-1]  # how many from each one on stay
+    left = jnp.cumsum(stays[:, ::-1], axis=1)[:, ::-1]  # number that stay, from each one on
     total = jnp.minimum(fresh + left[:, 0], room)
 
     # Each key's newest n-gram also writes the old ones, so no slot is written twice.

@@ -382,7 +382,7 @@ def _keep(
 
     def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds  # `low` keeps enough, `high` keeps too few
-        middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, computed without overflow
         good = enough(order >= middle[..., None])
         return jnp.where(good, middle, low), jnp.where(good, high, middle)
 

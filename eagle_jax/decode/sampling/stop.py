@@ -32,7 +32,7 @@ class Answer:
         self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
         self._stop, self._min_tokens = tuple(stop), min_tokens
         self._longest = max(map(len, self._stop), default=0)
-        self._held = ""  # decoded, not handed out
+        self._held = ""  # decoded text that `feed` has not returned yet
         self.tokens, self.stopped = 0, False
 
     def feed(self, tokens: Sequence[int], last: bool = False) -> str | None:

@@ -152,7 +152,7 @@ class Eagle:
             )
             return (), (block,)
 
-        following = jnp.roll(prompt.tokens, -1, axis=1)  # the last pair is rewritten by catch-up
+        following = jnp.roll(prompt.tokens, -1, axis=1)  # the catch-up rewrites the last pair
         _, (cache,) = fill(run, (following, features), slots)
         # The first catch-up reads pair length-2, the newest one, whose token is the root.
         newest = jnp.maximum(prompt.length - 2, 0)[:, None, None]
