@@ -1,1 +1,1 @@
-"""Decoding methods that need no trained draft of their own, one file each."""
+"""Decoding methods that do not belong to a single drafter, one file each."""
