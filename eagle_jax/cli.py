@@ -30,6 +30,8 @@ class Parser(argparse.ArgumentParser):
             given = found[1].split("=")[0]
             close = difflib.get_close_matches(given, names, n=1)
             message = f"unknown option {given}" + (f"; did you mean {close[0]}?" if close else "")
+        elif message.startswith("unrecognized arguments: "):
+            message += "; put quotes around a text of several words"
         self.exit(USER_ERROR, f"error: {message} ({self.prog} --help explains)\n")
 
 

@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-if TYPE_CHECKING:  # importing JAX takes a second, which most of these do not need
+if TYPE_CHECKING:  # commands that only print their help import this module
     import jax
+    import numpy as np
 
     from eagle_jax.params import Params
 
@@ -34,6 +33,8 @@ def of_params(params: Params) -> str:
     All vectors count, and the first values of every matrix: training changes all of them. Over
     several processes only vectors count, since no process has all matrices.
     """
+    import numpy as np
+
     digest = hashlib.sha256()
     models = [
         ("target", params.target_config, params.layout, params.target),
@@ -51,6 +52,7 @@ def of_params(params: Params) -> str:
 
 def _samples(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     import jax
+    import numpy as np
 
     vectors = {name: array for name, array in arrays.items() if array.ndim == 1}
     if jax.process_count() > 1:

@@ -22,7 +22,9 @@ def submodule(package: str, name: str) -> ModuleType:
 
 
 def names(package: str) -> list[str]:
-    """What a package's `__dir__` returns: its attributes and submodules, imported or not."""
+    """Returns a package's public names and its submodules, imported or not, for its `__dir__`."""
     module = sys.modules[package]
     found = (found.name for found in pkgutil.iter_modules(module.__path__))
-    return sorted({*vars(module), *(name for name in found if not name.startswith("_"))})
+    special = (name for name in vars(module) if name.startswith("__"))
+    public = (name for name in found if not name.startswith("_"))
+    return sorted({*module.__all__, *special, *public})

@@ -258,6 +258,11 @@ def _directories(draft: str | Path | Sequence[str | Path] | None) -> list[Path]:
     given: list[Any] = list(draft) if isinstance(draft, list | tuple) else [draft]
     for directory in given:
         check_path("draft", directory)
+        if not Path(directory).expanduser().is_dir():
+            raise ValueError(
+                f"draft={str(directory)!r}: no such directory; give one with a draft's config.json "
+                "and weights"
+            )
     return [Path(directory).expanduser() for directory in given]
 
 

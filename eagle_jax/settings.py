@@ -100,7 +100,7 @@ def override(config: T, overrides: Sequence[str]) -> T:
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals:
-            raise ValueError(f"override {item!r}: write key=value, e.g. optim.learning_rate=1e-3")
+            raise ValueError(f"set={item!r}: write it as key=value")
         _place(changes, config, key.strip(), text.strip())
     return _rebuild(config, changes)
 

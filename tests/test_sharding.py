@@ -30,9 +30,17 @@ def test_mesh_splits_devices():
 
 
 @pytest.mark.parametrize("axis", ["fsdp", "tensor", "expert"])
-@pytest.mark.parametrize("size", [0, 3, 16])
-def test_every_axis_must_divide(axis, size):
-    with pytest.raises(ValueError, match=f"{axis}={size}: must divide the number of devices, 8"):
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        (0, "a whole number above 0"),
+        (-1, "a whole number above 0"),
+        (3, "divide the number of devices, 8"),
+        (16, "divide the number of devices, 8"),
+    ],
+)
+def test_every_axis_must_divide(axis, size, said):
+    with pytest.raises(ValueError, match=f"{axis}={size}: must.* {said}"):
         sharding.make_mesh(**{axis: size})
 
 

@@ -1,7 +1,8 @@
-"""Does it fit, and what would it cost? Training and decoding compiled for devices not at hand.
+"""Compiles training and decoding for absent devices, and reports their memory and cost.
 
-libtpu compiles for a TPU topology on any x86 machine (`pip install 'eagle-jax[tpu]'`), JAX's CUDA
-plugin for NVIDIA GPUs (`pip install 'eagle-jax[cuda]'`); nothing runs, no weights exist.
+libtpu compiles for a TPU topology on any x86 machine (`pip install 'eagle-jax[tpu]'`), and JAX's
+CUDA plugin compiles for NVIDIA GPUs (`pip install 'eagle-jax[cuda]'`). No program runs, and no
+weights are needed.
 """
 
 from eagle_jax.aot.config import AotConfig

@@ -28,7 +28,7 @@ examples
   {prog} --config configs/aot/gpu_7b.py --set draft.quantize=int8
 """
 
-# Field of a row: its title, width and format.
+# Maps each field of a row to its title, width and format.
 _COLUMNS = {
     "program": ("program", 34, "<34"),
     "arguments": ("weights", 7, ">7.2f"),
@@ -48,7 +48,7 @@ def _title() -> str:
 
 
 def _line(row: dict[str, Any]) -> str:
-    """A row of the table on the console."""
+    """Returns a row of the table on the console."""
     cells = [
         "-".rjust(width) if row[name] is None else f"{row[name]:{form}}"
         for name, (_, width, form) in _COLUMNS.items()
@@ -63,7 +63,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     out = cli.Parser(
         prog=prog,
         description=_DESCRIPTION,
@@ -75,9 +75,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m eagle_jax.aot") -> None:
-    """Parses, compiles, prints. Compiled programs are not kept: their compile time is a result."""
+    """Compiles the programs and prints the report; uses no cache, to measure compile times."""
     args = parser(prog).parse_args(argv)
-    # Constants that are made while tracing live on the CPU; a TPU, if there is one, is left alone.
+    # Constants made while tracing stay on the CPU, and a TPU of this machine remains unused.
     os.environ["JAX_PLATFORMS"] = "cpu"
     config = settings.load(args.config, args.overrides, kind=AotConfig)
     print(_title(), file=sys.stderr)

@@ -11,7 +11,7 @@ from eagle_jax.config import DraftConfig, TrainConfig, TransformerConfig
 
 @dataclasses.dataclass(frozen=True)
 class AotConfig:
-    """What is compiled, and for which machine.
+    """The programs to compile, and the machine to compile them for.
 
     Attributes:
         topology: a TPU slice as libtpu names it ("v5e:2x4", "v5p:2x2x2", "v6e:2x4"), or kind and
@@ -19,14 +19,14 @@ class AotConfig:
         target: architecture of the target.
         draft: architecture of the draft, if the method has one.
         method: the decoding method (`eagle_jax.decode`), or None to compile training only.
-        tensor, expert: mesh axes of decoding; other devices hold copies and rows of their own.
+        tensor, expert: mesh axes of decoding; the remaining devices form the batch axis.
         batch_size: rows decoded together.
         prompt: tokens of the prompt, a power of two.
         new_tokens: tokens of the longest answer.
         quantize, quantize_drafts: "int8" stores the matrices of the target or of the draft in eight
             bits, as `eagle_jax.load` does; None keeps them in bfloat16.
-        train: a training run whose step is compiled too; of its data only `sequence_length` and
-            `batch_size` are read.
+        train: a training run whose step is compiled too, or None; its data config only gives
+            `sequence_length` and `batch_size`.
     """
 
     topology: str

@@ -1,4 +1,4 @@
-"""Compiles the programs of decoding and of training for devices that are not at hand."""
+"""Compiles the programs of decoding and of training for absent devices."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def compile_all(config: AotConfig) -> Iterator[dict[str, Any]]:
     """Compiles each program and reports it.
 
     Yields:
-        Rows as `describe` makes them.
+        The figures of each program, as `describe` returns them.
 
     Raises:
-        ValueError: a size that the mesh does not divide; or the compiler refuses a program, as it
-            does one that does not fit the chip's memory.
+        ValueError: the mesh does not divide a size, or the compiler rejects a program, for example
+            because it does not fit into the chip's memory.
     """
     where = devices(config.topology)
     if config.method is not None:
@@ -96,7 +96,7 @@ def _decoding(config: AotConfig, where: list[Any]) -> Iterator[dict[str, Any]]:
         yield describe(f"{name}: one round", compiled, seconds, where[0].device_kind)
         loop = jax.jit(on_mesh(engine.decode), donate_argnums=1)
         compiled, seconds = _compile(loop.lower(arrays, state, drawn, array(()), array(())))
-        # What a loop costs depends on how often it runs; the compiler counts its body once.
+        # The compiler counts a loop's body once, though it runs an unknown number of times.
         row = describe(f"{name}: loop", compiled, seconds, where[0].device_kind)
         yield row | dict.fromkeys(("gflop", "gbytes", "milliseconds", "floor"))
 
@@ -147,7 +147,7 @@ def _training(config: AotConfig, run: TrainConfig, where: list[Any]) -> Iterator
     }
 
     def vocabulary(draft: Any, data: Any) -> tuple[np.ndarray, None]:
-        del data  # which tokens they are changes no program
+        del data  # the choice of tokens does not affect compilation
         return np.zeros(draft.draft_vocab_size, np.int32), None
 
     objective = objectives.assemble(run, target, frozen, vocabulary)
@@ -161,7 +161,7 @@ def _training(config: AotConfig, run: TrainConfig, where: list[Any]) -> Iterator
     compiled, seconds = _compile(trainer.step.lower(trainer.abstract, frozen, batch))
     name = f"{type(run.objective).__name__}: training step"
     row = describe(name, compiled, seconds, where[0].device_kind)
-    # Of the whole step on all chips, as training counts it.
+    # FLOPs of the whole step on all chips, as training counts them.
     flops = objective.flops_per_token(shape[1]) * math.prod(shape)
     yield row | {"gflop_counted": flops / mesh.size / 1e9}
 

@@ -1,4 +1,4 @@
-"""What a compiled program costs: memory, arithmetic, bytes moved, and what devices send."""
+"""Reports the cost of a compiled program: memory, FLOPs, bytes moved, and collectives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eagle_jax import hardware
 
 GIB = 2**30
 
-# How programs speak to the host.
+# Operations that transfer data to or from the host.
 _HOST = re.compile(
     r"\b(infeed|outfeed|send|recv)\(|custom_call_target=\"[^\"]*callback|MoveToHost|MoveToDevice"
 )
@@ -19,7 +19,7 @@ _COLLECTIVE = re.compile(
     r"= (?P<result>.+?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|"
     r"collective-permute)(?:-start)?\("
 )
-# What costs a GPU nothing.
+# Operations that launch nothing on a GPU.
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]+|pred)\[([0-9,]*)\]")
 
@@ -28,21 +28,22 @@ def describe(name: str, compiled: Any, seconds: float, kind: str) -> dict[str, A
     """Returns one program's figures, per device.
 
     Returns:
-        program; arguments, temporaries, code, total in GiB, and total as a share of the device's
-        memory; gflop and gbytes (moved, as the compiler counts), its estimate in milliseconds, and
-        a floor in milliseconds: arguments read once, or the arithmetic, at the data sheet's rate
-        (None where there is none); collectives by kind as (number, MiB of results); launches of
-        kernels (of a program on GPUs that has no loop); host: what crosses to the host (all None if
-        the program cannot be read); compile: seconds.
+        program: its name; arguments, temporaries, code and total in GiB, and total as a share of
+        the device's memory; gflop and gbytes (moved) as the compiler counts them; the compiler's
+        estimate in milliseconds; a lower bound in milliseconds (reading the arguments once, or the
+        arithmetic, at the data sheet's rates; None for an unknown device); collectives by kind as
+        (number, MiB of results); kernel launches (only for GPU programs without a loop); host:
+        transfers to the host; compile: seconds. Collectives, launches and host are None if the
+        program's text cannot be read.
     """
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     text = _text(compiled)
     arguments = memory.argument_size_in_bytes
-    # Outputs that take the place of an argument need no memory of their own.
+    # Outputs that reuse the memory of a donated argument need no memory of their own.
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     total = arguments + new + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     estimate = cost.get("optimal_seconds", -1.0)
-    counted = "flops" in cost  # not by XLA's compiler for GPUs
+    counted = "flops" in cost  # XLA's GPU compiler does not count them
     gflop, chip = cost.get("flops", 0.0) / 1e9, hardware.find(kind)
     floor = None
     if chip is not None:
@@ -69,7 +70,7 @@ def describe(name: str, compiled: Any, seconds: float, kind: str) -> dict[str, A
 
 
 def _text(compiled: Any) -> str | None:
-    """Returns the program as text, or None where libtpu cannot write it (some large programs)."""
+    """Returns the program's text, or None if libtpu cannot print it (some large programs)."""
     import jax
 
     try:

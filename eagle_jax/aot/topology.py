@@ -1,4 +1,4 @@
-"""Devices that are not at hand: TPU slices that libtpu describes, GPUs that XLA is told of."""
+"""Describes absent devices: TPU slices through libtpu, and GPUs through XLA's target config."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import os
 from typing import Any
 
-# GPUs as XLA's target_config describes them, by kind: name, bytes of memory, bytes per second.
+# GPUs for XLA's target_config, by kind: name, bytes of memory, memory bandwidth in bytes/s.
 _GPUS = {
     "h100": ("NVIDIA H100 80GB HBM3", 85_520_000_000, 3_352_320_000_000),
     "h200": ("NVIDIA H200", 150_750_000_000, 4_814_000_000_000),
@@ -28,10 +28,10 @@ device_description_str: "{name}"
 
 
 def devices(topology: str) -> list[Any]:
-    """Returns the devices of a topology, which need not be here.
+    """Returns the devices of a topology; this machine need not have them.
 
     Raises:
-        ValueError: libtpu or JAX's CUDA plugin is not installed, or there is no such topology.
+        ValueError: libtpu or JAX's CUDA plugin is not installed, or the topology is unknown.
     """
     if topology.partition(":")[0] in _GPUS:
         return _gpus(topology)
@@ -39,7 +39,7 @@ def devices(topology: str) -> list[Any]:
         raise ValueError(
             f"topology={topology!r}: libtpu is not installed; pip install 'eagle-jax[tpu]'"
         )
-    # There is no TPU to describe or to lock: libtpu need not look for it, nor be alone.
+    # No TPU is present, so libtpu must neither look for one nor lock it.
     for name, value in {
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -51,7 +51,7 @@ def devices(topology: str) -> list[Any]:
 
     try:
         return list(topologies.get_topology_desc(topology, platform="tpu").devices)
-    except Exception as error:  # libtpu has its own
+    except Exception as error:  # libtpu raises exceptions of its own types
         said = str(error).strip().splitlines()[0]
         raise ValueError(
             f"topology={topology!r}: {said}; e.g. v5e:2x4, v5p:2x2x2, h100:2"
@@ -68,7 +68,7 @@ def _gpus(topology: str) -> list[Any]:
             f"topology={topology!r}: JAX's CUDA plugin is not installed; pip install "
             "'eagle-jax[cuda]'"
         )
-    # There is no driver either, whose version the plugin would compare.
+    # No driver is present, so the plugin must not check its version.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     from jax.experimental import topologies
 
@@ -78,7 +78,7 @@ def _gpus(topology: str) -> list[Any]:
         found = topologies.get_topology_desc(
             kind, platform="cuda", target_config=target, topology=f"1x1x{number}"
         )
-    except Exception as error:  # the plugin has its own
+    except Exception as error:  # the plugin raises exceptions of its own types
         raise ValueError(f"topology={topology!r}: {str(error).strip().splitlines()[0]}") from error
     return list(found.devices)
 
@@ -87,5 +87,5 @@ def installed(name: str) -> bool:
     """Returns whether a module can be imported, without importing it."""
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # not even what it lies in
+    except ModuleNotFoundError:  # its parent package is missing
         return False

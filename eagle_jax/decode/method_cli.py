@@ -76,12 +76,22 @@ def method_of(args: argparse.Namespace) -> Any:
         if name not in own:
             raise ValueError(
                 f"{name}: is no setting of method {args.method!r}, which has "
-                f"{', '.join(own) or 'none'}"
+                f"{', '.join(own) or 'none'}{_elsewhere(name)}"
             )
     inner = dataclasses.replace(inner, **changes)
     wraps = _wrapped_field(method)
     method = dataclasses.replace(method, **{wraps: inner}) if wraps else inner
     return override(method, args.set)
+
+
+def _elsewhere(name: str) -> str:
+    """Says which methods have a setting."""
+    found = [
+        method
+        for method, make in METHODS.items()
+        if any(f.name == name and f.init for f in dataclasses.fields(_drafter(make())))
+    ]
+    return f"; these have it: {', '.join(found)}" if found else ""
 
 
 def parse(text: str) -> Any:

@@ -107,6 +107,12 @@ class Session:
             self.program, self.params, self.prompts, limits, [r.seed for r in self.rows], self.clock
         )
 
+    def __repr__(self) -> str:
+        statistics = self.statistics()
+        state = "finished" if self.finished() else "going on"
+        tokens = sum(statistics.new_tokens)
+        return f"Session({len(self.prompts)} prompts, {tokens} tokens so far, {state})"
+
     def warn(self) -> None:
         """Warns once per generation if the draft seems to belong to another target."""
         if self.method.draft is None or self.warned:

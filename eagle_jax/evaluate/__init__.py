@@ -1,4 +1,4 @@
-"""Evaluation: every decoding method beside the others, under one baseline, our own vanilla loop.
+"""Compares decoding methods with one baseline, this package's own vanilla decoding.
 
 python -m eagle_jax.evaluate --config configs/eval/tiny.py
 """

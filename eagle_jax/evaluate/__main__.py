@@ -12,7 +12,7 @@ from typing import Any
 from eagle_jax import cli, compilation_cache, distributed, fingerprint, outputs, settings
 from eagle_jax.evaluate.config import EvalConfig
 
-# Of the environment, what the samples of a directory have in common.
+# Fields of the environment that all samples of an output directory share.
 _AROUND = ("device", "devices", "dtype", "quantize", "quantize_drafts", "jax", "eagle_jax")
 
 _EPILOG = """\
@@ -40,7 +40,7 @@ examples
 
 
 def parser(prog: str = "python -m eagle_jax.evaluate") -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     out = cli.Parser(
         prog=prog,
         description="Compare decoding methods: acceptance, speed, equality with vanilla decoding.",
@@ -70,7 +70,7 @@ def parser(prog: str = "python -m eagle_jax.evaluate") -> argparse.ArgumentParse
 
 
 def configuration(args: argparse.Namespace) -> EvalConfig:
-    """The file's configuration under the command line's options."""
+    """Returns the configuration file's settings with the command line's options applied."""
     config = settings.load(args.config, args.overrides, kind=EvalConfig)
     changes: dict[str, Any] = {}
     if args.model is not None:
@@ -91,16 +91,16 @@ def configuration(args: argparse.Namespace) -> EvalConfig:
 
 
 def evaluate(config: EvalConfig, restart: bool = False, strict: bool = True) -> dict[str, Any]:
-    """Measures what is missing in `config.output_dir`, writes the results there, returns them.
+    """Takes the samples missing in `config.output_dir`, writes the results there, returns them.
 
     Args:
-        config: the evaluation.
+        config: the evaluation's configuration.
         restart: delete the samples of an earlier run.
-        strict: a method whose draft the model does not have is an error; otherwise it is left out,
-            and said to be.
+        strict: raise if the model lacks a method's draft; otherwise skip such methods and print
+            their names.
 
     Raises:
-        ValueError: a setting, a file or a method that cannot work; one line.
+        ValueError: a setting, a file or a method is invalid; the message is one line.
     """
     from eagle_jax.evaluate import report, runner, tasks
     from eagle_jax.evaluate.samples import Samples
@@ -146,7 +146,7 @@ def _result(
     units: list[Any],
     groups: list[Any],
 ) -> dict[str, Any]:
-    """What `evaluate` returns, from the samples of a run that is finished."""
+    """Returns the result of `evaluate` from the samples of a finished run."""
     from eagle_jax.decode.method_cli import spell
     from eagle_jax.evaluate import metrics
 
@@ -163,7 +163,10 @@ def _result(
         "environment": around,
         "config": {
             **dataclasses.asdict(dataclasses.replace(config, methods=())),
-            "methods": {name: spell(method) for name, method in run.methods.items()},
+            "methods": {
+                name: method if isinstance(method, str) else spell(method)
+                for name, method in run.methods.items()
+            },
         },
         "skipped": run.skipped,
         "rows": rows,
@@ -178,7 +181,7 @@ def _result(
 
 
 def with_drafts(config: EvalConfig, params: Any) -> EvalConfig:
-    """Without the methods whose draft there is none of, or that need a tuning that there isn't."""
+    """Returns `config` without the methods whose draft or stored tuning is missing."""
     from eagle_jax.decode import tuning_store
     from eagle_jax.decode.registry import AUTO
 
@@ -200,7 +203,7 @@ def with_drafts(config: EvalConfig, params: Any) -> EvalConfig:
 
 
 def environment(params: Any) -> dict[str, Any]:
-    """What the figures depend on besides the settings."""
+    """Returns what the figures depend on besides the settings: device, dtype and versions."""
     import platform
     from importlib.metadata import version
 
@@ -224,7 +227,7 @@ def environment(params: Any) -> dict[str, Any]:
 
 
 def _fixed(config: EvalConfig, params: Any, around: dict[str, Any]) -> dict[str, Any]:
-    """What all samples of an output directory share; tasks, temperatures and limits may grow."""
+    """Returns the settings that all samples share; tasks, temperatures and limits may differ."""
     from eagle_jax.evaluate.runner import with_baseline
 
     names = ("model", "drafts", "top_p", "new_tokens", "ignore_eos", "exact", "seed", "repeats")
@@ -241,7 +244,7 @@ def _fixed(config: EvalConfig, params: Any, around: dict[str, Any]) -> dict[str,
 
 
 def _settings(method: Any, params: Any, rows: int) -> str:
-    """The options that say a method; of "auto" what it is at present."""
+    """Returns a method's command-line options; "auto" is resolved to the tuned method."""
     from eagle_jax.decode import tuning_store
     from eagle_jax.decode.method_cli import spell
     from eagle_jax.decode.registry import AUTO
@@ -267,7 +270,7 @@ def _plot(folder: Path, result: dict[str, Any]) -> None:
 
 
 def summary(result: dict[str, Any], output: str) -> dict[str, Any]:
-    """One line's worth: figures over all tasks."""
+    """Returns the figures over all tasks, for the last line of output."""
     rows = [row for row in result["rows"] if not row["category"]]
     kept = ("task", "temperature", "method", "tau", "round_ms", "tokens_per_second", "speedup")
     kept += ("speedup_interval", "end_to_end", "equal", "answers")
@@ -293,7 +296,7 @@ def _short(value: Any) -> Any:
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m eagle_jax.evaluate") -> int:
-    """Runs the command line; returns 1 if an answer differs that must not."""
+    """Runs the command line; returns 1 if a method promised vanilla's text but differed."""
     args = parser(prog).parse_args(argv)
     config = configuration(args)
     distributed.join(args)

@@ -1,10 +1,10 @@
-"""What quantising costs: agreement of a quantised target with the same target as it was.
+"""Measures how well a quantised target agrees with the unquantised one.
 
     python -m eagle_jax.evaluate.agreement --model tiny --quantize int8
 
-The unquantised target answers every prompt, greedily. Then both read the same prompts and answers
-(teacher forcing), and their distributions are compared at every token of an answer. Both are in
-memory together. The last line of standard output is one JSON object.
+The unquantised target answers every prompt greedily. Then both targets read the same prompts and
+answers (teacher forcing), and their distributions are compared at every token of an answer. Both
+targets must fit into memory together. The last line of standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ from eagle_jax.params import Params, load
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """Of one model with another, over the same positions.
+    """Agreement of a model with a reference over the same positions.
 
     Attributes:
-        answers, positions: compared.
+        answers, positions: number of answers and of positions compared.
         top1: share of positions where both have the same most likely token.
         kl: mean of KL(reference || model), in nats.
-        kl_99: its 99th percentile.
-        cross_entropy, reference_cross_entropy: of the answers' tokens, mean, in nats.
+        kl_99: 99th percentile of the KL, in nats.
+        cross_entropy, reference_cross_entropy: mean over the answers' tokens under the model and
+            under the reference, in nats.
     """
 
     answers: int
@@ -53,11 +54,11 @@ class Agreement:
 
 
 def compare(reference: Params, model: Params, texts: Sequence[tuple[list[int], int]]) -> Agreement:
-    """Compares two targets of one vocabulary on token ids.
+    """Compares two targets with the same vocabulary on token ids.
 
     Args:
-        reference, model: the two.
-        texts: prompt and answer together, and the length of the prompt.
+        reference, model: the two targets.
+        texts: token ids of prompt and answer together, and the length of the prompt.
     """
     rows: list[np.ndarray] = []
     for ids, prompt in texts:
@@ -96,7 +97,10 @@ def _forward(config, layout, params, tokens) -> jax.Array:
 def _measures(
     ours: Float[Array, "t v"], theirs: Float[Array, "t v"], following: Int[Array, " t"]
 ) -> Float[Array, "t 4"]:
-    """Of every position: same top token, KL, and both cross-entropies of the token after it."""
+    """Returns for every position: same top token, KL, and both cross-entropies of the next token.
+
+    Columns are 1 or 0, KL(theirs || ours), and the cross-entropies under `ours` and `theirs`.
+    """
     q, p = jax.nn.log_softmax(ours), jax.nn.log_softmax(theirs)
     same = (jnp.argmax(ours, axis=-1) == jnp.argmax(theirs, axis=-1)).astype(jnp.float32)
     kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
@@ -105,7 +109,7 @@ def _measures(
 
 
 def answers(params: Params, prompts: Sequence[str], new: int) -> list[tuple[list[int], int]]:
-    """Vanilla's greedy answers: token ids of prompt and answer, and the length of the prompt.
+    """Returns vanilla's greedy answers: token ids of prompt and answer, and the prompt's length.
 
     Raises:
         ValueError: the model has no tokenizer, or a prompt does not fit the context.
@@ -122,7 +126,7 @@ def answers(params: Params, prompts: Sequence[str], new: int) -> list[tuple[list
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     out = argparse.ArgumentParser(
         prog="python -m eagle_jax.evaluate.agreement",
         description="Agreement of a quantised target with the same target as it was.",
@@ -140,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
+    """Runs the command line."""
     args = parser().parse_args(argv)
     questions = tasks.read_tasks(args.tasks, args.data, args.limit)
     prompts = [question.turns[0] for asked in questions.values() for question in asked]

@@ -13,41 +13,42 @@ BASELINE = "vanilla"
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """One evaluation.
+    """The configuration of one evaluation.
 
     Attributes:
-        output_dir: receives samples, results and plots; a run that was stopped goes on in it.
+        output_dir: receives samples, results and plots; a stopped run resumes from it.
         methods: (name, method) pairs, compared in this order; vanilla is added if missing. "auto"
-            as a method is what `python -m eagle_jax.tune` found for `batch_size` rows.
+            as a method selects what `python -m eagle_jax.tune` found for `batch_size` rows.
         model: "tiny" or a directory that `eagle_jax.load` reads.
         drafts: further directories of drafts.
-        dtype: of weights and arithmetic; by default the device's (`eagle_jax.load`).
+        dtype: dtype of weights and arithmetic; by default the device's (`eagle_jax.load`).
         quantize: "int8" stores the target's matrices in eight bits (`eagle_jax.load`); the baseline
             is vanilla decoding of that same target.
-        quantize_drafts: "int8", the same of the drafts; no text depends on it.
-        tasks: "own" (prompts of this package), or NAME for data/NAME.jsonl. By default "own"
-            without `data`, else those of mt_bench, humaneval, gsm8k, alpaca that are there.
+        quantize_drafts: "int8" does the same for the drafts; this does not change any text.
+        tasks: "own" (prompts of this package), or NAME for data/NAME.jsonl. The default is "own"
+            without `data`, else those of mt_bench, humaneval, gsm8k, alpaca that `data` has.
         data: directory of question files.
         limit: questions of each task, evenly spaced over its file; 0 takes all.
-        temperatures: every one is measured by itself; 0 is greedy.
-        top_p: filter of the sampled distribution; 1 is off.
-        new_tokens: longest answer.
+        temperatures: sampling temperatures, measured separately; 0 is greedy.
+        top_p: nucleus sampling threshold; 1 disables it.
+        new_tokens: tokens of the longest answer.
         ignore_eos: decode all answers to `new_tokens`.
-        exact: as in `generate`: equal texts in bfloat16 too; times are then those of a check.
-        seed: of the sampling noise; each question's own seed is derived from it.
+        exact: as in `generate`: equal texts in bfloat16 too, with slower passes; the times then do
+            not represent normal decoding.
+        seed: seed of the sampling noise; each question's own seed is derived from it.
         repeats: timed runs of every method on every prompt.
-        warm_up: run every shape once before anything is timed. Off, for acceptance and equality
-            alone, takes half as long; times then hold what a first run costs.
-        tensor, expert: use all devices: groups of `tensor` x `expert` share the weights, groups
-            share the rows of a batch. 0: one device.
+        warm_up: run every shape once before timing. False takes half as long and suffices for
+            acceptance and equality; times then include the cost of a first run.
+        tensor, expert: use all devices: groups of `tensor` x `expert` devices share the weights,
+            and the groups split the rows of a batch. 0 uses one device.
         batch_size: prompts decoded together, the longest first; the last batch is padded to this
             size.
-        longest_prompt: in tokens; longer ones are skipped, as are those that leave less than
-            `new_tokens` of the context. 0 is no further limit. Prompts are padded to powers of two
-            from 128 on, and each size compiles its own programs, so this bounds compile time too.
-        compile_threads: programs compiled at a time.
-        step_times: nodes per pass for which the time of the target's pass is measured; () skips it.
-        step_prompts: prompts of that measurement.
+        longest_prompt: in tokens; longer prompts are skipped, as are those that leave less than
+            `new_tokens` of the context. 0 sets no further limit. Prompts are padded to powers of
+            two from 128 on, and each size compiles its own programs, so this limits compile time.
+        compile_threads: programs compiled at the same time.
+        step_times: numbers of nodes for which a target pass is timed; () skips this measurement.
+        step_prompts: number of prompts for that measurement.
     """
 
     output_dir: str
@@ -102,10 +103,10 @@ class EvalConfig:
                 raise ValueError(f"methods: the name {name!r}; use a word without commas")
 
     def chosen(self, names: list[str]) -> tuple[tuple[str, Any], ...]:
-        """The named methods, in the order of the configuration, and the baseline.
+        """Returns the named methods and the baseline, in the order of the configuration.
 
         Raises:
-            ValueError: an unknown name; lists the valid ones.
+            ValueError: a name is unknown; the message lists the valid ones.
         """
         valid = [name for name, _ in self.methods]
         for name in names:

@@ -1,9 +1,9 @@
-"""From samples to figures: acceptance, speedups with intervals, bandwidth, equality.
+"""Computes figures from samples: acceptance, speedups with intervals, bandwidth, equality.
 
-Every time is first a median over repeats of one prompt. A speedup stands twice: the median over
-prompts of (vanilla's seconds per token / the method's), and the same ratio of totals; decoding
-alone, and with the prompt's pass. Where both emit the same tokens, seconds per token compare as
-seconds do. Intervals are 95 % bootstrap percentiles over questions.
+Times are medians over the repeats of one prompt. A speedup is reported in two ways: as the median
+over prompts of (vanilla's seconds per token / the method's), and as the same ratio of totals. Both
+are given for decoding alone and including prefill. If both methods emit the same tokens, this
+ratio equals the ratio of seconds. Intervals are 95 % bootstrap percentiles over questions.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from eagle_jax.types import ParamDict
 ALL = "all tasks"
 RESAMPLES = 1000
 
-# A unit's row: vanilla's seconds and tokens, the method's seconds and tokens.
+# Columns: vanilla's seconds and tokens, the method's seconds and tokens.
 Values = Float[np.ndarray, "units 4"]
 Weights = Int[np.ndarray, "r units"]
 
 
 def weight_bytes(params: ParamDict) -> int:
-    """Bytes of weights that one pass reads: all, but of an embedding table a few rows only.
+    """Returns the bytes of weights that one pass reads.
 
-    A tied table is the output head as well and counts.
+    An embedding table does not count, because a pass reads few of its rows. A tied table counts,
+    because it is also the output head.
     """
     table = "embed_tokens.embedding"
     skipped = table if "lm_head.kernel" in params else None
@@ -43,14 +44,14 @@ def weight_bytes(params: ParamDict) -> int:
 
 
 def kv_bytes(params: Params) -> int:
-    """Bytes of the target's keys and values of one token."""
+    """Returns the bytes of the target's keys and values for one token."""
     config = params.target_config
     width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return width * params.dtype.itemsize
 
 
 def bandwidth_share(read: float, seconds: float, peak: float | None) -> float | None:
-    """MBU: bytes that must be read over what could be read in that time; None if unknown."""
+    """Returns MBU: bytes read divided by what the peak bandwidth allows; None if unknown."""
     return None if peak is None else read / seconds / peak
 
 
@@ -59,17 +60,17 @@ def bandwidth_share(read: float, seconds: float, peak: float | None) -> float | 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A method on a unit, over its repeats.
+    """Figures of a method on a unit, over its repeats.
 
     Attributes:
-        decode, total: median seconds, without and with the prompt's pass.
-        tokens: committed tokens of all rows, padding rows included: they are decoded too.
+        decode, total: median seconds, without and with prefill.
+        tokens: committed tokens of all rows; padding rows count, because they are decoded too.
         passes: rounds of the slowest row, which all rows wait for.
         kept, rounds: committed tokens and rounds of the real rows.
         accepted: drafted tokens committed at each depth, per repeat.
-        equal: whether each row's tokens are vanilla's, in every repeat.
-        divergence: of the rows that differ, the first position that does.
-        read: bytes of keys and values that a pass reads on average, all rows.
+        equal: whether each row's tokens equal vanilla's in every repeat.
+        divergence: the first position that differs, for each row that differs.
+        read: mean bytes of keys and values that a pass reads, over all rows.
     """
 
     decode: float
@@ -87,7 +88,10 @@ class Measured:
 def measured(
     unit: Unit, runs: Sequence[Mapping[str, Any]], truth: Sequence[Sequence[int]], kv: int
 ) -> Measured:
-    """`runs` are the repeats, `truth` vanilla's tokens of each row, `kv` bytes of one token."""
+    """Returns the figures of a unit's repeats.
+
+    `truth` holds vanilla's tokens of each row, and `kv` is the bytes of one token's KV cache.
+    """
     rows = len(unit.ids)
     firsts = [
         min((divergence(run["tokens"][row], truth[row]) for run in runs), key=_last_is_equal)
@@ -103,7 +107,7 @@ def measured(
         passes=_median(max(run["rounds"]) for run in runs),
         kept=_median(sum(run["new_tokens"][:rows]) for run in runs),
         rounds=_median(sum(run["rounds"][:rows]) for run in runs),
-        # A batch reports shares of all its rows' rounds; they stand for the real rows'.
+        # A batch reports acceptance over all its rows, padding included; it is used for real rows.
         accepted=tuple(
             float(np.mean([share * sum(run["rounds"][:rows]) for share, run in pairs]))
             for pairs in _by_depth(runs)
@@ -115,7 +119,7 @@ def measured(
 
 
 def divergence(tokens: Sequence[int], truth: Sequence[int]) -> int | None:
-    """First position at which two answers differ, one's end included; None if they are equal."""
+    """Returns the first position where two answers differ (or one ends), or None if equal."""
     for position, (a, b) in enumerate(zip(tokens, truth, strict=False)):
         if a != b:
             return position
@@ -139,9 +143,9 @@ def _median(values: Any) -> float:
 
 
 def resample(clusters: Sequence[str], resamples: int = RESAMPLES) -> Weights | None:
-    """How often each unit stands in each bootstrap sample; none with fewer than 2 clusters.
+    """Returns each unit's count in each bootstrap sample, or None with fewer than 2 clusters.
 
-    Whole clusters are drawn: turns of one question are no independent prompts.
+    Whole clusters are drawn, because the turns of one question are not independent.
     """
     names, own = np.unique(np.array(clusters), return_inverse=True)
     if len(names) < 2:
@@ -152,18 +156,18 @@ def resample(clusters: Sequence[str], resamples: int = RESAMPLES) -> Weights | N
 
 
 def median_ratio(values: Values, weights: Weights) -> Float[np.ndarray, " r"]:
-    """Of each weighting of the units, the median of (column 0 / column 1) / (column 2 / 3)."""
+    """Returns, for each weighting, the median of (column 0 / column 1) / (column 2 / column 3)."""
     ratios = values[:, 0] * values[:, 3] / (values[:, 1] * values[:, 2])
     order = np.argsort(ratios, kind="stable")
     below = np.cumsum(weights[:, order], axis=1)
     half = below[:, -1:] / 2
-    # An even number has two middle ones.
+    # With an even number of units, the median is the mean of the two middle ones.
     low, high = np.argmax(below >= half, axis=1), np.argmax(below > half, axis=1)
     return (ratios[order][low] + ratios[order][high]) / 2
 
 
 def total_ratio(values: Values, weights: Weights) -> Float[np.ndarray, " r"]:
-    """The same of the columns' sums."""
+    """Returns, for each weighting, the same ratio as `median_ratio` of the columns' sums."""
     total = weights @ values
     return total[:, 0] * total[:, 3] / (total[:, 1] * total[:, 2])
 
@@ -171,7 +175,7 @@ def total_ratio(values: Values, weights: Weights) -> Float[np.ndarray, " r"]:
 def estimate(
     statistic: Callable[[Values, Weights], np.ndarray], values: Values, weights: Weights | None
 ) -> tuple[float, list[float] | None]:
-    """The statistic of the units, and its 95 % percentile interval over `weights`."""
+    """Returns the statistic of the units, and its 95 % percentile interval over `weights`."""
     own = float(statistic(values, np.ones((1, len(values)), np.int64))[0])
     if weights is None:
         return own, None
@@ -182,14 +186,14 @@ def estimate(
 
 
 def guarantee(method: Method, temperature: float) -> str:
-    """What the method promises: "exact" (vanilla's tokens), "law only", or "lossy"."""
+    """Returns "exact" (vanilla's tokens), "law only" (vanilla's distribution), or "lossy"."""
     if method.rule.seeded or temperature == 0:
         return "exact"
     return "law only" if method.rule.lossless else "lossy"
 
 
 class Table:
-    """Result rows over groups of units, as plain dictionaries."""
+    """Makes result rows over groups of units, as plain dictionaries."""
 
     def __init__(self, params: Params, device_kind: str) -> None:
         self.params = params
@@ -201,7 +205,7 @@ class Table:
         self._shapes: dict[tuple[str, int], str] = {}
 
     def read(self, groups: Sequence[Sequence[Job]], samples: Samples, repeats: int) -> None:
-        """Takes over the samples of each unit's methods."""
+        """Reads the samples of each unit's methods."""
         for group in groups:
             runs = {job.name: [_sample(samples, job, i) for i in range(repeats)] for job in group}
             truth = runs[BASELINE][0]["tokens"]
@@ -215,7 +219,7 @@ class Table:
             self._units.append(group[0].unit)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row per method, task and temperature; per task with several categories, of each."""
+        """Returns a row per method, task and temperature, and per category if there are several."""
         tasks = list(dict.fromkeys(unit.task for unit in self._units))
         out = []
         for temperature in dict.fromkeys(unit.temperature for unit in self._units):
@@ -284,7 +288,7 @@ class Table:
         }
 
     def _weights(self, method: Method) -> int:
-        """Target and draft, once each; how often a round runs its draft is the method's secret."""
+        """Returns the bytes of target and draft, counted once each: draft passes are unknown."""
         draft = None if method.draft is None else self.params.drafts[method.draft].params
         return weight_bytes(self.params.target) + (weight_bytes(draft) if draft else 0)
 
@@ -302,7 +306,7 @@ def _speedups(
     base: Sequence[Measured],
     drawn: Weights | None,
 ) -> dict[str, Any]:
-    """Speedups over `base` by the seconds in `field`, with intervals."""
+    """Returns speedups over `base`, with intervals; `field` names the seconds to compare."""
     pairs = zip(base, runs, strict=True)
     values = np.array(
         [(getattr(a, field), a.tokens, getattr(b, field), b.tokens) for a, b in pairs]
@@ -320,7 +324,7 @@ def _speedups(
 def step_times(
     groups: Sequence[Sequence[Job]], samples: Samples, repeats: int
 ) -> list[dict[str, Any]]:
-    """Milliseconds of a target pass over so many nodes: medians over repeats, then prompts."""
+    """Returns milliseconds of a target pass by nodes: medians over repeats, then over prompts."""
     seconds: dict[int, list[float]] = {}
     for group in groups:
         for job in group:

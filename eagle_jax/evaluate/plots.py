@@ -1,4 +1,4 @@
-"""Plots of an evaluation: speedup by task, acceptance by depth, time of a pass over its nodes."""
+"""Plots an evaluation: speedup by task, acceptance by depth, time of a pass by nodes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def plot(folder: Path, rows: Sequence[Row], steps: Sequence[Row], title: str) ->
     """Writes the PNG files; returns their names.
 
     Args:
-        rows: of `metrics.Table.rows`.
-        steps: of `metrics.step_times`; may be empty.
-        title: what was measured, and on what.
+        rows: result of `metrics.Table.rows`.
+        steps: result of `metrics.step_times`; may be empty.
+        title: title of the plots: what was measured, and on which device.
     """
     import matplotlib
 
@@ -39,7 +39,7 @@ def plot(folder: Path, rows: Sequence[Row], steps: Sequence[Row], title: str) ->
 def _panels(
     rows: Sequence[Row], key: str, size: tuple[float, float], title: str
 ) -> tuple[Any, list[Any]]:
-    """A figure with one panel of `size` per value of `key`, side by side."""
+    """Returns a figure with one panel of `size` per value of `key`, side by side."""
     from matplotlib.figure import Figure
 
     values = list(dict.fromkeys(row[key] for row in rows))
@@ -50,10 +50,12 @@ def _panels(
 
 
 def _speedup(image: Path, rows: Sequence[Row], title: str) -> None:
-    """A line per method, a dot per task, the interval of the last: all tasks together."""
+    """Plots a dot per method and task; the mark of all tasks together has its interval."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     names = list(dict.fromkeys(row["method"] for row in rows))
-    methods = [name for name in names if name != BASELINE] or names  # the baseline is a line
+    methods = [
+        name for name in names if name != BASELINE
+    ] or names  # a vertical line marks the baseline
     figure, panels = _panels(rows, "temperature", (5.0, 0.26 * len(methods) + 1.8), title)
     for temperature, axes in panels:
         for index, task in enumerate(tasks):
@@ -84,8 +86,8 @@ def _speedup(image: Path, rows: Sequence[Row], title: str) -> None:
 
 
 def _acceptance(image: Path, rows: Sequence[Row], title: str) -> None:
-    """Over all tasks."""
-    last = rows[-1]["task"]  # all tasks together stand last
+    """Plots acceptance by depth over all tasks."""
+    last = rows[-1]["task"]  # the last rows are those of all tasks together
     rows = [row for row in rows if row["task"] == last]
     figure, panels = _panels(rows, "temperature", (6.0, 4.2), title)
     names = list(dict.fromkeys(row["method"] for row in rows if row["method"] != BASELINE))

@@ -1,7 +1,8 @@
 """Prompts written for this project, of the kinds that the shipped pair was trained on.
 
-Small talk with a service, short Python functions, grade-school mathematics, explanations, everyday
-writing. They make the evaluation run without any file; published figures need public questions.
+They cover service chats, short Python functions, grade-school mathematics, explanations and
+everyday writing. With them an evaluation needs no data files; published figures need public
+questions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: results.json, results.csv, and the tables on the console."""
+"""Writes the results of an evaluation: results.json, results.csv, and tables on the console."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 def write(folder: Path, result: dict[str, Any]) -> None:
-    """results.json with everything, results.csv with the rows (lists in JSON)."""
+    """Writes results.json with everything, and results.csv with the rows (lists as JSON)."""
     text = json.dumps(result, indent=1)
     outputs.write_text(folder / "results.json", text + "\n")
     rows, table = result["rows"], folder / "results.csv"
@@ -26,7 +26,7 @@ def write(folder: Path, result: dict[str, Any]) -> None:
 
 
 def tables(result: dict[str, Any]) -> Iterator[str]:
-    """Lines for a reader."""
+    """Yields the lines of the tables for the console."""
     rows = result["rows"]
     whole = [row for row in rows if not row["category"]]
     width = max(len(row["method"]) for row in rows)
@@ -70,7 +70,7 @@ def _figures(row: Row) -> str:
 
 
 def _acceptance(rows: Sequence[Row], width: int) -> Iterator[str]:
-    """Of the widest group of tasks, which stands last."""
+    """Yields the acceptance table of the last group of rows: all tasks together."""
     last = rows[-1]["task"]
     yield ""
     yield f"{last}: share of rounds that kept a token of depth 1, 2, ...; kept / drafted tokens"
@@ -111,7 +111,7 @@ def _differences(rows: Sequence[Row], lossless: bool | None) -> Iterator[str]:
 
 
 def _groups(rows: Sequence[Row], keys: tuple[str, ...]) -> Iterator[list[Row]]:
-    """Rows that agree in `keys`, in order of first appearance."""
+    """Groups the rows that agree in `keys`, in order of first appearance."""
     out: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         out.setdefault(tuple(row[key] for key in keys), []).append(row)

@@ -1,8 +1,8 @@
-"""Measuring: every method on every prompt in turn, A B C, A B C, after a warm-up of every shape.
+"""Runs every method on every prompt in turn (A B C, A B C) after a warm-up of every shape.
 
-All methods get the same token ids. Later turns of a question follow frozen earlier answers:
-vanilla's at this temperature and seed, decoded once and stored. Compilation, the pass over the
-prompt and the rounds are timed apart by `eagle_jax.decode.generate`.
+All methods get the same token ids. Later turns of a question follow frozen earlier answers, which
+vanilla decodes once at this temperature and seed. `eagle_jax.decode.generate` times compilation,
+prefill and rounds separately.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from eagle_jax.evaluate.tasks import Question
 from eagle_jax.params import Params
 
 STEP_TASK = "step time"
-_STEP_TOKENS = 32  # rounds of one run of that measurement, about
+_STEP_TOKENS = 32  # approximate number of rounds in a run that times the target's pass
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """What one call decodes: a prompt, or a batch of prompts of one task and turn.
+    """The input of one call: a prompt, or a batch of prompts of one task and turn.
 
     Attributes:
-        task, category: where it is from; a batch has no category.
-        ids: of its questions.
-        turn: which message of theirs is answered, from 0.
+        task, category: task and category of its questions; a batch has no category.
+        ids: ids of its questions.
+        turn: number of the message to answer, from 0.
         temperature: 0 is greedy.
         prompts: token ids of each row, frozen answers of earlier turns included.
-        seeds: of each row.
+        seeds: seed of each row.
     """
 
     task: str
@@ -58,18 +58,18 @@ class Unit:
 
     @property
     def bucket(self) -> int:
-        """Tokens that its prompts are padded to."""
+        """Number of tokens that its prompts are padded to."""
         return bucket_prompt(max(map(len, self.prompts)))
 
     def key(self, kind: str, *more: Any) -> str:
-        """What a sample of it is stored under; other prompts have another key."""
+        """Returns the key under which its samples are stored; it depends on the prompts."""
         prompts = zlib.crc32(json.dumps(self.prompts).encode())
         return json.dumps([kind, self.task, self.ids, self.turn, self.temperature, prompts, *more])
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A method on a unit."""
+    """A method to run on a unit."""
 
     name: str
     method: Method
@@ -81,12 +81,12 @@ class Job:
         return self.unit.key("run", self.name, repeat)
 
     def shape(self) -> str:
-        """What its compiled programs depend on, besides the settings that all share."""
+        """Key of its compiled programs; jobs with the same key share them."""
         return json.dumps(["compile", self.name, self.unit.bucket, self.unit.temperature > 0])
 
 
 class Runner:
-    """Plans and measures; every sample goes to `samples` and is measured once."""
+    """Plans and takes all measurements; each sample is taken once and stored in `samples`."""
 
     def __init__(self, params: Params, config: EvalConfig, samples: Samples) -> None:
         if params.tokenizer is None:
@@ -98,7 +98,7 @@ class Runner:
         self._warm: set[str] = set()
 
     def units(self, tasks: dict[str, list[Question]]) -> list[Unit]:
-        """All that is to be decoded, in order; decodes the answers that later turns follow.
+        """Returns all units in order; decodes the answers that later turns follow.
 
         Raises:
             ValueError: no prompt of a task fits the context.
@@ -111,7 +111,11 @@ class Runner:
         ]
 
     def jobs(self, units: Sequence[Unit]) -> list[list[Job]]:
-        """Groups to interleave: all methods on a unit, then all tree sizes on the first units."""
+        """Returns groups of jobs to interleave.
+
+        There is a group of all methods for each unit, and then a group of all pass sizes for each
+        of the first units.
+        """
         new, ignore = self.config.new_tokens, self.config.ignore_eos
         out = [
             [
@@ -128,13 +132,13 @@ class Runner:
         return out
 
     def _resolved(self, method: Any, temperature: float) -> Method:
-        """A method, or what was tuned for this temperature where it is "auto"."""
+        """Returns `method`, or for "auto" the method that was tuned for this temperature."""
         if method != AUTO:
             return method
         return tuning_store.method(self.params, self.config.batch_size, temperature)
 
     def measure(self, groups: Sequence[Sequence[Job]]) -> None:
-        """Takes every sample that is not there yet."""
+        """Takes every sample that is not stored yet."""
         repeats = range(self.config.repeats)
         todo = [
             (job, repeat)
@@ -177,12 +181,12 @@ class Runner:
         self.skipped.setdefault(task, {})[f"{temperature:g}"] = skipped
 
     def _room(self) -> int:
-        """Longest prompt that leaves room for a whole answer."""
+        """Returns the length of the longest prompt that leaves room for a whole answer."""
         room = self.params.target_config.max_position_embeddings - self.config.new_tokens
         return min(room, self.config.longest_prompt or room)
 
     def _bound(self) -> str:
-        """What bounds the length of a prompt, and the remedy, in the user's own settings."""
+        """Returns which setting limits prompt length, and how to change it, for errors."""
         context = self.params.target_config.max_position_embeddings
         new, longest = self.config.new_tokens, self.config.longest_prompt
         if longest and longest <= context - new:
@@ -206,10 +210,10 @@ class Runner:
         turn: int,
         temperature: float,
     ) -> Iterator[Unit]:
-        """Rows of like length together, so that little is padded."""
+        """Yields batches of rows of similar length, to reduce padding."""
         size = self.config.batch_size
         if size > 1:
-            rows = sorted(rows, key=lambda row: -len(row[1]))  # stable
+            rows = sorted(rows, key=lambda row: -len(row[1]))  # longest first; stable
         while rows:
             together, rows = rows[:size], rows[size:]
             ids = tuple(question.id for question, _ in together)
@@ -224,11 +228,11 @@ class Runner:
             )
 
     def _seed(self, task: str, question: str) -> int:
-        """The question's own, whatever else is asked beside it."""
+        """Returns the seed of a question, which does not depend on the other questions."""
         return (self.config.seed + zlib.crc32(f"{task}/{question}".encode())) % 2**32
 
     def _freeze(self, units: list[Unit]) -> dict[str, list[int]]:
-        """Vanilla's answers, by question."""
+        """Returns vanilla's answers by question, decoded now unless they are stored."""
         method, new = self.methods[BASELINE], self.config.new_tokens
         jobs = [Job(BASELINE, method, unit, new, self.config.ignore_eos) for unit in units]
         todo = [job for job in jobs if self.samples.get(job.unit.key("frozen")) is None]
@@ -245,7 +249,7 @@ class Runner:
         return out
 
     def _warm_up(self, jobs: Iterable[Job]) -> None:
-        """Compiles and runs every shape once; the seconds of the first compilation are kept."""
+        """Compiles and runs every shape once; stores the seconds of the first compilation."""
         shapes: dict[str, Job] = {}
         for job in jobs:
             if job.shape() not in self._warm:
@@ -259,16 +263,16 @@ class Runner:
                 self._keep_compile_time(runs[run], run.result()["compile"])
 
     def _keep_compile_time(self, shape: str, seconds: float) -> None:
-        """Of the first run of a shape; of later ones only that it is warm."""
+        """Stores the compile time of a shape's first run, and marks the shape as warm."""
         if self.samples.get(shape) is None:
             self.samples.add(shape, {"seconds": seconds})
         self._warm.add(shape)
 
     def _run(self, job: Job) -> dict[str, Any]:
-        """One call of `generate`, as a sample."""
+        """Returns the sample of one call of `generate`."""
         unit, size = job.unit, self.config.batch_size
         missing = size - len(unit.ids)
-        # The last batch has the shape of the others: it repeats its first row.
+        # The last batch repeats its first row, so that it has the shape of the others.
         prompts = [list(p) for p in (*unit.prompts, *unit.prompts[:1] * missing)]
         out = generate(
             self.params,
@@ -298,10 +302,10 @@ class Runner:
 
 
 def with_baseline(methods: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    """Methods by name, vanilla decoding among them.
+    """Returns the methods by name, with vanilla decoding added if it is missing.
 
     Raises:
-        ValueError: something else is named "vanilla".
+        ValueError: another method is named "vanilla".
     """
     out = dict(methods)
     if type(out.get(BASELINE, Vanilla())) is not Vanilla:
@@ -310,7 +314,7 @@ def with_baseline(methods: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
 
 
 def check_methods(params: Params, config: EvalConfig) -> None:
-    """Raises a ValueError of one line for the first method or setting that cannot work."""
+    """Raises a ValueError of one line for the first invalid method or setting."""
     for name, method in with_baseline(config.methods).items():
         for temperature in config.temperatures:
             try:

@@ -1,7 +1,7 @@
-"""The record of a run: one JSON line per measurement, appended as it is made.
+"""Stores the samples of a run: one JSON line per measurement, appended as it is made.
 
-The first line says under which settings all the others were taken. A run that was killed at any
-moment goes on from here; a line that the kill cut short is cut away.
+The first line holds the settings of all samples. A killed run resumes from this file; an
+incomplete last line is removed.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _START = b'{"eagle_jax_evaluation": '
 
 
 class Samples:
-    """Records by key, in memory and on disk; of several processes the first writes.
+    """Records by key, in memory and on disk; only the first process writes.
 
     Raises:
-        ValueError: the directory holds samples of other settings, or somebody else's file.
+        ValueError: the directory holds samples of other settings, or an unrelated file.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], restart: bool = False) -> None:
@@ -43,7 +43,7 @@ class Samples:
             for name in WRITTEN:
                 (folder / name).unlink(missing_ok=True)
         distributed.wait_for_all("restart")
-        found = self._read(json.loads(json.dumps(settings)), writes)  # as it was written
+        found = self._read(json.loads(json.dumps(settings)), writes)  # as JSON reads them back
         distributed.wait_for_all("samples")
         if not found and writes:
             header = json.dumps({"eagle_jax_evaluation": 1, "settings": settings})
@@ -51,7 +51,7 @@ class Samples:
         self._file = open(self.path if writes else os.devnull, "a", encoding="utf-8")
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The record stored under `key`, if any."""
+        """Returns the record stored under `key`, or None."""
         return self._records.get(key)
 
     def add(self, key: str, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Samples:
             self._file.close()
 
     def _read(self, settings: dict[str, Any], writes: bool) -> bool:
-        """Takes over what is there; false if there is nothing."""
+        """Reads the stored records; returns False if there are none."""
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         if not whole and (data.startswith(_START) or _START.startswith(data)):
@@ -93,7 +93,7 @@ class Samples:
         return True
 
 
-# What the records of each kind hold; the kind is the first word of a key.
+# Required fields of each kind of record, by type; the kind is the first word of a key.
 _SECONDS = {"run": ("compile", "prefill", "decode"), "compile": ("seconds",)}
 _COUNTS = {"run": ("new_tokens", "rounds")}
 _SHARES = {"run": ("accepted",)}
@@ -101,7 +101,7 @@ _TOKENS = {"run": ("tokens",), "frozen": ("tokens",)}
 
 
 def _is_record(record: Any) -> bool:
-    """Whether a line is what `Samples.add` writes of a run, a frozen answer or a compilation."""
+    """Returns whether a line is a valid record of a run, a frozen answer or a compilation."""
     kind = json.loads(record["key"])[0]
 
     def of(table: Mapping[str, tuple[str, ...]]) -> list[Any]:

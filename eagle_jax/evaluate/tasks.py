@@ -15,12 +15,12 @@ _SUFFIXES = (".jsonl", ".jsonl.gz")
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What is asked, turn after turn.
+    """A question of one or more turns.
 
     Attributes:
-        task: name of the list it belongs to.
-        id: its `question_id`, or else its line; unique in the task.
-        category: its kind; may be empty.
+        task: name of its task.
+        id: its `question_id`, or else its line number; unique in the task.
+        category: its category; may be empty.
         turns: the user's messages.
     """
 
@@ -31,17 +31,17 @@ class Question:
 
 
 def read_tasks(names: Sequence[str], data: str = "", limit: int = 0) -> dict[str, list[Question]]:
-    """Questions by task.
+    """Returns the questions of each task.
 
     Args:
-        names: "own", or NAME for `data`/NAME.jsonl (or .jsonl.gz); none for the default: "own"
-            without `data`, else those of `PUBLIC` that are there.
+        names: "own", or NAME for `data`/NAME.jsonl (or .jsonl.gz). Without names, the default is
+            "own" without `data`, else those of `PUBLIC` that `data` has.
         data: directory of question files.
         limit: questions of each task, evenly spaced over its file; 0 takes all.
 
     Raises:
-        ValueError: unknown task (lists the valid ones), a file that is empty or malformed (names
-            the line); one line.
+        ValueError: a task is unknown (the message lists the valid ones), or a file is empty or
+            malformed (the message names the line).
     """
     folder = Path(data).expanduser() if data else None
     if folder is not None and not folder.is_dir():
@@ -67,7 +67,7 @@ def read_tasks(names: Sequence[str], data: str = "", limit: int = 0) -> dict[str
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Question files by task name; a plain file goes before a compressed one."""
+    """Returns question files by task name; a plain file is preferred to a compressed one."""
     return {
         path.name.removesuffix(suffix): path
         for suffix in reversed(_SUFFIXES)

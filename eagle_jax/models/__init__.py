@@ -1,4 +1,4 @@
-"""The target transformer, the key/value cache, and modules as functions of their parameters."""
+"""The target transformer, the KV cache, and modules as pure functions of their parameters."""
 
 from eagle_jax.models.binding import bind, cast, init_params, param_names, param_shapes
 from eagle_jax.models.cache import Cache

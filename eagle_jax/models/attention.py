@@ -1,7 +1,7 @@
-"""Attention over a cache and a fresh block. Which of its implementations runs is decided here.
+"""Attention over a cache and a fresh block; this module selects the implementation.
 
-`two_segment_attention` is the usual one, by our kernel or by XLA; `aligned_attention` rounds alike
-whatever tokens are verified together; cuDNN's serves training.
+`two_segment_attention` is the default and runs by our kernel or by XLA. `aligned_attention` rounds
+equally whichever tokens are verified together. cuDNN's attention serves training.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from eagle_jax.types import KeyValue
 
 AttentionKernel = Literal["xla", "cudnn", "aligned"]
 
-# Positions of a span of `aligned_attention`; no tree that is verified by it may be deeper.
+# Positions in a span of `aligned_attention`, the limit on the depth of its trees.
 SPAN = 32
 
 
@@ -38,17 +38,17 @@ def attention(
     """Returns the attended values, and the block's keys and values [b, k, t, e].
 
     Args:
-        heads: rotated query and keys, and values, of the block.
+        heads: rotated queries and keys, and values, of the block.
         mask: which fresh tokens each token sees: those of `before`, then the block's own.
-        positions: of the block's tokens.
-        prefix, lengths: the cache and its used slots, or none.
+        positions: positions of the block's tokens.
+        prefix, lengths: the cache and its number of used slots, or None.
         before: keys and values of earlier blocks of the same round.
-        kernel: "xla" takes our kernel where it fits; "cudnn" is for training, without a cache;
-            "aligned" is `aligned_attention`, with one.
+        kernel: "xla" uses our kernel where it fits; "cudnn" is for training, without a cache;
+            "aligned" is `aligned_attention` and needs a cache.
         oldest, scale, softcap: as in `two_segment_attention`.
 
     Raises:
-        ValueError: cuDNN's kernel has no soft cap.
+        ValueError: `kernel` is "cudnn", which has no soft cap, and `softcap` is given.
     """
     bounds = {"oldest": oldest, "scale": scale, "softcap": softcap}
     if isinstance(heads, UnsplitHeads):
@@ -94,7 +94,7 @@ def two_segment_attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "b t h e"]:
-    """Attention over a read-only prefix cache and a fresh block, joined in one softmax.
+    """Returns attention over a read-only prefix cache and a fresh block in one softmax.
 
     Every query sees prefix slots `0 .. lengths - 1` of its row and the block entries that `mask`
     allows. For a tree of 4 nodes (1 and 2 children of 0, 3 a child of 1) after a prefix of 3:
@@ -106,23 +106,23 @@ def two_segment_attention(
         node 3   x x x             x x   x
 
     Args:
-        query: of the t tokens at hand.
-        block: keys and values [b, k, u, e] of the fresh tokens (u >= t where earlier blocks of the
-            same round are attended to as well).
-        mask: query token -> block token.
-        prefix: keys and values [b, k, s, e], or none.
-        lengths: used slots of the prefix, per row.
-        oldest: the first prefix slot that each query sees; by default the first of all. A slot's
-            number is its token's position, and siblings of a tree share theirs.
-        scale: of the scores; by default 1 / sqrt(e).
-        softcap: c, where scores x become c tanh(x / c).
+        query: queries of the block's t tokens.
+        block: keys and values [b, k, u, e] of the fresh tokens (u > t if they include earlier
+            blocks of the same round).
+        mask: which fresh tokens each query sees.
+        prefix: keys and values [b, k, s, e], or None.
+        lengths: number of used prefix slots, per row.
+        oldest: the first prefix slot that each query sees; by default slot 0. A slot's number is
+            its token's position; siblings in a tree share a position.
+        scale: factor of the scores; by default 1 / sqrt(e).
+        softcap: c of the soft cap, which turns scores x into c tanh(x / c).
 
     Returns:
         [b, t, h, e] in the query's dtype; scores and softmax are float32.
     """
     b, t, h, e = query.shape
     k = block[0].shape[1]
-    # [b, k, t*g, e]: the g query heads of a key head become rows of one matrix product.
+    # [b, k, t*g, e]: one matrix product serves the g query heads of a key head.
     grouped = query.reshape(b, t, k, h // k, e).transpose(0, 2, 1, 3, 4).reshape(b, k, -1, e)
     if prefix is not None and lengths is not None and kernels.attention.fits(query, prefix):
         bounds = {"oldest": oldest, "scale": scale, "softcap": softcap}
@@ -164,12 +164,12 @@ def kernel_attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> tuple[Float[Array, "b t h e"], KeyValue]:
-    """Returns what `two_segment_attention` does, by our kernel, and the block's keys and values.
+    """Runs `two_segment_attention` by our kernel; also returns the block's keys and values.
 
     Args:
-        query: by key head, t g rows each; or the product that queries, keys and values are in.
-        block: as there; None if it is in that product.
-        mask, prefix, lengths, oldest, scale, softcap: as there.
+        query: t g rows for each key head; or the fused projection of queries, keys and values.
+        block: as in `two_segment_attention`; None if `query` is the fused projection.
+        mask, prefix, lengths, oldest, scale, softcap: as in `two_segment_attention`.
     """
     (_, _, q, e), t = query.shape, mask.shape[1]
     of_rows = jnp.repeat(mask, q // t, axis=1)
@@ -192,18 +192,18 @@ def aligned_attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "b t h e"]:
-    """As `two_segment_attention`, bit for bit the same for a token in whatever tree it stands.
+    """Returns `two_segment_attention` with results that do not depend on the tree, bit for bit.
 
-    A key comes from the cache or from the block, depending on which tokens are verified together,
-    and sums over two such parts round differently. Here a query's sums are split where its own
-    position says: the last 32 to 64 positions, collected for every query from wherever they are,
-    and all before them, which are in the cache by then. So there is one order of summation for a
-    text, given the shapes; a tree costs t copies of that window.
+    Which tokens are verified together decides whether a key comes from the cache or from the block,
+    and the place where a sum is split affects its rounding. Here a query's own position decides the
+    split: the last 32 to 64 positions form a window, collected from cache and block, and all
+    earlier positions are in the cache. So a text has one order of summation for given shapes. The
+    cost for a tree is t copies of the window.
 
     Args:
-        query, block, mask, prefix, lengths, oldest, scale, softcap: as there.
-        positions: of the block's tokens; they follow the cache's, depth by depth, and the deepest
-            is less than `SPAN` beyond it.
+        query, block, mask, prefix, lengths, oldest, scale, softcap: as in `two_segment_attention`.
+        positions: positions of the block's tokens; the first follows the cache, each depth adds
+            one, and the deepest is less than `SPAN` beyond the cache.
 
     Returns:
         [b, t, h, e] in the query's dtype; scores and softmax are float32.
@@ -212,7 +212,7 @@ def aligned_attention(
     k, slots = block[0].shape[1], prefix[0].shape[2]
     query = query * jnp.asarray(e**-0.5 if scale is None else scale, query.dtype)
     grouped = query.reshape(b, t, k, h // k, e).transpose(0, 2, 1, 3, 4)  # [b, k, t, g, e]
-    start = jnp.maximum(positions // SPAN - 1, 0) * SPAN  # of each query's window
+    start = jnp.maximum(positions // SPAN - 1, 0) * SPAN  # start of each query's window
     window = start[:, :, None] + jnp.arange(2 * SPAN)[None, None, :]  # [b, t, w] positions
     far = jnp.arange(slots)[None, None, :]
     seen_far = far < start[:, :, None]
@@ -249,5 +249,5 @@ def aligned_attention(
 
 
 def soft_cap(x: Float[Array, "*lead o"], cap: float) -> Float[Array, "*lead o"]:
-    """Returns cap tanh(x / cap): nearly x where it is small, never beyond ± cap."""
+    """Returns cap tanh(x / cap), which is close to x for small x and never exceeds ± cap."""
     return jnp.tanh(x / jnp.asarray(cap, x.dtype)) * jnp.asarray(cap, x.dtype)

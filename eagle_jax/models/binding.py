@@ -29,7 +29,7 @@ def _name(path: tuple[Any, ...]) -> str:
 def _skeleton(
     cls: Callable[..., nnx.Module], config: Hashable, layout: Layout
 ) -> tuple[Any, tuple[Any, ...]]:
-    """Graph definition and parameter paths of a module, made without allocating arrays."""
+    """Returns a module's graph definition and parameter paths, without allocating arrays."""
     graph, state = nnx.split(nnx.eval_shape(lambda: cls(config, layout, rngs=nnx.Rngs(0))))
     return graph, tuple(path for path, _ in nnx.to_flat_state(state))
 
@@ -37,7 +37,7 @@ def _skeleton(
 def bind(
     cls: Callable[..., Module], config: Hashable, params: ParamDict, layout: Layout = PLAIN
 ) -> Module:
-    """The module `cls(config, layout)` holding `params`; call it inside a jitted function.
+    """Returns the module `cls(config, layout)` with `params`; call it inside a jitted function.
 
     Its arithmetic runs in the dtype of the parameters.
     """
@@ -49,14 +49,14 @@ def bind(
 def param_names(
     cls: Callable[..., nnx.Module], config: Hashable, layout: Layout = PLAIN
 ) -> frozenset[str]:
-    """Names of all parameters and tables of `cls(config, layout)`."""
+    """Returns the names of all parameters and tables of `cls(config, layout)`."""
     return frozenset(_name(path) for path in _skeleton(cls, config, layout)[1])
 
 
 def param_shapes(
     cls: Callable[..., nnx.Module], config: Hashable, layout: Layout = PLAIN
 ) -> dict[str, Any]:
-    """Shape and dtype of every parameter and table of `cls(config, layout)`."""
+    """Returns shape and dtype of every parameter and table of `cls(config, layout)`."""
     state = nnx.state(nnx.eval_shape(lambda: cls(config, layout, rngs=nnx.Rngs(0))))
     return {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
@@ -64,9 +64,9 @@ def param_shapes(
 def init_params(
     cls: Callable[..., nnx.Module], config: Hashable, seed: int, layout: Layout = PLAIN
 ) -> ParamDict:
-    """Random parameters of `cls(config, layout)`, the same for a seed on every platform.
+    """Returns random parameters of `cls(config, layout)`; a seed gives the same on any platform.
 
-    They are float32, but for the matrices of a quantised layout.
+    They are float32, except for the int8 matrices of a quantised layout.
     """
     module = cls(config, layout, rngs=nnx.Rngs(seed))
     state = nnx.to_flat_state(nnx.state(module, nnx.Param))
@@ -74,7 +74,7 @@ def init_params(
 
 
 def cast(params: ParamDict, dtype: Any) -> ParamDict:
-    """`params` with every floating array in `dtype`, but for scales of int8 matrices."""
+    """Returns `params` with all floating arrays in `dtype`, except scales of int8 matrices."""
     return {
         name: x.astype(dtype)
         if jnp.issubdtype(x.dtype, jnp.floating) and not name.endswith(f".kernel{SCALE}")

@@ -1,7 +1,7 @@
-"""Key/value cache: one pair of arrays per layer, written only with committed tokens.
+"""The KV cache: one pair of arrays per layer, which receives only committed tokens.
 
-Layers are separate arrays (a stack would be copied by every loop iteration),
-laid out [b, k, s, e] so that attention's batched products need no transpose.
+Layers are separate arrays, because each iteration of the decoding loop would copy a stack. The
+layout [b, k, s, e] lets attention's batched products run without a transpose.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from eagle_jax.models import kernels
 from eagle_jax.sharding import constrain, on_each_device, over_several
 from eagle_jax.types import KeyValue
 
-# Per layer (keys, values), each [b, k, s, e].
+# (keys, values) of each layer, each [b, k, s, e].
 Cache = tuple[KeyValue, ...]
-AXES = ("batch", "heads")  # of those, what a mesh cuts
-_KERNEL_SLOTS = 64  # the kernel writes at most so many slots at once
+AXES = ("batch", "heads")  # logical axes that a mesh can split
+_KERNEL_SLOTS = 64  # the most slots that the kernel writes at once
 
 
 def empty(
     layers: int, batch: int, heads: int, slots: int, head_dim: int, dtype: jnp.dtype
 ) -> Cache:
-    """A zeroed cache. Zeros, not uninitialised memory: NaN times a masked 0 would still be NaN."""
+    """Returns a cache of zeros, because a NaN in an unused slot would spread despite the mask."""
     shape = (batch, heads, slots, head_dim)
     return tuple(
         constrain((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), *AXES) for _ in range(layers)
@@ -31,10 +31,10 @@ def empty(
 
 
 def write(cache: Cache, block: Cache, start: Int[Array, " b"]) -> Cache:
-    """Put `block` ([b, k, t, e] per array) into slots `start .. start + t - 1` of each row.
+    """Writes `block` ([b, k, t, e] per array) into slots `start .. start + t - 1` of each row.
 
-    A row whose slice would pass the end is shifted back by XLA and would corrupt older slots, so
-    callers allocate slack (`capacity`).
+    XLA moves a slice that would pass the end back over older slots, so callers allocate slack
+    (`capacity`).
     """
     t = jax.tree.leaves(block)[0].shape[2]
     every = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (start.shape[0], t))
@@ -47,18 +47,18 @@ def write(cache: Cache, block: Cache, start: Int[Array, " b"]) -> Cache:
 def place(
     old: Shaped[Array, "b ..."], new: Shaped[Array, "b ..."], start: Int[Array, " b"], axis: int
 ) -> Shaped[Array, "b ..."]:
-    """`new` in each row of `old`, from `start` on along an axis of the row."""
+    """Returns `old` with `new` written into each row, from `start` on along `axis` of the row."""
 
     def one_row(old: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis)
 
-    if old.shape[0] == 1:  # of several rows XLA makes a scatter, with checks around it
+    if old.shape[0] == 1:  # several rows would become a scatter, which is slower
         return one_row(old[0], new[0], start[0])[None]
     return jax.vmap(one_row)(old, new, start)
 
 
 def commit(cache: Cache, block: Cache, path: Int[Array, "b n"], start: Int[Array, " b"]) -> Cache:
-    """As `write`, of the entries `path` of each row's block."""
+    """Writes the entries `path` of each row's block, as `write` does with a whole block."""
     written = _launched(cache, block, path, start)
     return write(cache, gather(block, path), start) if written is None else written
 
@@ -66,7 +66,7 @@ def commit(cache: Cache, block: Cache, path: Int[Array, "b n"], start: Int[Array
 def _launched(
     cache: Cache, block: Cache, path: Int[Array, "b n"], start: Int[Array, " b"]
 ) -> Cache | None:
-    """By a kernel of our own, where it fits."""
+    """Returns the cache after `commit` by our kernel, or None where the kernel does not fit."""
     arrays, structure = jax.tree.flatten(cache)
     args = (arrays, jax.tree.leaves(block), path, start)
     if not kernels.commit.fits(arrays):
@@ -80,7 +80,7 @@ def _launched(
 
 
 def gather(block: Cache, index: Int[Array, "b n"]) -> Cache:
-    """Entries `index` of each row's block: [b, k, t, e] -> [b, k, n, e]."""
+    """Returns the entries `index` of each row's block: [b, k, t, e] -> [b, k, n, e]."""
     return jax.tree.map(
         lambda x: jnp.take_along_axis(x, index[:, None, :, None], axis=2, mode="clip"), block
     )

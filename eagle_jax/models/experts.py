@@ -1,7 +1,7 @@
 """Mixture of experts (Mixtral, Qwen3-MoE): a router that picks a few feed-forward blocks per token.
 
-Which products run is decided here: of few tokens only the chosen experts' matrices are read, of
-many tokens every expert's once.
+This module selects the computation: few tokens read only the matrices of their chosen experts, many
+tokens read the matrices of every expert once.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class StackedExperts(nnx.Module):
 
 
 class MixtureOfExperts(nnx.Module):
-    """A router, and feed-forward blocks of which every token goes through a few.
+    """A router and feed-forward blocks; every token goes through a few of the blocks.
 
     Args:
-        config: of the transformer.
-        layout: of its weights.
-        expert: makes one expert of this width (`layers.MLP`).
-        activation: of the gates.
+        config: configuration of the transformer.
+        layout: layout of its weights.
+        expert: makes an expert of a given width (`layers.MLP`).
+        activation: activation of the gates.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class MixtureOfExperts(nnx.Module):
     def __call__(self, x: Hidden) -> Hidden:
         flat = x.reshape(-1, x.shape[-1])
         weights, experts = self.route(flat)
-        # Devices that hold different experts would have to exchange the matrices.
+        # With experts on different devices, gathering would have to exchange their matrices.
         few = experts.size <= self.count and parts_of("experts", self.count) == 1
         return (self._gathered if few else self._dense)(flat, weights, experts).reshape(x.shape)
 
     def route(self, x: Float[Array, "n d"]) -> tuple[Float[Array, "n c"], Int[Array, "n c"]]:
-        """Returns the weights of each token's experts, by a softmax over all, and their numbers."""
+        """Returns weights (by a softmax over all experts) and numbers of each token's experts."""
         weights = jax.nn.softmax(self.gate(x).astype(jnp.float32), axis=-1)
         weights, experts = jax.lax.top_k(weights, self.chosen)
         if self.normalized:
@@ -100,7 +100,7 @@ class MixtureOfExperts(nnx.Module):
     def _gathered(
         self, x: Float[Array, "n d"], weights: Float[Array, "n c"], experts: Int[Array, "n c"]
     ) -> Float[Array, "n d"]:
-        """Few tokens: reads only the matrices of their experts."""
+        """Runs few tokens: reads only the matrices of their experts."""
         gate_up, (down, scale) = jax.tree.map(lambda array: array[experts], self.matrices())
         hidden = self._gated(quantize.einsum("nd,ncdgf->ncgf", x, *gate_up))
         if scale is None:
@@ -111,9 +111,9 @@ class MixtureOfExperts(nnx.Module):
     def _dense(
         self, x: Float[Array, "n d"], weights: Float[Array, "n c"], experts: Int[Array, "n c"]
     ) -> Float[Array, "n d"]:
-        """Many tokens: each goes through all experts, so that every matrix is read once, in place.
+        """Runs many tokens, each through all experts, so that every matrix is read once, in place.
 
-        Together the tokens need nearly every expert; arithmetic is cheaper here than memory.
+        Together the tokens need nearly every expert, and here arithmetic costs less than memory.
         """
         (gate_up, gate_up_scale), (down, scale) = self.matrices()
         if gate_up_scale is not None:
@@ -124,7 +124,7 @@ class MixtureOfExperts(nnx.Module):
         hidden = hidden * share.T[:, :, None]
         if scale is None:
             return jnp.einsum("xnf,xfd->nd", hidden, down)
-        # Each expert has scales of its own, which come before the sum over experts.
+        # Each expert has its own scales, which must be applied before the sum over experts.
         return jnp.sum(quantize.einsum("xnf,xfd->xnd", hidden, down, scale[:, None]), axis=0)
 
     def _gated(self, gate_up: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
-"""Queries, keys and values with rotary positions. Our kernel or XLA: that is decided here.
+"""Makes queries, keys and values with rotary positions; selects our kernel or XLA.
 
-On GPUs our kernel reads the one product that all three are in; for very few tokens the attention
-kernel does so itself, which saves a launch.
+On GPUs our kernel splits the fused projection of all three. For very few tokens the attention
+kernel splits it itself, which saves a launch.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def unsplit(
     theta: float,
     scaling: RopeScaling | None,
 ) -> UnsplitHeads | None:
-    """Returns the product of a fused projection as our kernels read it, or None where they don't.
+    """Returns a fused projection in the form that our kernels read, or None if they do not fit.
 
     Args:
-        product: [b, t, k (groups + 2) e].
-        x: what was projected.
-        positions: of its tokens.
-        groups: query heads of a key head.
+        product: the projection [b, t, k (groups + 2) e].
+        x: input of the projection.
+        positions: positions of its tokens.
+        groups: query heads per key head.
         head_dim: e.
-        theta, scaling: of the rotary embedding.
+        theta, scaling: base and scaling of the rotary embedding.
     """
     if not isinstance(product, PartialSums) or not kernels.rotary.fits(x, head_dim):
         return None
@@ -48,7 +48,7 @@ def unsplit(
 
 
 def split(heads: UnsplitHeads) -> Heads:
-    """Returns rotated query and keys, and values, by our kernel."""
+    """Returns rotated queries and keys, and values, by our kernel."""
     grouped, keys, values = kernels.rotary.split(
         heads.parts, heads.cos, heads.sin, heads.heads, heads.dtype
     )
@@ -66,7 +66,7 @@ def rotated(
     theta: float,
     scaling: RopeScaling | None,
 ) -> Heads:
-    """Returns query and keys rotated to their positions, and values, by XLA."""
+    """Returns queries and keys rotated to their positions, and values, by XLA."""
     query = rotary(query, positions, theta, scaling)
     keys = rotary(keys, positions, theta, scaling)
     query, keys, values = constrain((query, keys, values), "batch", None, "heads")

@@ -1,8 +1,8 @@
 """The decoder layer of target and drafts: attention with rotary positions, and feed-forward block.
 
 Module and attribute names follow Hugging Face's Llama, so that a parameter's dotted path is its
-checkpoint name. Which matrix product, attention or norm runs is decided in `matmul`, `attention`
-and `norm`; a `Product` is a result that one of these may still have to add up.
+checkpoint name. The modules `matmul`, `attention` and `norm` select the implementations. A
+`Product` may consist of partial sums that its reader still has to add up.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Attention(nnx.Module):
     """Grouped-query attention with rotary positions.
 
     Args:
-        config: of the transformer.
-        layout: of its weights.
-        layer: number of the layer, where layers differ in window and rotary base.
-        inputs: how many vectors of the model's width it reads side by side (EAGLE-3: 2).
+        config: configuration of the transformer.
+        layout: layout of its weights.
+        layer: number of the layer; layers may differ in window and rotary base.
+        inputs: number of concatenated vectors of the model's width that it reads (EAGLE-3: 2).
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Attention(nnx.Module):
         bias, quantization = config.attention_bias, layout.quantize
         more: dict[str, Any] = {"bias": bias, "quantization": quantization, "rngs": rngs}
         if layout.qkv_fused:
-            self.qkv_proj = Linear(d, (h + 2 * k) * e, **more)  # key head by key head
+            self.qkv_proj = Linear(d, (h + 2 * k) * e, **more)  # grouped by key head
         else:
             self.q_proj = Linear(d, h * e, **more)
             self.k_proj, self.v_proj = Linear(d, k * e, **more), Linear(d, k * e, **more)
@@ -90,15 +90,15 @@ class Attention(nnx.Module):
             x: the block's inputs.
             positions: rotary position of each token.
             mask: which fresh tokens each token sees: those of `before`, then the block's own.
-            prefix: keys and values [b, k, s, e] of the cache, or none.
-            lengths: used slots of the cache, per row.
-            before: keys and values of earlier blocks of the same round (levels of a tree that is
-                being drafted).
+            prefix: keys and values [b, k, s, e] of the cache, or None.
+            lengths: number of used cache slots, per row.
+            before: keys and values of earlier blocks of the same round (the levels of a tree
+                drafted so far).
             kernel: as in `attention`.
         """
         oldest = None
         if self.window is not None:
-            # The positions of `before` are not known here; only drafts have it, which see all.
+            # The positions of `before` are unknown here; only drafts use it, and have no window.
             assert before is None
             oldest = positions - (self.window - 1)
             mask = mask & (positions[:, None, :] >= oldest[:, :, None])
@@ -118,7 +118,7 @@ class Attention(nnx.Module):
         return all_reduced(output, mixed.shape[2], self.q_heads, "heads"), block
 
     def project(self, x: Float[Array, "b t i"], positions: Int[Array, "b t"]) -> Heads:
-        """Returns query, keys and values of a block, rotated to their positions."""
+        """Returns queries and keys of a block, rotated to their positions, and values."""
         heads = self._heads(x, positions)
         return split(heads) if isinstance(heads, UnsplitHeads) else heads
 
@@ -180,13 +180,13 @@ class MLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm decoder layer; with `post_norms` (Gemma) it also norms what it adds.
+    """Pre-norm decoder layer; `post_norms` (Gemma) also normalises what it adds to the stream.
 
     Args:
-        config: of the transformer.
-        layout: of its weights.
+        config: configuration of the transformer.
+        layout: layout of its weights.
         layer: number of the layer.
-        input_norm: whether attention's input is normed; EAGLE-1's draft has no such norm.
+        input_norm: whether attention's input is normalised; EAGLE-1's draft has no such norm.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class DecoderLayer(nnx.Module):
         d = config.hidden_size
         self.input_layernorm = _norm(config, d, rngs) if input_norm else None
         self.self_attn = Attention(config, layout, layer=layer, rngs=rngs)
-        # With post-norms this one comes after attention; without them, before the block.
+        # With post-norms this norm follows attention; otherwise it precedes the feed-forward block.
         self.post_attention_layernorm = _norm(config, d, rngs)
         self.pre_feedforward_layernorm = _norm(config, d, rngs) if config.post_norms else None
         self.post_feedforward_layernorm = _norm(config, d, rngs) if config.post_norms else None
@@ -233,13 +233,13 @@ class DecoderLayer(nnx.Module):
         mask: Bool[Array, "b t u"],
         **cached: Any,
     ) -> tuple[Hidden, Hidden, Product, KeyValue]:
-        """Runs the layer on `x + update`, leaving its own last addition to the layer that follows.
+        """Runs the layer on `x + update`, and leaves its last addition to the next layer.
 
         An addition and the norm after it are one operation (`add_norm`), and the norm after the
         last addition belongs to the next layer.
 
         Args:
-            x, update: the residual stream is their sum; no update before the first layer.
+            x, update: terms of the residual stream; `update` is None before the first layer.
             positions, mask, cached: as in `Attention`.
 
         Returns:

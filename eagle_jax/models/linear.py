@@ -28,7 +28,7 @@ def random_matrix(
 ) -> tuple[nnx.Param[Any], nnx.Param[Any] | None]:
     """Returns a normally distributed kernel and, if it is quantised, its scales.
 
-    `axis` is that of the inputs.
+    `axis` is the kernel's input axis.
     """
     kernel = std * jax.random.normal(rngs.params(), shape)
     if quantization is None:
@@ -44,10 +44,11 @@ def weight_of(module: Any) -> Weight:
 
 
 class Linear(nnx.Module):
-    """`x @ kernel (+ bias)` over the last axis of any array.
+    """A linear layer over the last axis of any array: `x @ kernel (+ bias)`.
 
-    Starts with unit gain. Where the result is added to the residual stream (`zero`) it starts at
-    zero: every layer is the identity at first, and depth does not slow down the start of training.
+    The initial kernel has unit gain. If the result is added to the residual stream (`zero`), the
+    kernel starts at zero: every layer is the identity at first, so depth does not slow down the
+    start of training.
     """
 
     def __init__(
@@ -78,14 +79,14 @@ class Linear(nnx.Module):
         return matmul(x, kernel, dtype, scale)
 
     def partial(self, x: Float[Array, "*lead i"]) -> Product:
-        """Returns the result, which may be partial sums that the next kernel adds up."""
+        """Returns the result, possibly as partial sums that the next kernel adds up."""
         kernel, scale = weight_of(self)
         product = None if self.bias is not None else partial_sums(x, kernel, scale)
         return self(x) if product is None else product
 
 
 class Stack(nnx.Module):
-    """Several matrices of one shape in one array; `axis` is that of their inputs."""
+    """Several matrices of one shape in one array; `axis` is their input axis."""
 
     def __init__(
         self,
@@ -114,15 +115,15 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: Int[Array, "b t"]) -> Hidden:
         table = self.embedding[...]
         if tokens.size == 1 and parts_of("vocab", table.shape[0]) > 1:
-            # XLA turns the lookup of one token into a slice, for which GPUs gather the whole table.
+            # XLA turns the lookup of one token into a slice, which gathers the whole table on GPUs.
             x = table.at[jnp.concatenate([tokens, tokens], axis=1)].get(mode="clip")[:, :1]
         else:
             x = table.at[tokens].get(mode="clip")
-        # In the weights' dtype: Gemma was trained with a scale rounded to bfloat16.
+        # The scale has the weights' dtype: Gemma was trained with one rounded to bfloat16.
         return x if self.scale is None else x * jnp.asarray(self.scale, x.dtype)
 
     def product(
         self, x: Float[Array, "*lead d"], dtype: DTypeLike | None = None
     ) -> Float[Array, "*lead v"]:
-        """Returns scores of all tokens: the embedding as vocabulary head, in `dtype`."""
+        """Returns scores of all tokens in `dtype`, with the embedding as vocabulary head."""
         return matmul(x, self.embedding[...], dtype, transposed=True)

@@ -1,7 +1,7 @@
-"""Matrix products. Which one runs is decided here: XLA's, or our kernel for few rows on GPUs.
+"""Matrix products; this module selects XLA's, or our kernel for few rows on GPUs.
 
 Matrices are stored [in, out] (Flax's `kernel`): on CPUs XLA multiplies a few rows by such a matrix
-at nearly the cost of one row, by its transpose at twice that.
+at nearly the cost of one row, but by a transposed matrix at twice that cost.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Weight = tuple[jax.Array, jax.Array | None]
 
 @dataclasses.dataclass(frozen=True)
 class PartialSums:
-    """A product [*shape] whose sum our kernel left in p parts; whoever reads it adds them up.
+    """A product [*shape] that our kernel left as p partial sums; its reader adds them up.
 
     Attributes:
-        parts: float32, or the rounded sum of one device, as `all_reduced` has it.
-        shape: of the product.
-        dtype: of the product.
+        parts: the partial sums in float32, or one rounded sum after `all_reduced`.
+        shape: shape of the product.
+        dtype: dtype of the product.
     """
 
     parts: Float[Array, "p n o"]
@@ -41,7 +41,7 @@ class PartialSums:
         return added.astype(self.dtype if dtype is None else dtype).reshape(self.shape)
 
 
-# A product that is about to be added to the residual stream, or to be split into heads.
+# A product that will be added to the residual stream or split into heads.
 Product = Float[Array, "..."] | PartialSums
 
 
@@ -57,17 +57,17 @@ def matmul(
     Args:
         x: activations.
         kernel: [i, *outputs]; [*outputs, i] if it is `transposed` or int8.
-        dtype: of the result; by default that of `x`.
-        scale: [*outputs] of an int8 kernel.
-        transposed: whether inputs are the kernel's last axis.
+        dtype: dtype of the result; by default that of `x`.
+        scale: scales [*outputs] of an int8 kernel.
+        transposed: whether the kernel's last axis is the input axis.
     """
     if (product := partial_sums(x, kernel, scale, transposed)) is not None:
         return product.sum(dtype)
     if scale is not None:
         return quantize.product(x, kernel, scale, dtype)
     if x.size == x.shape[-1] and kernels.on_gpu():
-        # XLA makes a reduction of its own of one row by a matrix, which reads weights more slowly
-        # than a product of two rows.
+        # XLA turns one row by a matrix into a reduction, which reads weights more slowly than a
+        # product with two rows.
         row = x.reshape(1, -1)
         pair = jnp.concatenate([row, jnp.zeros_like(row)])
         y = _by_xla(pair, kernel, dtype, transposed)[:1]
@@ -88,7 +88,7 @@ def partial_sums(
     scale: Float[Array, "..."] | None = None,
     transposed: bool = False,
 ) -> PartialSums | None:
-    """Returns the product by our kernel, or None where that does not fit."""
+    """Returns the product by our kernel, or None where the kernel does not fit."""
     rows, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
     transposed = transposed or scale is not None
     flat = kernel.reshape(-1, width) if transposed else kernel.reshape(width, -1)
@@ -126,14 +126,14 @@ def all_reduced(product: Product, local: int, size: int, axis: str) -> Product:
     """All-reduces a product when this device holds only part of the contracted axis.
 
     Args:
-        product: over what this device holds.
-        local: how much of the contracted axis this device holds.
-        size: of the whole axis; equal to `local` where nothing is missing.
-        axis: the logical axis that is cut ("heads", "mlp").
+        product: product over this device's part of the axis.
+        local: length of this device's part of the contracted axis.
+        size: length of the whole axis; equal to `local` if the axis is not split.
+        axis: name of the logical axis that is split ("heads", "mlp").
     """
     if local == size:
         return product
-    if isinstance(product, PartialSums):  # stays one, for the kernels that read it
+    if isinstance(product, PartialSums):  # keep the type for the kernels that read it
         own = jnp.sum(product.parts, axis=0, keepdims=True).astype(product.dtype)
         return dataclasses.replace(product, parts=all_reduce(own, axis))
     return all_reduce(product, axis)

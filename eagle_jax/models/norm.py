@@ -1,4 +1,4 @@
-"""RMSNorm, and addition to the residual stream: together by our kernel on GPUs, else by XLA."""
+"""RMSNorm and addition to the residual stream, fused by our kernel on GPUs, else by XLA."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from eagle_jax.types import Hidden
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm, computed in float32 whatever the dtype of the input.
+    """Root-mean-square norm, computed in float32 for any dtype of the input.
 
-    With `unit_offset` (Gemma) it multiplies by 1 + scale, also in float32, and rounds after that.
+    With `unit_offset` (Gemma) it multiplies by 1 + scale, also in float32, and then rounds.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class RMSNorm(nnx.Module):
 
 
 def add_norm(x: Hidden, update: Product, norm: RMSNorm) -> tuple[Hidden, Hidden]:
-    """Returns the residual stream `x + update`, and the norm of that."""
+    """Returns the residual stream `x + update`, and its norm."""
     if isinstance(update, PartialSums) and kernels.norm.fits(x):
         flat, scale = x.reshape(-1, x.shape[-1]), norm.scale[...]
         both = kernels.norm.add(flat, update.parts, scale, norm.eps, norm.unit_offset)

@@ -1,8 +1,8 @@
-"""Parts of a pass that every device of a mesh runs by itself, so that our kernels run there.
+"""Runs parts of a pass on each device of a mesh separately, so that our kernels can run there.
 
-XLA does not cut our kernels over a mesh. So each device gets its own rows, heads, feed-forward
-columns and vocabulary entries; where it holds only part of a sum over heads or columns, it adds
-what the others have (`matmul.all_reduced`), twice a layer.
+XLA cannot partition our kernels over a mesh. So each device gets its own rows, heads, feed-forward
+columns and vocabulary entries. Partial sums over heads or columns are all-reduced twice a layer
+(`matmul.all_reduced`).
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ def per_device(
     possible: bool = True,
     **sizes: int,
 ) -> Any:
-    """Returns `function(modules, *args)`, run by each device where only the mesh forbids kernels.
+    """Returns `function(modules, *args)`, run on each device if only the mesh prevents kernels.
 
     Args:
-        function: reads no other arrays; the arrays that it gets may be a device's parts.
-        modules: whose weights it reads, by the names that theirs begin with.
-        args: trees of arrays; the first is one array of activations. Each tree is cut by rows, and
-            one of keys and values [b, k, s, e] by heads too.
+        function: reads no other arrays; its arguments may be a device's parts.
+        modules: the modules that it calls, by the prefix of their weights' names.
+        args: trees of arrays; the first is one array of activations. Each tree is split by rows,
+            and trees of keys and values [b, k, s, e] also by heads.
         results: leading logical axes of the arrays of each result.
-        possible: whether each device can run `function` by itself: attention is the usual one
-            ("xla"), and no experts are on other devices.
-        sizes: of logical axes that lie within an axis of weights.
+        possible: whether each device can run `function` by itself; this needs the "xla" attention
+            and no experts on other devices.
+        sizes: sizes of logical axes that are part of a weight's axis.
     """
     if not (possible and kernels.usable_per_device(args[0])):
         return function(modules, *args)
@@ -59,5 +59,5 @@ def per_device(
 
 
 def _axes(arg: Any) -> Logical:
-    """The logical axes of an argument: keys and values are the only arrays of four axes."""
+    """Returns the logical axes of an argument; only keys and values have four axes."""
     return CACHE if any(leaf.ndim == 4 for leaf in jax.tree.leaves(arg)) else ROWS

@@ -1,11 +1,11 @@
-"""Weights in eight bits: half of bfloat16's bytes to read in every pass.
+"""Stores weights in eight bits, so that every pass reads half the bytes of bfloat16.
 
-Of a matrix [in, out] every output has a scale of its own: its largest magnitude over 127. Stored
-are `X.kernel`, int8 [out, in], and `X.kernel_scale`, float32 [out], so that the weight is their
-product. The inputs of an output lie side by side because tensor cores take them so, and what loads
-their operands turns pairs of bytes, not bytes. Activations stay as they are. What a compiled loop
-reads of a matrix is its bytes: GPU and TPU compilers cast in the kernel that multiplies (on CPUs
-the cast matrices are temporaries of the call, and nothing is gained).
+Each output of a matrix [in, out] has its own scale: its largest magnitude divided by 127. The
+parameters are `X.kernel`, int8 [out, in], and `X.kernel_scale`, float32 [out]; the weight is their
+product. The input axis is last because tensor cores need it contiguous: their operand loads
+can transpose pairs of bytes, but not single bytes. Activations are not quantised. GPU and TPU
+compilers cast the weights inside the kernel that multiplies, so memory is read as int8. On CPUs the
+cast makes temporary matrices and nothing is gained.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ Quantization = Literal["int8"]
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 
 SCALE = "_scale"
-"""What the name of a matrix's scales ends in, after the name of the matrix."""
+"""Suffix that turns the name of a matrix into the name of its scales."""
 
-# On GPUs XLA's product of one row takes 2.16 ms over a set of 7B matrices, of eight rows 1.55.
+# On GPUs XLA's products with a set of 7B matrices take 2.16 ms for one row, 1.55 ms for eight.
 LEAST_ROWS = 8
 
-_LARGEST = 127  # of int8, both ways
+_LARGEST = 127  # the int8 range used is symmetric: -127 to 127
 
-# The matrices of models that are quantised. A router is small, and wrong choices are dear.
+# The matrices that are quantised. Routers are not: they are small, and their errors are costly.
 _MATRIX = re.compile(
     r"(.*\.([qkvo]|qkv|gate|up|gate_up|down)_proj|(.*\.)?lm_head|fc"
-    r"|heads\..*\.(linear|lm_proj))\.kernel"  # of Medusa
+    r"|heads\..*\.(linear|lm_proj))\.kernel"  # Medusa's heads
 )
 _STACKED = re.compile(r".*\.experts\.[a-z].*")
 
 
 def checked(name: str, method: Any) -> Quantization | None:
-    """A user's argument `name`, or nothing where it is None.
+    """Returns the quantization that a user gave as argument `name`, or None.
 
     Raises:
-        ValueError: it is unknown; lists those that there are.
+        ValueError: the quantization is unknown; the message lists the valid ones.
     """
     if method is not None and (not isinstance(method, str) or method not in QUANTIZATIONS):
         raise ValueError(
@@ -55,24 +55,24 @@ def checked(name: str, method: Any) -> Quantization | None:
 
 
 def quantised(name: str) -> bool:
-    """Whether a parameter, of a target or a draft, becomes int8."""
+    """Returns whether quantisation makes a parameter of a target or a draft int8."""
     return _MATRIX.fullmatch(name) is not None
 
 
 def input_axis(name: str) -> int:
-    """The axis of a kernel that a product sums over: the first; stacked experts come before it."""
+    """Returns the input axis of a kernel: the first, or the second for stacked experts."""
     return 1 if _STACKED.fullmatch(name) else 0
 
 
 def quantize(
     kernel: Float[Array, "*shape"], axis: int = 0
 ) -> tuple[Int8[Array, "*outputs i"], Float32[Array, "*outputs"]]:
-    """Symmetric int8, rounded to nearest, with a scale for every output.
+    """Returns `kernel` as symmetric int8, rounded to nearest, and a scale for every output.
 
-    `axis` is the input's: the last of the result.
+    `axis` is the input axis of `kernel`; in the result it is the last.
     """
     largest = jnp.max(jnp.abs(kernel), axis=axis, keepdims=True).astype(jnp.float32)
-    # At least this, for outputs that are always zero.
+    # The lower bound avoids division by zero for outputs whose weights are all zero.
     scale = jnp.maximum(largest / _LARGEST, jnp.finfo(jnp.float32).tiny)
     steps = jnp.round(kernel.astype(jnp.float32) / jnp.broadcast_to(scale, kernel.shape))
     return jnp.moveaxis(steps.astype(jnp.int8), axis, -1), jnp.squeeze(scale, axis)
@@ -81,15 +81,15 @@ def quantize(
 def dequantize(
     kernel: Int8[Array, "*outputs i"], scale: Float32[Array, "*outputs"], axis: int = 0
 ) -> Float32[Array, "*shape"]:
-    """The weight that a product sees, its inputs at `axis` again."""
+    """Returns the float32 weights of an int8 kernel, with the input axis moved back to `axis`."""
     return jnp.moveaxis(kernel.astype(jnp.float32) * scale[..., None], -1, axis)
 
 
 def quantize_params(params: ParamDict) -> dict[str, jax.Array]:
-    """A model's parameters with int8 matrices; its configuration then has `quantize="int8"`.
+    """Returns parameters with int8 matrices; the configuration must have `quantize="int8"` then.
 
     Raises:
-        ValueError: they are quantised already.
+        ValueError: the parameters are already quantised.
     """
     result: dict[str, jax.Array] = {}
     for name, array in params.items():
@@ -110,7 +110,7 @@ def product(
     scale: Float32[Array, "..."],
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
-    """`x` times the weight, summed and scaled in float32, by XLA."""
+    """Returns `x` times the int8 weight, summed and scaled in float32, by XLA."""
     dtype = x.dtype if dtype is None else dtype
     width, shape = x.shape[-1], (*x.shape[:-1], *scale.shape)
     few = x.size // width
@@ -128,9 +128,10 @@ def _xla(x: jax.Array, kernel: jax.Array, scale: jax.Array, dtype: DTypeLike) ->
 def einsum(
     equation: str, x: Float[Array, "..."], kernel: jax.Array, scale: jax.Array | None
 ) -> Float[Array, "..."]:
-    """Products by several matrices at once; `scale` fits the result, None is of a float kernel.
+    """Multiplies by several matrices at once.
 
-    `equation` is that of a float kernel, whose inputs are the last axis of `x`.
+    `equation` is the einsum for a float kernel; the last axis of `x` is the input axis. `scale`
+    broadcasts to the result of an int8 kernel, and is None for a float kernel.
     """
     if scale is None:
         return jnp.einsum(equation, x, kernel)

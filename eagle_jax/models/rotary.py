@@ -1,4 +1,4 @@
-"""Rotary position embedding, and how it is stretched for long contexts."""
+"""Rotary position embedding, and its scaling for long contexts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from eagle_jax.config import RopeScaling
 
 
 def scaled_frequencies(theta: float, half: int, scaling: RopeScaling) -> tuple[np.ndarray, float]:
-    """Rotary frequencies [half] under a scaling, and what multiplies queries and keys."""
+    """Returns scaled rotary frequencies [half], and the factor of queries and keys."""
     frequency = theta ** (-np.arange(half) / half)
     slowed, context = frequency / scaling.factor, scaling.original_max_position_embeddings
     if scaling.rope_type == "linear" or context is None:
         return slowed, 1.0
     if scaling.rope_type == "llama3":
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        turns = context * frequency / (2 * math.pi)  # within the original context
+        turns = context * frequency / (2 * math.pi)  # full turns within the original context
         kept = np.clip((turns - low) / (high - low), 0, 1)
         return kept * frequency + (1 - kept) * slowed, 1.0
 
@@ -30,7 +30,7 @@ def scaled_frequencies(theta: float, half: int, scaling: RopeScaling) -> tuple[n
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * half - 1)
-    # The published code's guard against an empty ramp.
+    # The published code avoids division by zero in the same way.
     ramp = np.clip((np.arange(half) - first) / (last - first or 0.001), 0, 1)
     return ramp * slowed + (1 - ramp) * frequency, _yarn_attention(scaling)
 
@@ -49,7 +49,7 @@ def _yarn_attention(scaling: RopeScaling) -> float:
 def angles(
     positions: Int[Array, "b t"], half: int, theta: float, scaling: RopeScaling | None
 ) -> tuple[Float32[Array, "b t f"], Float32[Array, "b t f"]]:
-    """Cosines and sines for the `half` pairs of a head."""
+    """Returns the cosines and sines for the `half` pairs of a head."""
     if scaling is None:
         frequency, factor = theta ** (-jnp.arange(half, dtype=jnp.float32) / half), 1.0
     else:
@@ -68,7 +68,7 @@ def rotary(
     theta: float,
     scaling: RopeScaling | None = None,
 ) -> Float[Array, "b t h e"]:
-    """Rotary position embedding in Hugging Face's layout (halves, not interleaved pairs)."""
+    """Returns `x` rotated to `positions`, in Hugging Face's layout (halves, not pairs)."""
     both = angles(positions, x.shape[-1] // 2, theta, scaling)
     cos, sin = (turn[:, :, None] for turn in both)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

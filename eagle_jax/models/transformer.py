@@ -1,4 +1,4 @@
-"""The target: one decoder-only transformer for every family, families differing as config data.
+"""The target: one decoder-only transformer; model families differ only in their configuration.
 
 Layers are unrolled: inside the decoding loop a scan over stacked layers copies every layer's
 weights out of the stack (measured: 3x slower).
@@ -30,12 +30,12 @@ SCORES = ("batch", None, "vocab")  # logical axes of vocabulary scores
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Named intermediates of one forward pass; jit drops what nobody reads.
+    """Named intermediates of one forward pass; jit removes those that are not used.
 
     Attributes:
-        features: [b, t, d] after the final norm: what the head reads, and what EAGLE-1 regresses.
+        features: [b, t, d] after the final norm: the input of the head, which EAGLE-1 predicts.
         residuals: [b, t, d] entering each layer, and leaving the last (Hugging Face's
-            `hidden_states` before the final norm): EAGLE-3 fuses some of these.
+            `hidden_states` before the final norm); EAGLE-3 fuses some of these.
         block: keys and values [b, k, t, e] of the block's tokens, per layer; not yet in any cache.
     """
 
@@ -45,7 +45,7 @@ class Output:
 
 
 def embedding(config: TransformerConfig, layout: Layout = PLAIN, *, rngs: nnx.Rngs) -> Embedding:
-    """The token embedding of a transformer alone; it is the same in every layout."""
+    """Returns only the token embedding of a transformer; it is the same in every layout."""
     del layout
     d = config.hidden_size
     scale = d**0.5 if config.scale_embeddings else None
@@ -90,10 +90,10 @@ class Transformer(nnx.Module):
             positions: rotary position of each token; nodes of equal depth share one.
             mask: which block tokens each block token sees (itself included).
             cache: read-only keys and values of earlier tokens, each in the slot of its position.
-                Every layer sees all used slots, a sliding layer those within its window.
-            lengths: used slots of the cache, per row.
-            kernel: attention kernel; "cudnn" only without cache, "aligned" only with one.
-            remat: recompute each layer in the backward pass.
+                A layer attends to all used slots, or to those within its sliding window.
+            lengths: number of used cache slots, per row.
+            kernel: attention kernel; "cudnn" works only without a cache, "aligned" only with one.
+            remat: whether to recompute each layer in the backward pass.
         """
 
         def decoder(own, x, positions, mask, cache, lengths):
@@ -137,7 +137,7 @@ class Transformer(nnx.Module):
 
 
 def vocabulary_head(head: Linear | Embedding, x: Hidden) -> Logits:
-    """Returns scores [b, t, v] in float32 by a head or by the embedding, before any soft cap."""
+    """Returns the scores [b, t, v] of a head or tied embedding in float32, before any soft cap."""
     name = "embed_tokens" if isinstance(head, Embedding) else "lm_head"
 
     def run(own, x):

@@ -1,4 +1,4 @@
-"""Parameters in a `Layout`: fewer, larger matrices than those of files and of training."""
+"""Converts parameters to a `Layout`: fewer, larger matrices than in files and in training."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 
 from eagle_jax.layout import Layout
 
-# What is put side by side, and the name together.
+# Parameters that are fused, and the name of the fused parameter.
 _GATE_UP = ("gate_proj", "up_proj"), "gate_up_proj"
 _QKV = ("q_proj", "k_proj", "v_proj"), "qkv_proj"
 
-# An expert's parameter: its list, its number, the rest.
+# Matches the name of an expert's parameter: list of experts, number, rest.
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 
 
 def fused_parts(names: Iterable[str], layout: Layout) -> dict[str, list[tuple[str, ...]]]:
     """Maps the name of each array of a layout to the parameters that it is made of.
 
-    Each tuple names matrices or biases that are put side by side. A list of several tuples holds
-    the experts of a layer, by number, which are stacked.
+    Each tuple names matrices or biases that are concatenated. A list of several tuples holds the
+    experts of a layer, by number, which are stacked.
     """
     chosen = (layout.gate_up_fused, _GATE_UP), (layout.qkv_fused, _QKV)
     groups = [group for fused, group in chosen if fused]
@@ -46,16 +46,16 @@ def fuse(params: Mapping[str, np.ndarray], config: Any, layout: Layout) -> dict[
 
     Args:
         params: all parameters of a model by name, or all parts of some arrays of the layout.
-        config: of the model; q, k and v are joined by its `head_dim`.
+        config: configuration of the model; fusing q, k and v needs its `head_dim`.
         layout: with `gate_up_fused`, gate and up become [d, 2, f] and experts are stacked; with
-            `qkv_fused`, q, k and v become [d, k (g + 2) e]: for every key head its g queries, the
-            key and the value.
+            `qkv_fused`, q, k and v become [d, k (g + 2) e], where each key head has its g queries,
+            its key and its value.
     """
 
     def join(names: tuple[str, ...]) -> np.ndarray:
         parts = [params[name] for name in names]
         if len(parts) == 3:
-            lead = parts[1].shape[:-1]  # none for biases
+            lead = parts[1].shape[:-1]  # empty for biases
             heads = (*lead, parts[1].shape[-1] // config.head_dim, -1)
             joined = np.concatenate([part.reshape(heads) for part in parts], axis=-1)
             return joined.reshape(*lead, -1)

@@ -10,8 +10,8 @@ from eagle_jax.config import TrainConfig
 
 
 def run(config: TrainConfig, *, restart: bool = False, dry_run: bool = False) -> dict[str, Any]:
-    """Train, or resume training, as `config` says; see `eagle_jax.train.loop.run`."""
-    from eagle_jax.train import loop  # heavy imports only for those who train
+    """Trains a target or a draft, or resumes its training; see `eagle_jax.train.loop.run`."""
+    from eagle_jax.train import loop  # imported here to keep `import eagle_jax` light
 
     return loop.run(config, restart=restart, dry_run=dry_run)
 

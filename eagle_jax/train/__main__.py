@@ -1,10 +1,11 @@
 """Command line of training: `python -m eagle_jax.train --config configs/tiny/target.py`.
 
 Starting the same command again resumes from the newest checkpoint in `output_dir`. Progress goes
-to stderr; the last line of stdout is one JSON object with the result. Exit status: 0 finished; 2 an
-error, told in one line; 143 after SIGTERM and 130 after Ctrl-C, with the step in flight saved.
-Those two ask for the same command again: Kubernetes gives it with restartPolicy OnFailure, SLURM
-with sbatch --requeue when it preempts a job (else `scontrol requeue` it after a 143).
+to stderr; the last line of stdout is one JSON object with the result. The exit status is 0 when
+training finished, 2 after an error (told in one line), 143 after SIGTERM and 130 after Ctrl-C. In
+the last two cases the current step is saved, and the same command continues from it. Kubernetes
+repeats the command with restartPolicy OnFailure; SLURM repeats it with sbatch --requeue when it
+preempts a job (otherwise run `scontrol requeue` after a 143).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ examples
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     out = cli.Parser(
         prog=prog,
         description=_DESCRIPTION,
@@ -56,7 +57,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m eagle_jax.train") -> None:
-    """Parses, trains, prints the result."""
+    """Parses the command line, trains, and prints the result as one JSON line."""
     args = parser(prog).parse_args(argv)
     distributed.join(args, preemptible=True)
     compilation_cache.enable()

@@ -11,11 +11,11 @@ from eagle_jax.outputs import check_directory
 
 _SEEDS = 2**32 - 1
 _STEPS = 2**31 - 1  # a step is an int32
-_LARGEST = 3e38  # of float32
+_LARGEST = 3e38  # just below the largest float32
 
 
 def check_config(config: TrainConfig) -> None:
-    """Raises ValueError for the first field of a run whose type or range is wrong."""
+    """Raises ValueError for the first field of `config` with a wrong type or range."""
     settings.check(config)
     check_directory("output_dir", config.output_dir)
     check_whole("seed", config.seed, 0, _SEEDS)
@@ -39,7 +39,7 @@ def check_config(config: TrainConfig) -> None:
 
 
 def check_optimizer(field: str, optim: OptimConfig) -> None:
-    """Raises ValueError for the first field of an optimizer whose range is wrong."""
+    """Raises ValueError for the first field of `optim` that is out of range."""
     check_whole(f"{field}.steps", optim.steps, 1, _STEPS)
     check_whole(f"{field}.warmup_steps", optim.warmup_steps, 0, _STEPS)
     check_number(f"{field}.learning_rate", optim.learning_rate, 0.0, _LARGEST, above=True)
@@ -57,7 +57,7 @@ def check_optimizer(field: str, optim: OptimConfig) -> None:
 
 
 def _check_objective(objective: Any) -> None:
-    """Weights of losses; what depends on the target is checked with it."""
+    """Checks the loss weights; fields that depend on the target are checked in `objectives`."""
     for name in ("feature_weight", "token_weight", "noise"):
         if hasattr(objective, name):
             check_number(f"objective.{name}", getattr(objective, name), 0.0, _LARGEST)

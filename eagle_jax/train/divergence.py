@@ -1,4 +1,4 @@
-"""Stops a run that learns nothing any more: a loss that is not a number, or jumps."""
+"""Stops a run whose training diverges: its loss is not finite, or jumps."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from eagle_jax.config import TrainConfig
 from eagle_jax.train import data
 
 BATCH = "diverged.jsonl"
-_WINDOW, _TRUSTED_FROM = 100, 20  # steps of the median, and from how many on it is trusted
-_SHOWN = 8  # rows named in an error
+_WINDOW, _TRUSTED_FROM = 100, 20  # steps in the median, and the fewest that are enough for it
+_SHOWN = 8  # row numbers shown in an error
 
 
 class Guard:
-    """Looks at every step's loss and gradient.
+    """Checks the loss and the gradient norm of every step.
 
     Args:
-        config: the run's.
-        directory: its `output_dir`; receives the text of the batch that stopped it.
-        losses: of the steps done before, so that a resumed run has the medians it would have had.
+        config: the run's configuration.
+        directory: the run's `output_dir`; the text of the batch that diverged is written there.
+        losses: losses of the steps before this start, so that a resumed run has the same medians.
     """
 
     def __init__(self, config: TrainConfig, directory: Path, losses: Iterable[float]) -> None:
@@ -33,7 +33,7 @@ class Guard:
         self._losses = collections.deque(losses, maxlen=_WINDOW)
 
     def check(self, step: int, values: Mapping[str, float]) -> None:
-        """Raises ValueError, naming the rows of the batch, if training should stop at `step`."""
+        """Raises ValueError if training diverged at `step`; the error names the batch's rows."""
         for name in ("loss", "gradient_norm"):
             if not math.isfinite(values[name]):
                 raise ValueError(

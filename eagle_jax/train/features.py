@@ -1,22 +1,21 @@
-"""Writes a target's features for training on them: `python -m eagle_jax.train.features`.
+"""Stores a target's features for draft training: `python -m eagle_jax.train.features`.
 
     python -m eagle_jax.train.features --config CONFIG --output DIR
     python -m eagle_jax.train --config CONFIG --set objective.features=DIR
 
-By default the frozen target runs in every step of a draft's training. Written once, its features
-serve every later run: such a run loads of the target only embedding, final norm and head. A token
-takes `(layers + 1) * width` numbers, two bytes each as bfloat16, one as int8: 8 kB or 4 kB for an
-EAGLE-1 head of an 8B model, four times that for EAGLE-3. Features that were written for an EAGLE-3
-head serve the other heads as well.
+By default the frozen target runs in every step of a draft's training. Stored features replace it:
+a run that reads them loads only the target's embedding, final norm and head. A token takes
+`(layers + 1) * width` numbers of two bytes (bfloat16) or one byte (int8): 8 kB or 4 kB for an
+EAGLE-1 head of an 8B model, four times that for EAGLE-3. Features written for an EAGLE-3 head
+serve the other heads as well.
 
-CONFIG is the run's own configuration: its text (validation too, if it names any), target, compute
-dtype and mesh (fsdp, tensor, expert) are used here, and `data.batch_size` rows go through the
-target at once. Any number of processes share the work without speaking to each other: give each
-its own share of the files with `--shard 0/4` ... `--shard 3/4`, on any machines that see DIR.
+CONFIG is the configuration of the draft's training. This command uses its training and validation
+text, target, compute dtype and mesh (fsdp, tensor, expert), and runs the target on
+`data.batch_size` rows at once. Several processes can share the work without communicating: give
+each its share of the files with `--shard 0/4` ... `--shard 3/4`, on any machines that see DIR.
 
-Kill it at any moment and start the same command again: finished files are skipped, and at most one
-file for each process is written anew. Progress goes to stderr; the last line of stdout is one JSON
-object.
+The command can be killed at any moment and started again: it skips finished files, and each process
+repeats at most one file. Progress goes to stderr; the last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from eagle_jax.train import data, objectives, offline
 from eagle_jax.train.objectives import target
 from eagle_jax.train.trainer import check_attention, check_tokens
 
-# Rows -> `target.compress` of their features, on the devices.
+# Maps a batch of rows to the `target.compress` of their features, on the devices.
 Compute = Callable[[data.Batch], dict[str, jax.Array]]
 ROWS_PER_FILE = 64
 
@@ -58,22 +57,22 @@ def write(
     dtype: str = "bfloat16",
     rows_per_file: int = ROWS_PER_FILE,
 ) -> dict[str, Any]:
-    """Writes this shard's files of a run's texts, those that are not there yet.
+    """Writes the feature files of one shard that do not exist yet.
 
     Args:
-        config: of a draft's training.
-        output: the directory, for `objective.features`.
+        config: configuration of a draft's training.
+        output: the directory to write; later runs name it in `objective.features`.
         shard, shards: files `shard`, `shard + shards`, ... are written.
         dtype: "bfloat16" or "int8".
-        rows_per_file: prepared rows of one file, which is what a kill costs at most.
+        rows_per_file: prepared rows in one file, the most that a killed process has to repeat.
 
     Returns:
-        By text ("train", "validation"): files and rows written, files that were there already, all
-        files of the text, tokens and bytes written, bytes_per_token; and seconds.
+        For each text ("train", "validation"): files, rows, tokens and bytes written, files skipped,
+        files_of_all_shards, and bytes_per_token. In addition: seconds.
 
     Raises:
-        ValueError: the configuration could not be trained, `output` holds features of something
-            else, or the disk is full.
+        ValueError: the configuration cannot be trained, `output` holds features of another
+            configuration, or the disk is full.
     """
     if isinstance(config.objective, NextToken):
         raise ValueError(
@@ -87,7 +86,7 @@ def write(
         raise ValueError(f"rows_per_file={rows_per_file}: must be at least 1")
     began = time.perf_counter()
     model = hf.open_target(objectives.target_directory(config.objective.target))
-    # What training would refuse is refused now.
+    # Raises now whatever error training with this configuration would raise.
     objectives.assemble(config, *model, lambda *_: (np.zeros(0, np.int32), None))
     compute, size = None, 0
     result: dict[str, Any] = {}
@@ -116,7 +115,7 @@ def write(
 
 
 def _claim(folder: Path, made: offline.Manifest) -> None:
-    """The folder and its manifest, the same from every shard."""
+    """Makes the folder and its manifest, or checks that the manifest found there is `made`."""
     path = folder / offline.MANIFEST
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +135,7 @@ def _compiled(
     dtype: str,
     rows_per_file: int,
 ) -> tuple[Compute, int]:
-    """The target as a function of a batch, and the rows of one."""
+    """Returns a function from batches to compressed features, and its number of rows."""
     assert not isinstance(config.objective, NextToken)
     layers = target.layers(config.objective)
     mesh = sharding.make_mesh(config.fsdp, tensor=config.tensor, expert=config.expert)
@@ -174,12 +173,12 @@ def _write_file(
     size: int,
     progress: Callable[[int], Any],
 ) -> dict[str, int]:
-    """One file, whole or not at all; rows, tokens and bytes of it."""
+    """Writes one file atomically; returns its counts of rows, tokens and bytes."""
     counts = collections.Counter(rows=len(numbers))
 
     def batches() -> Iterator[tuple[list[int], dict[str, jax.Array]]]:
         for first in range(numbers.start, numbers.stop, size):
-            # Past the file's last row: padding, though the text may have more.
+            # Rows after the file's last one become padding, even if the text has more rows.
             own = [i if i < numbers.stop else len(source) for i in range(first, first + size)]
             batch = data.batch_of(source, own)
             tokens = np.count_nonzero(batch["segment_ids"], axis=1)[: numbers.stop - first]
@@ -197,7 +196,7 @@ def _write_file(
 
 
 def _one_behind(items: Iterable[Any]) -> Iterator[Any]:
-    """The same items, each when the next is under way: the devices work while the disk does."""
+    """Yields each item after the next one has started, so that devices and disk overlap."""
     waiting: collections.deque[Any] = collections.deque()
     for item in items:
         waiting.append(item)
@@ -208,10 +207,10 @@ def _one_behind(items: Iterable[Any]) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Callable[[bytes], None]]:
-    """A function that adds records to a file, which gets its name when all are on the disk."""
+    """Yields a function that adds records to a file; the file gets its name when complete."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    # One name for each file, so that a killed process leaves nothing that the next does not use.
+    # The name is fixed for each file, so the next process overwrites what a killed one left.
     unfinished = path.with_name(f".{path.name}.unfinished")
     writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
 
@@ -284,7 +283,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Parse, write, print what was written."""
+    """Parses the command line, writes the features, and prints the result as one JSON line."""
     arguments = _arguments()
     shard, shards = _shard(arguments.shard)
     config = settings.load(arguments.config, arguments.overrides, kind=TrainConfig)

@@ -1,10 +1,10 @@
 """The training loop: one jitted step, batches read ahead, metrics fetched late.
 
-The host never waits for the step it has just launched: a thread puts the next batches on the
-devices, and metrics are fetched one step behind. It does wait where a checkpoint or a validation
-is due. A run that is killed and started again continues with exactly the numbers it would have
-had: a checkpoint holds weights, optimizer state and the data position that belongs to them, and
-noise is keyed by the step.
+The host does not wait for the step it has just launched: a thread puts the next batches on the
+devices, and metrics are fetched one step later. The host waits only for checkpoints and validation.
+A run that was killed and started again computes exactly the numbers of an uninterrupted run: a
+checkpoint holds weights, optimizer state and the matching data position, and noise is keyed by the
+step.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def read_ahead(
 ) -> Iterator[Iterator[tuple[Any, Any]]]:
     """Yields an iterator of (batch on the devices, data state after it), filled by a thread.
 
-    The data state belongs to the batch it comes with: what has been read ahead and not trained on
-    is read again after a restart.
+    Each data state belongs to its batch, so a restart reads those batches again that were read
+    ahead but not trained on.
     """
     ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
     stop = threading.Event()
@@ -63,7 +63,7 @@ def read_ahead(
                 batch = put(next(iterator))
                 if not offer((batch, iterator.get_state())):
                     return
-        except BaseException as error:  # whatever it is, the consumer raises it
+        except BaseException as error:  # the consumer raises it
             offer(error)
 
     def take() -> Iterator[tuple[Any, Any]]:
@@ -111,20 +111,20 @@ class _Late:
 
 
 def run(config: TrainConfig, *, restart: bool = False, dry_run: bool = False) -> dict[str, Any]:
-    """Train as `config` says, from the newest checkpoint in its `output_dir` if there is one.
+    """Trains as `config` says, from the newest checkpoint in its `output_dir` if there is one.
 
     Args:
-        config: the run.
-        restart: delete what an earlier run left in `output_dir` and begin anew.
-        dry_run: build and compile everything, write nothing into `output_dir`.
+        config: the run's configuration.
+        restart: delete the output of an earlier run in `output_dir` and start from step 0.
+        dry_run: build and compile everything, but train nothing and write nothing to `output_dir`.
 
     Returns:
         The result, JSON-serialisable; see `_result`.
 
     Raises:
-        ValueError: a field is wrong, the configuration is not that of the run in `output_dir`,
-            none of its checkpoints can be read, training diverged, or the disk is full.
-        SystemExit: stopped by SIGTERM (status 143) or Ctrl-C (130), with the step in flight saved.
+        ValueError: a field is wrong, the run in `output_dir` has another configuration, none of
+            its checkpoints can be read, training diverged, or the disk is full.
+        SystemExit: SIGTERM (status 143) or Ctrl-C (130) stopped the run; the current step is saved.
     """
     check_config(config)
     began = time.perf_counter()
@@ -144,7 +144,7 @@ def run(config: TrainConfig, *, restart: bool = False, dry_run: bool = False) ->
             config.data, config.eval_batches, features=features, **share
         )
         validation = functools.partial(map, trainer.put, batches)
-        if not features:  # which are large, and read whenever they are due: tokens stay put
+        if not features:  # tokens are small enough to stay on the devices; features are not
             validation = functools.partial(iter, list(validation()))
     output = Path(config.output_dir).expanduser()
     with outputs.claimed("output_dir", output):
@@ -162,7 +162,7 @@ def _run(
     stored: Mapping[str, Any],
     output: Path,
 ) -> tuple[int, metrics.Report, Path]:
-    """Trains from the newest checkpoint in `output` on, and exports; the last step, its report."""
+    """Trains from the newest checkpoint in `output`; returns last step, report and export path."""
     from eagle_jax.checkpoint.train_state import Checkpoints, telling_full_disk
 
     config, saved = trainer.config, output / _CHECKPOINTS
@@ -183,7 +183,7 @@ def _run(
                 state, step = _train(
                     trainer, state, start, iterator, validation, points, report, preemption
                 )
-        if preemption.signal:  # by now everything is on the disk
+        if preemption.signal:  # closing the checkpoints has flushed everything to the disk
             name = signal.Signals(preemption.signal).name
             _say(f"{output}: {name}: step {step} is saved; the same command goes on from there")
             raise SystemExit(128 + preemption.signal)
@@ -194,7 +194,7 @@ def _run(
 
 
 def _prepare(config: TrainConfig) -> None:
-    """One process prepares the text, for all that share its disk."""
+    """Lets the first process prepare the text for all processes, which share its disk."""
     if jax.process_count() > 1 and distributed.first():
         data.prepare(config.data.train, config.data)
         if config.eval_every and config.data.validation:
@@ -212,9 +212,9 @@ def _train(
     report: metrics.Report,
     preemption: Preemption,
 ) -> tuple[TrainState, int]:
-    """Steps `start + 1 .. optim.steps`, with validations and checkpoints when due.
+    """Runs steps `start + 1 .. optim.steps`, with validations and checkpoints when due.
 
-    Returns the state and its step, which is an earlier one if the run is to stop.
+    Returns the state and its step, which is below `optim.steps` if a signal stopped the run.
     """
     config, last, step = trainer.config, trainer.config.optim.steps, start
     validates = bool(config.eval_every and config.data.validation)
@@ -226,7 +226,7 @@ def _train(
             validate = validates and (step % config.eval_every == 0 or step == last)
             stop = preemption.reached(step)
             save = stop or step % config.checkpoint_every == 0 or step == last
-            checkpoints.wait(0)  # a save that failed, as on a full disk, ends the run now
+            checkpoints.wait(0)  # raises if a save failed, as on a full disk
             if not (validate or save):
                 continue
             late.drain()
@@ -244,7 +244,7 @@ def _train(
 
 
 def _validate(trainer: Trainer, state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
-    # One batch at a time on the devices.
+    # Fetching each result first keeps only one batch at a time on the devices.
     sums = [
         jax.device_get(trainer.evaluate(state.params, trainer.frozen, batch)) for batch in batches
     ]
@@ -254,7 +254,7 @@ def _validate(trainer: Trainer, state: TrainState, batches: Iterable[Batch]) -> 
 
 
 def _clear(output: Path) -> None:
-    """Delete what a run writes, and nothing else that may lie there."""
+    """Deletes the files of an earlier run from `output`, and no other files."""
     for name in (_CHECKPOINTS, metrics.EVENTS, _EXPORT):
         shutil.rmtree(output / name, ignore_errors=True)
     for name in (metrics.TRACE, metrics.CURVE, divergence.BATCH):
@@ -277,7 +277,7 @@ def _report(trainer: Trainer, output: Path, start: int) -> metrics.Report:
 
 
 def _export(trainer: Trainer, params: Mapping[str, Any], output: Path) -> Path:
-    """Write the weights beside the old export, then put them in its place."""
+    """Exports the weights; an earlier export is replaced only when the new one is complete."""
     config = trainer.config
     final, fresh, old = (output / f"{_EXPORT}{end}" for end in ("", ".new", ".old"))
     params = distributed.fetch(params)
@@ -299,11 +299,11 @@ def _export(trainer: Trainer, params: Mapping[str, Any], output: Path) -> Path:
 def _result(
     trainer: Trainer, step: int, report: metrics.Report, exported: Path, began: float
 ) -> dict[str, Any]:
-    """What a run says at its end.
+    """Returns the result of a finished run.
 
-    `tokens` counts all positions up to `step`, padding included. `tokens_per_second` and `mfu` are
-    of the training steps of this start, without compilation, validation and checkpoints; None if
-    it had none.
+    `tokens` counts all positions up to `step`, padding included. `tokens_per_second` and `mfu`
+    cover the training steps since this start, without compilation, validation and checkpoints;
+    they are None if this start trained no step.
     """
     last = report.last
     device = trainer.mesh.devices.flat[0]
@@ -325,7 +325,7 @@ def _result(
 
 
 def _dry_run(trainer: Trainer, iterator: Any) -> dict[str, Any]:
-    """Compile one step for a real batch; count parameters and memory."""
+    """Compiles one step for a real batch; returns parameter counts, memory and FLOPs."""
     batch = trainer.put(next(iterator))
     began = time.perf_counter()
     compiled = trainer.step.lower(trainer.abstract, trainer.frozen, batch).compile()

@@ -1,7 +1,7 @@
-"""What a run reports: trace file, TensorBoard events, progress bar, loss curve, throughput.
+"""Reports a run: trace file, TensorBoard events, progress bar, loss curve, throughput.
 
-`metrics.jsonl` is the record: one line per step, and one per validation. It depends on nothing
-but the computation, so that two runs can be compared with `cmp`; timing goes to the events.
+The trace, `metrics.jsonl`, has one line per step and one per validation. It holds only computed
+values, so two runs can be compared with `cmp`; timings go to the TensorBoard events.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TRACE, EVENTS, CURVE = "metrics.jsonl", "events", "loss.png"
 
 
 class Stopwatch:
-    """Training time proper: without compilation, validation and checkpoints."""
+    """Measures training time without compilation, validation and checkpoints."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -29,19 +29,19 @@ class Stopwatch:
         self._at = 0
 
     def start(self, step: int) -> None:
-        """Count from now, when `step` steps are finished; no effect on a running watch."""
+        """Starts timing, with `step` steps finished; has no effect on a running watch."""
         if self._since is None:
             self._since, self._at = time.perf_counter(), step
 
     def stop(self, step: int) -> None:
-        """Count until now, when `step` steps are finished."""
+        """Stops timing, with `step` steps finished; has no effect on a stopped watch."""
         if self._since is not None:
             self.seconds += time.perf_counter() - self._since
             self.steps += step - self._at
             self._since = None
 
     def lap(self, step: int) -> float | None:
-        """Steps per second until now, while it runs or after."""
+        """Returns steps per second so far, or None before any step; the watch may be running."""
         seconds, steps = self.seconds, self.steps
         if self._since is not None:
             seconds += time.perf_counter() - self._since
@@ -50,7 +50,7 @@ class Stopwatch:
 
 
 class Trace:
-    """`metrics.jsonl`, appended to; what lies past `step` (a resumed run's) is cut off first."""
+    """Appends to `metrics.jsonl`; first removes lines after `step`, where the run resumes."""
 
     def __init__(self, path: Path, step: int) -> None:
         kept = [json.dumps(line) + "\n" for line in read_trace(path) if line["step"] <= step]
@@ -64,7 +64,7 @@ class Trace:
             self._file.write(json.dumps(line) + "\n")
 
     def sync(self) -> None:
-        """Have everything on disk: a checkpoint must not be ahead of its trace."""
+        """Flushes everything to the disk: a checkpoint must not be ahead of its trace."""
         with outputs.naming(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -75,7 +75,7 @@ class Trace:
 
 
 def read_trace(path: Path) -> list[dict[str, Any]]:
-    """Lines of a trace in order, up to the first torn or damaged one; none if there is no file."""
+    """Returns a trace's lines up to the first damaged one; a missing file has none."""
     lines: list[dict[str, Any]] = []
     if not path.is_file():
         return lines
@@ -91,7 +91,7 @@ def read_trace(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_line(line: Any) -> bool:
-    """Whether it is what `Report` writes: a step with a loss, or with a validation."""
+    """Returns whether `line` is one that `Report` writes: a step's loss, or a validation's."""
     if not isinstance(line, dict) or type(line.get("step")) is not int:
         return False
     values = line.get("validation", line)
@@ -99,14 +99,15 @@ def _is_line(line: Any) -> bool:
 
 
 class Report:
-    """Trace, events and progress bar of one run.
+    """Writes trace, events and progress bar of one run.
 
     Args:
         directory: the run's `output_dir`.
-        start, steps: where the run begins (its checkpoint's step), and its last step.
+        start, steps: the step where this start begins (its checkpoint's), and the last step.
         step_tokens: tokens of one step, padding included.
-        step_flops: model FLOPs of one step over the peak of all devices, or None without a peak.
-        speaks: write and show anything; of several processes the first does.
+        step_flops: model FLOPs of one step divided by the peak FLOP/s of all devices, in seconds;
+            None if the peak is unknown.
+        speaks: whether this process writes and shows anything; only the first process does.
     """
 
     def __init__(
@@ -127,8 +128,8 @@ class Report:
         self._step_tokens, self._step_flops = step_tokens, step_flops
         self.last: dict[str, Any] = {}
         self.last_validation: dict[str, Any] = {}
-        self.losses: list[float] = []  # of the steps before `start`
-        for line in read_trace(directory / TRACE):  # of the run that is resumed
+        self.losses: list[float] = []  # losses of the steps up to `start`
+        for line in read_trace(directory / TRACE):  # the trace of the run that is resumed
             if line["step"] > start:
                 break
             if "validation" in line:
@@ -147,7 +148,7 @@ class Report:
         self._bar = tqdm(total=steps, initial=start, unit="step", mininterval=pace, disable=quiet)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Record one finished step."""
+        """Records one finished step."""
         self.last = dict(values)
         self._write({"step": step, **values})
         self._write_events("train", step, {**values, **self.rates(step)})
@@ -155,7 +156,7 @@ class Report:
         self._bar.set_postfix(self._short(values) | self._short(self.rates(step)), refresh=False)
 
     def validation(self, step: int, values: Mapping[str, float]) -> None:
-        """Record one validation."""
+        """Records one validation."""
         self.last_validation = dict(values)
         self._write({"step": step, "validation": dict(values)})
         self._write_events("validation", step, values)
@@ -164,7 +165,7 @@ class Report:
             self._bar.write(f"step {step}  validation: {shown}", file=sys.stderr)
 
     def rates(self, step: int) -> dict[str, float]:
-        """Tokens per second and, where the peak is known, MFU."""
+        """Returns tokens per second and, where the peak is known, MFU."""
         pace = self.watch.lap(step)
         if pace is None:
             return {}
@@ -172,7 +173,7 @@ class Report:
         return rates if self._step_flops is None else rates | {"mfu": pace * self._step_flops}
 
     def sync(self) -> None:
-        """Have the trace on disk."""
+        """Flushes the trace to the disk."""
         if self._trace is not None:
             self._trace.sync()
 
@@ -202,7 +203,7 @@ class Report:
 
 
 def plot(trace: Path, image: Path) -> None:
-    """Draw losses and accuracies, of training (smoothed as well) and of validation, over steps."""
+    """Plots losses and accuracies of training (raw and smoothed) and validation over steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -247,7 +248,7 @@ def _curves(
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Exponential mean over about a hundredth of the curve, without bias at its start."""
+    """Returns a bias-corrected exponential mean over about a hundredth of the curve."""
     keep = 1.0 - 1.0 / max(10.0, len(values) / 100)
     total = weight = 0.0
     smooth = []

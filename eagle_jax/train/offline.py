@@ -1,13 +1,14 @@
-"""Features of a frozen target that lie on a disk: their format, and reading them beside the text.
+"""The format of stored target features, and reading them together with the text.
 
 A directory holds `train/` and `validation/`, each with a manifest and ArrayRecord files. Row `i` of
-the prepared text has record `i % rows_per_file` of file `i // rows_per_file`: which process wrote
-a file leaves no trace. A record holds the tokens of its row without padding: of int8 first the
-scales, float32 [tokens, n], then the features [tokens, n, d] of the `n` streams (those that enter
-`layers`, and last the features after the final norm).
+the prepared text has record `i % rows_per_file` of file `i // rows_per_file`, whichever process
+wrote the file. A record holds the tokens of its row without padding. For int8 it starts with the
+scales, float32 [tokens, n]. Then come the features [tokens, n, d] of the `n` streams (those that
+enter `layers`, and last the features after the final norm).
 
-The manifest says what the features were made of. Training compares it with its own configuration,
-and its hash becomes a part of the run's: a run cannot go on with other features.
+The manifest lists everything that the features depend on. Training compares it with its own
+configuration. The manifest's hash is stored in checkpoints, so a run cannot resume with other
+features.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from eagle_jax.config import NextToken, TrainConfig
 from eagle_jax.train import data
 from eagle_jax.train.objectives import target, target_directory
 
-# Raise when records change for the same manifest.
+# Increase when the records of the same manifest change.
 FORMAT = 1
 MANIFEST = "manifest.json"
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "int8": np.dtype(np.int8)}
@@ -42,13 +43,13 @@ Manifest = dict[str, Any]
 def manifest(
     config: TrainConfig, field: str, *, dtype: str, rows_per_file: int
 ) -> tuple[Manifest, Any]:
-    """What features that `config` would be trained on are made of, and the rows they belong to.
+    """Returns the manifest of the features that `config` needs, and the prepared rows.
 
     Args:
-        config: of a draft; its text is prepared first if this was not done before.
+        config: configuration of a draft's training; its text is prepared first if necessary.
         field: "train" or "validation".
-        dtype: of `DTYPES`.
-        rows_per_file: prepared rows of one file.
+        dtype: a name in `DTYPES`.
+        rows_per_file: prepared rows in one file.
 
     Raises:
         ValueError: the target is missing, or a field of the configuration or the text is wrong.
@@ -65,7 +66,7 @@ def manifest(
         "rows": len(rows),
         "rows_per_file": rows_per_file,
         "weights": fingerprint.of_weight_files(directory),
-        "target": json.loads(json.dumps(target_config)),  # as it reads when it comes back
+        "target": json.loads(json.dumps(target_config)),  # as `read_manifest` will read it
         "layers": list(target.layers(settings)),
         "dtype": dtype,
         "compute_dtype": config.compute_dtype,
@@ -73,10 +74,10 @@ def manifest(
 
 
 def read_manifest(path: Path) -> Manifest:
-    """A manifest whose fields have the types that `manifest` gives them.
+    """Reads a manifest and checks the types of its fields.
 
     Raises:
-        ValueError: it is damaged, or another version wrote it.
+        ValueError: the manifest is damaged, or another version wrote it.
     """
     found = files.read_json(path)
     if found.get("format") != FORMAT or found.get("dtype") not in [*DTYPES]:
@@ -99,20 +100,21 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def digest(made: Manifest) -> str:
-    """Hash of a manifest."""
+    """Returns the hash of a manifest."""
     return fingerprint.of_json(made)
 
 
 def paths(folder: Path, made: Manifest) -> list[Path]:
-    """The files that belong to a manifest, in the order of their rows."""
+    """Returns the paths of a manifest's files, in the order of their rows."""
     first = range(0, made["rows"], made["rows_per_file"])
     return [folder / f"rows-{number:09d}.array_record" for number in first]
 
 
 def differences(found: Manifest, wanted: Manifest) -> list[tuple[str, Any, Any]]:
-    """Name, value found and value wanted of all that differs; fields of the target are dotted.
+    """Returns (name, found value, wanted value) of fields that differ; as "target.X" in the target.
 
-    Fields of the target that one of them lacks are newer than that one, and as they were then.
+    Target fields that only one manifest has are ignored: a newer version added them, and its
+    defaults keep the old behaviour.
     """
     names = [name for name in wanted if name != "target"]
     pairs = [(name, found.get(name), wanted[name]) for name in names]
@@ -123,14 +125,13 @@ def differences(found: Manifest, wanted: Manifest) -> list[tuple[str, Any, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """LazyTensor features of one text.
+    """The stored features of one text, read on demand.
 
     Attributes:
-        folder: where they lie.
-        manifest: what they were made of.
-        streams: which of the stored streams are read, in this order.
-        source: the records by row number. Like all else here it can be pickled: grain's workers
-            read too.
+        folder: the folder of the files.
+        manifest: the manifest of the files.
+        streams: indices of the stored streams to read, in this order.
+        source: the records by row number; it can be pickled, because grain's workers read it too.
     """
 
     folder: Path
@@ -139,7 +140,7 @@ class Features:
     source: Any = dataclasses.field(repr=False)
 
     def read(self, number: int, tokens: int) -> data.Row:
-        """`features` [t, n, d] of a row, and `scales` [t, n] of int8; zero past its tokens.
+        """Returns a row's `features` [t, n, d] and int8's `scales` [t, n]; zero past its tokens.
 
         Raises:
             ValueError: the record is damaged.
@@ -175,7 +176,7 @@ class Features:
 
 
 def record(arrays: Mapping[str, np.ndarray], row: int, tokens: int) -> bytes:
-    """What `Features.read` reads: the first `tokens` tokens of a row of `target.compress`."""
+    """Returns the record of a row of `target.compress`: its first `tokens` tokens as bytes."""
     parts = [arrays["features"][row, :tokens].tobytes()]
     if "scales" in arrays:
         parts.insert(0, arrays["scales"][row, :tokens].astype(_SCALE).tobytes())
@@ -183,13 +184,13 @@ def record(arrays: Mapping[str, np.ndarray], row: int, tokens: int) -> bytes:
 
 
 def find(config: TrainConfig) -> dict[str, Features]:
-    """The stored features of a run's texts, "train" and where it is used "validation".
+    """Returns the stored features of a run's texts: "train", and "validation" if it is used.
 
-    Nothing if its target runs online.
+    The result is empty if the target runs online.
 
     Raises:
-        ValueError: they are missing, or were made of something else than the run's target, text,
-            layers or sequence length.
+        ValueError: features are missing, or were made with another target, text, layers or sequence
+            length.
     """
     if isinstance(config.objective, NextToken) or not config.objective.features:
         return {}
@@ -200,7 +201,7 @@ def find(config: TrainConfig) -> dict[str, Features]:
 
 
 def contents(stored: Mapping[str, Features]) -> dict[str, str]:
-    """What a run's checkpoints hold in place of the directory, which may move."""
+    """Returns what checkpoints store for `objective.features`: a hash, since folders may move."""
     if "train" not in stored:
         return {}
     return {"objective.features": f"manifest {digest(dict(stored['train'].manifest))[:16]}"}
@@ -218,9 +219,9 @@ def _find(config: TrainConfig, field: str, directory: Path) -> Features:
     dtype, rows_per_file = found["dtype"], found["rows_per_file"]
     wanted, _ = manifest(config, field, dtype=dtype, rows_per_file=rows_per_file)
     for name, theirs, ours in differences(found, wanted):
-        if name == "compute_dtype":  # rounding, like that of the stored dtype
+        if name == "compute_dtype":  # differs only by rounding, as the stored dtype does
             continue
-        if name == "layers" and set(ours) <= set(theirs):  # more than are needed will do
+        if name == "layers" and set(ours) <= set(theirs):  # additional stored layers are ignored
             continue
         raise ValueError(
             f"{where}: {_SAID.get(name, name).format(field)} was {_short(theirs)} when the {field} "
@@ -232,7 +233,7 @@ def _find(config: TrainConfig, field: str, directory: Path) -> Features:
     return Features(folder, found, (*streams, len(found["layers"])), _open(folder, found))
 
 
-# Names of a manifest's fields, as the user knows them.
+# How error messages name a manifest's fields.
 _SAID = {
     "text": "data.{0}'s text",
     "rows": "data.{0}'s number of rows",

@@ -1,4 +1,4 @@
-"""Stopping in time: SIGTERM (a scheduler takes the machine back) or Ctrl-C."""
+"""Lets a run save its step and stop on SIGTERM (from a scheduler) or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from eagle_jax import interrupts
 
 
 class Preemption:
-    """Hears SIGTERM and SIGINT between `with` and its end; a second one acts as it always does.
+    """Catches the first SIGTERM or SIGINT in a `with` block; a second one acts as usual.
 
-    With several processes JAX's own runtime hears SIGTERM and has all of them agree on a step. A
-    Ctrl-C is passed on to it. Entered outside the main thread it hears nothing.
+    With several processes, JAX's runtime catches SIGTERM and makes all processes agree on a step;
+    Ctrl-C is passed on to it as SIGTERM. Outside the main thread no signal is caught.
 
     Attributes:
-        signal: number of the signal heard, 0 for none.
+        signal: number of the signal caught, or 0.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Preemption:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Preemption:
-        # A handler for SIGTERM would take the place of the runtime's.
+        # With several processes a handler for SIGTERM would replace that of JAX's runtime.
         wanted = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,)
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._hear) for number in wanted}
@@ -36,7 +36,7 @@ class Preemption:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._handlers:  # nothing was heard
+        if self._handlers:  # no signal was caught
             interrupts.watch.disallow()
         self._restore()
 
@@ -49,7 +49,7 @@ class Preemption:
             interrupts.watch.disallow()
         self._restore()
         name = signal.Signals(number).name
-        # Not print: the handler may have interrupted one.
+        # os.write, because the handler may have interrupted a print.
         os.write(2, f"\n{name}: saving after this step; once more ends at once\n".encode())
         if jax.process_count() == 1:
             self.signal = number
@@ -57,7 +57,10 @@ class Preemption:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self, step: int) -> bool:
-        """Whether to stop after `step`: the same answer in every process, if all ask each step."""
+        """Returns whether to stop after `step`.
+
+        All processes must call it at each step; then all get the same answer.
+        """
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal = signal.SIGTERM
         return self.signal != 0

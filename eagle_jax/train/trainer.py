@@ -1,4 +1,4 @@
-"""The compiled functions of a training run: its step and its evaluation, over the mesh."""
+"""Builds the jitted functions of a training run over the mesh: its step and its evaluation."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from eagle_jax.types import ParamDict
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step turns into the next step's; its leaves are arrays, or their shapes.
+    """The state that a training step updates; its leaves are arrays, or their shapes.
 
     Attributes:
-        step: steps done.
+        step: number of finished steps.
         params: trained weights, float32.
         optimizer: optax's state.
     """
@@ -38,9 +38,10 @@ class TrainState:
 
 
 def schedule(config: OptimConfig) -> optax.Schedule:
-    """Learning rate of the step after `count` steps; the last step has `final_fraction`.
+    """Returns the learning rate as a function of the number of finished steps.
 
-    Linear from zero, which is not itself a step's rate: a first step without effect is wasted.
+    Warm-up is linear and starts just above zero, because a step at rate zero has no effect. The
+    last step has `final_fraction` of the peak rate.
     """
     peak, after = config.learning_rate, max(1, config.steps - config.warmup_steps)
     if config.schedule == "cosine":
@@ -56,7 +57,7 @@ def schedule(config: OptimConfig) -> optax.Schedule:
 
 
 def optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """AdamW with the configured clipping; weight decay on matrices only."""
+    """Returns AdamW with the configured clipping, and weight decay on matrices only."""
     steps = []
     if config.clip_value is not None:
         steps.append(optax.clip(config.clip_value))
@@ -75,15 +76,15 @@ def optimizer(config: OptimConfig) -> optax.GradientTransformation:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """The compiled functions of a run, and where their arrays lie.
+    """The jitted functions of a run, and the shardings of their arrays.
 
     Attributes:
-        config: the run's.
-        objective: what is trained.
-        mesh: the devices.
+        config: the run's configuration.
+        objective: the objective to train.
+        mesh: the device mesh.
         frozen: the objective's frozen weights, in the compute dtype.
         abstract: shapes and shardings of the state.
-        step: (state, frozen, batch) -> (state, metrics); the state given is consumed.
+        step: (state, frozen, batch) -> (state, metrics); the given state is donated.
         evaluate: (params, frozen, batch) -> sums.
     """
 
@@ -96,16 +97,16 @@ class Trainer:
     evaluate: Callable[..., dict[str, jax.Array]]
 
     def init(self) -> TrainState:
-        """The state before the first step, on the devices."""
-        # Through the host, which every process has alike: devices may span processes.
+        """Returns the state before the first step, on the devices."""
+        # Goes through the host, where every process has the same values: a mesh may span processes.
         state = jax.device_get(_init(self.config, self.objective, self.objective.frozen()))
         return jax.device_put(state, jax.tree.map(lambda x: x.sharding, self.abstract))
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
-        """This process's rows as part of the global batch, on the devices.
+        """Returns the global batch on the devices; `batch` holds the rows of this process.
 
         Raises:
-            ValueError: a token outside the model's vocabulary (its embedding would be clipped).
+            ValueError: a token is outside the model's vocabulary (a lookup would clip it).
         """
         check_tokens(self.config, self.objective.vocab_size, batch)
         place, rows = sharding.batch_sharding(self.mesh), self.config.data.batch_size
@@ -116,7 +117,7 @@ class Trainer:
 
 
 def check_tokens(config: TrainConfig, vocab_size: int, batch: Mapping[str, np.ndarray]) -> None:
-    """Raise ValueError if a token lies outside the vocabulary."""
+    """Raises ValueError if a token lies outside the vocabulary."""
     largest = int(batch["tokens"].max())
     if largest >= vocab_size:
         raise ValueError(
@@ -131,10 +132,11 @@ def _init(config: TrainConfig, objective: Objective, frozen: Mapping[str, Any]) 
 
 
 def build(config: TrainConfig, objective: Objective, devices: Any = None) -> Trainer:
-    """Mesh, shardings and jitted functions of a run.
+    """Builds the mesh, the shardings and the jitted functions of a run.
 
     Raises:
-        ValueError: batch, devices and fsdp do not divide, or the attention kernel cannot run.
+        ValueError: the mesh axes do not divide the devices or the batch, or the attention kernel
+            cannot run.
     """
     mesh = sharding.make_mesh(
         config.fsdp, tensor=config.tensor, expert=config.expert, devices=devices
@@ -150,7 +152,7 @@ def build(config: TrainConfig, objective: Objective, devices: Any = None) -> Tra
 def assemble(
     config: TrainConfig, objective: Objective, mesh: Mesh, frozen: Mapping[str, Any]
 ) -> Trainer:
-    """The jitted functions, given the frozen weights on the mesh, or shapes with shardings."""
+    """Builds the jitted functions; `frozen` holds arrays on the mesh, or shapes with shardings."""
     dtype = jnp.dtype(config.compute_dtype)
     shapes = jax.eval_shape(functools.partial(_init, config, objective), frozen)
     places = sharding.weight_shardings(mesh, shapes)
@@ -158,7 +160,7 @@ def assemble(
     whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
 
     def gather(params: ParamDict) -> ParamDict:
-        # Whole within an fsdp group, in the compute dtype: there a forward cuts the batch.
+        # The forward pass splits the batch over an fsdp group, so each device needs whole weights.
         params = cast(params, dtype)
         used = sharding.weight_shardings(mesh, params, stored=False)
         return jax.lax.with_sharding_constraint(params, used)
@@ -172,7 +174,7 @@ def assemble(
     def step(state: TrainState, frozen: ParamDict, batch: Batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         gradient, sums = jax.grad(loss, has_aux=True)(state.params, frozen, batch, key)
-        # optax mixes dtypes (a float decay to an int32 count), which strict settings refuse.
+        # optax mixes dtypes (a float decay to an int32 count), which strict promotion rejects.
         with jax.numpy_dtype_promotion("standard"):
             updates, moments = transform.update(gradient, state.optimizer, state.params)
             values = objectives.means(sums) | {
@@ -205,7 +207,7 @@ def assemble(
 
 
 def check_attention(config: TrainConfig, mesh: Mesh) -> None:
-    """Raise ValueError if the attention kernel cannot run."""
+    """Raises ValueError if the attention kernel cannot run on the mesh."""
     if config.attention != "cudnn":
         return
     platform = mesh.devices.flat[0].platform

@@ -1,9 +1,9 @@
-"""Which method is the fastest for this model on this machine? `python -m eagle_jax.tune`.
+"""Finds the fastest method for a model on this machine: `python -m eagle_jax.tune`.
 
-The answer is stored beside the model (`eagle_jax.decode.tuning_store`), where `method="auto"` finds
-it. It takes four steps: `measure` times the target's pass and records what wide trees get accepted,
-`acceptance` and `predict` derive from that what every method of a grid should do, and `measure`
-lets the most promising of each family compete with vanilla decoding.
+The result is stored beside the model (`eagle_jax.decode.tuning_store`), where `method="auto"` finds
+it. First `measure` times the target's pass and records which nodes of wide trees are accepted. From
+these records `acceptance` and `predict` estimate the speed of every method in a grid. Finally
+`measure` compares the most promising methods of each family with vanilla decoding.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from eagle_jax.tune import measure, predict
 
 __all__ = ["Tuning", "tune"]
 
-_CALIBRATION = 6  # units that acceptance is counted on; heats use the same
-_PASSES = 3  # units that the target's pass is timed on
+_CALIBRATION = 6  # units for measuring acceptance, and for the heats
+_PASSES = 3  # units for timing the target's pass
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """What was found at one temperature.
+    """The result of tuning at one temperature.
 
     Attributes:
         temperature: 0 is greedy.
-        passes: seconds of the target's pass by tokens.
-        heats, final: methods beside vanilla on a few units and on all, fastest first.
-        vanilla: its tokens per second in the final.
-        best: the fastest that is surely faster than vanilla; none if vanilla is to be used.
-        entry: what is stored.
+        passes: seconds of the target's pass, by number of tokens.
+        heats, final: methods compared with vanilla on a few units and on all, fastest first.
+        vanilla: tokens per second of vanilla decoding in the final.
+        best: the fastest method that is significantly faster than vanilla; None if there is none.
+        entry: the entry for the tuning store.
     """
 
     temperature: float
@@ -57,21 +57,21 @@ def tune(
     new_tokens: int = 96,
     quiet: bool = False,
 ) -> Iterator[Tuning]:
-    """Measures, predicts, measures the best; stores nothing.
+    """Finds the fastest method at each temperature; stores nothing.
 
     Args:
         params: from `eagle_jax.load`.
-        prompts: token ids of each; those of the commonest padded size are used.
-        temperatures: at most one above 0: a stored entry is greedy or sampled.
-        batch_size: prompts decoded together.
-        new_tokens: longest answer.
-        quiet: no progress bars.
+        prompts: token ids of each prompt; only prompts of the most common padded size are used.
+        temperatures: at most one above 0, because one stored entry serves all of them.
+        batch_size: number of prompts decoded together.
+        new_tokens: tokens of the longest answer.
+        quiet: whether to hide progress bars.
 
     Yields:
-        What was found at each temperature, as it is.
+        The result at each temperature, as soon as it is known.
 
     Raises:
-        ValueError: an argument that cannot work; one line.
+        ValueError: an argument is invalid; the message is one line.
     """
     _check(params, temperatures, batch_size, new_tokens)
     units = measure.units(params, prompts, batch_size, new_tokens)
@@ -82,7 +82,7 @@ def tune(
 def _tune(bench: measure.Bench, temperatures: Sequence[float]) -> Iterator[Tuning]:
     units, steps = bench.units, None
     passes = measure.pass_times(bench, units[:_PASSES])
-    # Greedy decoding first, which also tells what a draft's steps cost.
+    # Greedy decoding comes first, because it also measures the time of a draft's steps.
     for temperature in sorted({0.0, *temperatures}):
         evidence = measure.calibrate(bench, units[:_CALIBRATION], passes, temperature, steps)
         steps = evidence.steps
@@ -140,7 +140,7 @@ def _entry(
 
 
 def row(measured: measure.Measured) -> dict[str, Any]:
-    """A method's figures, predicted and measured."""
+    """Returns a method's predicted and measured figures as a dictionary."""
     prediction = measured.prediction
     return {
         "name": label(prediction.method),

@@ -37,7 +37,7 @@ examples
 
 
 def parser(prog: str = "python -m eagle_jax.tune") -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     out = cli.Parser(
         prog=prog,
         description="Find the fastest decoding method for a model on this machine, and store it.",
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m eagle_jax.tune") 
     (questions,) = read_tasks([args.task], args.data, args.limit).values()
     params = options.load_model(args)
     for path in tuning_store.places(params):
-        tuning_store.entries(path)  # a damaged file is told before the work, not after
+        tuning_store.entries(path)  # raises for a damaged file before the work starts
     prompts = [encode(params, question.turns[0], raw=False) for question in questions]
     print(f"{args.model} on {tuning_store.device(params)}, {len(prompts)} prompts", file=sys.stderr)
     found, stored = [], ""
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m eagle_jax.tune") 
     ]
     for tunings in runs:
         for i, tuning in enumerate(tunings):
-            stored = str(tuning_store.store(params, [tuning.entry]))  # kept if the run is stopped
+            stored = str(tuning_store.store(params, [tuning.entry]))  # now, in case the run stops
             print("\n".join([*_passes(tuning), *_table(tuning)] if i == 0 else _table(tuning)))
             print(f"stored in {stored}", flush=True)
             found.append(tuning)

@@ -1,9 +1,9 @@
-"""How many drafted tokens any tree would get accepted, from what one wide tree was seen to get.
+"""Estimates the acceptance length of any tree from the recorded rounds of one wide tree.
 
-A `Recorder` is a method that decodes as the one it holds does and records which nodes every round
-accepted. EAGLE's `PoolRecorder` (`eagle_jax.drafters.eagle.tuning`) also records the scores of a
-dynamic tree's whole pool. From these a smaller tree's acceptance follows by counting. What is
-copied from the text itself is counted on finished answers, without a model.
+A `Recorder` wraps a method, decodes as it does, and records which nodes every round accepts.
+EAGLE's `PoolRecorder` (`eagle_jax.drafters.eagle.tuning`) also records the scores of a dynamic
+tree's whole pool. Counting in these records gives the acceptance of any smaller tree. The
+acceptance of methods that copy from the text is counted on finished answers, without a model.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from eagle_jax.decode.method import Context, Method, Models, Prompt, Verified
 from eagle_jax.decode.methods.prompt_lookup import lookup
 from eagle_jax.decode.tree import DynamicTree, Proposal, StaticTree, chain
 
-NOTHING = -1  # where no drafted token was accepted
-LONGEST_COPY = 16  # tokens of a copied draft that are counted
-COPY = {"max_ngram": 16, "latest": True, "truncate": True}  # the lookup that is counted
+NOTHING = -1  # marks depths where no drafted token was accepted
+LONGEST_COPY = 16  # longest copied draft that is considered, in tokens
+COPY = {"max_ngram": 16, "latest": True, "truncate": True}  # settings of the lookup
 
 
 # --- Methods that keep a record ----------------------------------------------------------------
@@ -34,14 +34,14 @@ COPY = {"max_ngram": 16, "latest": True, "truncate": True}  # the lookup that is
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """State of a method and what its rounds were seen to do.
+    """The state of a recorded method, and the record of its rounds.
 
     Attributes:
         inner: the method's own state.
-        now: what of this round's proposal the record needs.
-        nodes: [b, r, n] of every round the accepted nodes by depth, or `NOTHING`.
-        scores: [b, r, p] of every round the scores of the pool (p = 0 without one).
-        count: [b] rounds recorded.
+        now: data of this round's proposal that the record needs after verification.
+        nodes: [b, r, n] accepted nodes of each round by depth, or `NOTHING`.
+        scores: [b, r, p] scores of the pool in each round (p = 0 without a pool).
+        count: [b] number of recorded rounds.
     """
 
     inner: Any
@@ -52,7 +52,7 @@ class Record:
 
 
 def empty_record(inner: Any, now: Any, rows: int, rounds: int, depth: int, pool: int) -> Record:
-    """A record without rounds, with room for `rounds` of each row."""
+    """Returns an empty record with room for `rounds` rounds of each row."""
     return Record(
         inner,
         now,
@@ -63,7 +63,7 @@ def empty_record(inner: Any, now: Any, rows: int, rounds: int, depth: int, pool:
 
 
 def noted(state: Record, verified: Verified, nodes: Array, scores: Array, inner: Any) -> Record:
-    """With this round in the record, unless the row is finished."""
+    """Returns `state` with this round added to the record of each unfinished row."""
     depth = jnp.arange(1, nodes.shape[1] + 1)
     nodes = jnp.where(depth[None] < verified.committed[:, None], nodes, NOTHING)
     took_part = verified.committed > 0
@@ -80,7 +80,7 @@ def noted(state: Record, verified: Verified, nodes: Array, scores: Array, inner:
 
 @dataclasses.dataclass(frozen=True)
 class Recorder(Wrapper):
-    """A method with a record of its accepted nodes, of up to `rounds` rounds a row."""
+    """A wrapper that records a method's accepted nodes, for up to `rounds` rounds per row."""
 
     rounds: int = 64
 
@@ -99,12 +99,12 @@ class Recorder(Wrapper):
         return noted(state, verified, verified.path[:, 1:], none, inner)
 
 
-# --- What follows from the records -------------------------------------------------------------
+# --- Estimates from the records ----------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """Rounds of a static tree: [e, n] the accepted nodes' ranks by depth, or `NOTHING`."""
+    """Rounds of a static tree: `ranks` [e, n] of accepted nodes by depth, or `NOTHING`."""
 
     ranks: np.ndarray
 
@@ -114,7 +114,7 @@ class Ranks:
         return cls(np.where(nodes == NOTHING, NOTHING, tree.ranks[nodes]))
 
     def tau(self, tree: StaticTree) -> float:
-        """Mean acceptance length of a tree, the bonus token included."""
+        """Returns the mean acceptance length τ of a tree, the bonus token included."""
         paths, total = set(tree.paths), 0
         for row in self.ranks.tolist():
             depth = 0
@@ -124,11 +124,11 @@ class Ranks:
         return total / max(len(self.ranks), 1)
 
     def accuracy(self, widest: int) -> list[list[float]]:
-        """By depth and rank, how often that candidate was right where its parent was."""
+        """Returns, by depth and rank, how often a candidate was accepted if its parent was."""
         out, reached = [], len(self.ranks)
         for level in self.ranks.T:
             counts = [int(np.sum(level == rank)) for rank in range(widest)]
-            # A candidate never seen to be right may be: half a sighting, less for lower ranks.
+            # A candidate that was never accepted counts as half an acceptance, less at lower ranks.
             chances = [max(c, 0.5 / (rank + 1)) / (reached + 1) for rank, c in enumerate(counts)]
             out.append(chances)
             reached = int(np.sum(level != NOTHING))
@@ -140,9 +140,9 @@ class Pools:
     """Rounds of EAGLE's dynamic tree.
 
     Attributes:
-        tree: the probe's.
-        index: [e, n] the accepted candidates' indices in the pool by depth, or `NOTHING`.
-        scores: [e, p] of all candidates.
+        tree: the tree of the probe.
+        index: [e, n] pool indices of the accepted candidates by depth, or `NOTHING`.
+        scores: [e, p] scores of all candidates in the pool.
     """
 
     tree: DynamicTree
@@ -155,29 +155,30 @@ class Pools:
         return cls(tree, np.concatenate(index), np.concatenate(scores))
 
     def ranks(self) -> Ranks:
-        """Each accepted candidate's place among its siblings, for static trees."""
+        """Returns each accepted candidate's rank among its siblings, for static trees."""
         # The pool lists k candidates of every frontier node, best first.
         return Ranks(np.where(self.index == NOTHING, NOTHING, self.index % self.tree.k))
 
     def tau(self, tree: DynamicTree) -> float:
-        """Mean acceptance length of a tree within the probe's, the bonus token included.
+        """Returns the mean τ of a tree no larger than the probe's, the bonus token included.
 
-        A little low where `k` is smaller: its pool lacks candidates that are ranked above here.
+        For a smaller `k` the estimate is slightly low, because here more candidates compete for a
+        place in the tree than in a pool of that `k`.
         """
         accepted = self.index != NOTHING
         index = np.maximum(self.index, 0)
         scores = np.take_along_axis(self.scores, index, axis=1)
-        # Among its siblings, and its parent in the frontier, it must be one of the k best.
+        # A node must be one of the k best siblings, and its parent one of the k best of its depth.
         alive = accepted & (index % self.tree.k < tree.k)
         alive[:, 1:] &= (self._level_rank(index, scores) < tree.k)[:, :-1]
-        last = self.tree.k + (tree.depth - 1) * self.tree.k**2  # the pool of that depth
+        last = self.tree.k + (tree.depth - 1) * self.tree.k**2  # size of the pool at that depth
         above = self.scores[:, None, :last] > scores[:, :, None]
         alive &= above.sum(axis=2) < tree.drafted
         alive[:, tree.depth :] = False
         return float(1 + np.cumprod(alive, axis=1).sum(axis=1).mean())
 
     def _level_rank(self, index: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """[e, n] candidates of the same depth with a better score."""
+        """Returns [e, n] the number of candidates of the same depth with a better score."""
         k, out = self.tree.k, np.zeros(index.shape, int)
         for depth in range(index.shape[1]):
             level = slice(0, k) if depth == 0 else slice(k + (depth - 1) * k**2, k + depth * k**2)
@@ -186,7 +187,7 @@ class Pools:
 
 
 def _rounds(record: Record) -> tuple[np.ndarray, np.ndarray]:
-    """[e, n] nodes and [e, p] scores of the recorded rounds of all rows."""
+    """Returns [e, n] nodes and [e, p] scores of the recorded rounds of all rows."""
     nodes, scores, count = (np.asarray(x) for x in (record.nodes, record.scores, record.count))
     valid = np.arange(nodes.shape[1])[None] < count[:, None]
     return nodes[valid], scores[valid]
@@ -197,11 +198,11 @@ def _rounds(record: Record) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Copies:
-    """An answer, position by position.
+    """What prompt lookup would copy at each position of a finished answer.
 
     Attributes:
-        matched: [t] length of the longest suffix that has stood in the text before.
-        right: [t] how many tokens copied from there the answer goes on with.
+        matched: [t] length of the longest suffix that occurs earlier in the text.
+        right: [t] number of tokens copied after that occurrence that match the answer.
     """
 
     matched: np.ndarray
@@ -209,9 +210,9 @@ class Copies:
 
     @classmethod
     def of(cls, prompt: Sequence[int], answer: Sequence[int], positions: int) -> Copies:
-        """`positions`: longest answer, so that all answers share a compiled program."""
+        """Looks up every position; all answers share a program for `positions` answer tokens."""
         n = len(answer)
-        # Room for whole drafts after the last position; a power of two, for the same reason.
+        # Leaves room for a draft after the last position; powers of two let texts share a program.
         size = 1 << (len(prompt) + positions + LONGEST_COPY - 1).bit_length()
         text = np.zeros(size, np.int32)
         text[: len(prompt) + n] = [*prompt, *answer]
@@ -224,12 +225,12 @@ class Copies:
         return cls(np.asarray(matched)[:n], right)
 
     def walk(self, length: int, at_least: int = 0, otherwise: float = 1.0) -> tuple[int, int]:
-        """Rounds that copy, and others, to the answer's end.
+        """Returns how many rounds copy and how many do not, until the end of the answer.
 
         Args:
-            length: tokens of a copied draft.
-            at_least: shortest match that is copied from.
-            otherwise: tokens committed by a round that does not copy.
+            length: number of tokens in a copied draft.
+            at_least: length of the shortest match that is used.
+            otherwise: number of tokens committed by a round that does not copy.
         """
         at, copying, others = 0.0, 0, 0
         while at < len(self.right):
@@ -247,7 +248,7 @@ def _lookup(text: Int[Array, " c"], lengths: Int[Array, " t"]) -> Any:
 
 
 def pooled(prompt: Sequence[int], answer: Sequence[int], ngram: int, guesses: int) -> int:
-    """Rounds that the n-grams of the text need for an answer: lookahead without its window."""
+    """Returns the rounds that lookahead needs for an answer with only the text's own n-grams."""
     pool: dict[int, collections.deque[tuple[int, ...]]] = {}
     text = [*prompt, *answer]
     seen, at, rounds = 0, len(prompt), 0
@@ -272,6 +273,6 @@ def _common(gram: Sequence[int], text: Sequence[int]) -> int:
 
 
 def static(method: Method) -> StaticTree:
-    """The tree that a recorded method's nodes are of."""
+    """Returns the tree that a recorded method's node numbers refer to."""
     tree = getattr(method, "tree", None)
     return tree if isinstance(tree, StaticTree) else chain(method.depth)

@@ -1,7 +1,7 @@
-"""`DraftTuning`: how the methods of one drafter are calibrated and predicted.
+"""`DraftTuning`: calibrates one drafter and predicts the speed of its methods.
 
-A run with one wide tree (the probe) is recorded; from it follows what other trees would get
-accepted. What the draft costs is the time of a round less that of the target's pass.
+A run with one wide tree (the probe) is recorded; the record gives the acceptance of other trees.
+The cost of the draft is the time of a round minus the time of the target's pass.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from eagle_jax.tune.predict import Evidence, Prediction, Steps
 class DraftTuning:
     """Tuning of one kind of draft.
 
-    The methods here serve any drafter with static trees or chains: they consider its default
-    methods, as they are. A drafter that can say more overrides them.
+    This class serves any drafter with static trees or chains, and considers only its default
+    methods. A drafter with more choices overrides these functions.
 
     Attributes:
-        spec: of the drafter.
-        family: what the predictions are called; of each family one is measured at least.
+        spec: the drafter's spec.
+        family: name of the family of its predictions; at least one of each family is measured.
     """
 
     family: ClassVar[str | None] = None
@@ -33,47 +33,47 @@ class DraftTuning:
         self.spec = spec
 
     def probe(self, config: Any, most: int, rounds: int) -> Method:
-        """The method whose rounds are recorded.
+        """Returns the probe: the method whose rounds are recorded.
 
         Args:
-            config: of the draft.
-            most: nodes of the largest tree that can be worth its pass on this device.
-            rounds: that are recorded of each row.
+            config: configuration of the draft.
+            most: nodes of the largest tree that can pay off on this device.
+            rounds: number of rounds recorded for each row.
         """
         del config, most
         return Recorder(max(self._defaults(), key=lambda method: method.nodes), rounds)
 
     def beside(self) -> Method | None:
-        """A second method that is run for its time only, if `steps` needs it."""
+        """Returns a second method that is only timed, if `steps` needs one."""
         return None
 
     def learn(self, records: Sequence[Record], probe: Any) -> Any:
-        """What the records of the probe tell about acceptance; `Evidence.learned` keeps it."""
+        """Returns the acceptance statistics of the probe's records, for `Evidence.learned`."""
         return Ranks.of(records, static(probe.inner))
 
     def steps(self, probe: Any, whole: float, beside: float | None) -> Steps:
-        """What the draft's steps cost.
+        """Returns the cost of the draft's steps.
 
         Args:
             probe: the recorded method.
-            whole: seconds of its round, less the target's pass.
-            beside: the same of the method of `beside`, if there is one.
+            whole: seconds of the probe's round minus the target's pass.
+            beside: the same seconds for the method that `beside` returns, if any.
         """
         del probe, beside
         return Steps({1: whole})
 
     def passes(self, method: Any) -> list[int]:
-        """Nodes that each step of the draft reads in a round."""
+        """Returns the number of nodes that each draft step of a round processes."""
         del method
         return [1]
 
     def candidates(self, evidence: Evidence) -> list[Method]:
-        """Methods to choose from: what the evidence allows and this device can use."""
+        """Returns the methods to choose from: those that the evidence and this device allow."""
         depth = evidence.learned[self.spec.kind].ranks.shape[1]
         return [m for m in self._defaults() if m.depth <= depth]
 
     def predict(self, method: Any, evidence: Evidence) -> Prediction:
-        """What a method with this draft should do."""
+        """Returns the predicted speed of a method with this draft."""
         kind = self.spec.kind
         seconds = evidence.verifying(method) + evidence.steps[kind].of(self.passes(method))
         tau = evidence.learned[kind].tau(static(method))
@@ -84,12 +84,12 @@ class DraftTuning:
 
 
 def fitted(ranks: Ranks, widest: int, most: int) -> list[StaticTree]:
-    """The best static trees of a few sizes for what was seen.
+    """Returns the best static trees of a few sizes for the recorded acceptance.
 
     Args:
-        ranks: of accepted candidates.
-        widest: children of a node.
-        most: nodes of the largest tree.
+        ranks: ranks of the accepted candidates.
+        widest: largest number of children of a node.
+        most: upper bound of the tree's nodes.
     """
     accuracy = ranks.accuracy(widest)
     sizes = [n for n in (1, 2, 3, 5, 7, 11, 15, 23, 31, 47, 63) if n < most]

@@ -1,7 +1,7 @@
-"""Runs on the device: times of the target's pass, records of wide trees, finalists beside vanilla.
+"""Measures on the device: target passes, acceptance of wide trees, finalists against vanilla.
 
-Methods take turns on every prompt, and seconds count as shares of what vanilla took on the same
-prompt at the same time: other work on the machine slows all of them.
+Methods take turns on every prompt, and their seconds are divided by vanilla's on the same prompt,
+because other work on the machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import numpy as np
 from tqdm import tqdm
 
 from eagle_jax import interrupts, sharding
-from eagle_jax.decode import Recycling, Vanilla, best_tree, executables
+from eagle_jax.decode import Recycling, Vanilla, best_tree
 from eagle_jax.decode.instrument import FixedTree, wide_pass
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.methods import recycling
 from eagle_jax.decode.program import bucket_prompt
-from eagle_jax.decode.sampling import Sampling, SamplingParams, Vocabulary
-from eagle_jax.decode.session import check_method, make_program
+from eagle_jax.decode.sampling import SamplingParams
+from eagle_jax.decode.session import Session
 from eagle_jax.drafters import DrafterSpec, registry
 from eagle_jax.evaluate import metrics
 from eagle_jax.params import Params
@@ -34,9 +34,8 @@ from eagle_jax.tune.predict import RECYCLING, Evidence, Prediction, Steps, Times
 
 VANILLA = Vanilla()
 SIZES = (1, 2, 4, 8, 16, 32, 64)
-_NARROWEST = wide_pass(2)
-_STEP_TOKENS = 24  # rounds of one run that times the target's pass
-_THREADS = 4  # programs compiled at a time, as in eagle_jax.evaluate
+_STEP_TOKENS = 24  # rounds in a run that times the target's pass
+_THREADS = 4  # programs compiled at the same time, as in eagle_jax.evaluate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +49,12 @@ class Unit:
 def units(
     params: Params, prompts: Sequence[Sequence[int]], rows: int, new_tokens: int
 ) -> list[Unit]:
-    """Prompts of the commonest padded size, `rows` at a time: one shape, few programs.
+    """Groups the prompts of the most common padded size into units of `rows` prompts.
+
+    One padded size needs few compiled programs.
 
     Raises:
-        ValueError: no two units, or no prompt that leaves room for an answer.
+        ValueError: there are fewer than two units, or no prompt leaves room for an answer.
     """
     room = params.target_config.max_position_embeddings - new_tokens
     fitting = [tuple(int(token) for token in prompt) for prompt in prompts if len(prompt) <= room]
@@ -78,7 +79,7 @@ def units(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One decoding of a unit: seconds, rounds of the slowest row, rounds and answers of all."""
+    """One run on a unit: decoding seconds, the slowest row's rounds, all rounds and answers."""
 
     seconds: float
     passes: int
@@ -93,7 +94,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Where runs are made: a model, prompts, the longest answer, and whether there is a bar."""
+    """The setting of all runs: model, prompts, longest answer, and whether to hide the bar."""
 
     params: Params
     units: Sequence[Unit]
@@ -101,41 +102,31 @@ class Bench:
     quiet: bool = False
 
     def run(self, method: Method, unit: Unit, temperature: float) -> Run:
-        """Decodes a unit; all runs of fixed trees share one compiled prefill."""
+        """Decodes a unit and returns what it took."""
         timed_pass = isinstance(method, FixedTree)
         new = min(_STEP_TOKENS, self.new_tokens) if timed_pass else self.new_tokens
-        check_method(self.params, method, len(unit.prompts), temperature)
-        longest = max(map(len, unit.prompts))
-        program = make_program(self.params, method, longest, new)
-        first = program
-        if timed_pass:
-            first = make_program(self.params, _NARROWEST, longest, new)
-        drawn = SamplingParams(temperature=temperature, ignore_eos=timed_pass)
-        rows = [drawn] * len(unit.prompts)
-        settings = Sampling.of(rows, Vocabulary.of(self.params))
-        context = self.params.target_config.max_position_embeddings
-        prompts = [np.array(prompt, np.int32) for prompt in unit.prompts]
-        limits = [min(len(prompt) + new, context) for prompt in prompts]
-        clock = executables.Clock()
-        state = executables.start(first, self.params, prompts, limits, list(unit.seeds), clock)
-        state = executables.advance(program, self.params, state, settings, clock)
-        tokens, length, rounds = jax.device_get((state.tokens, state.length, state.rounds))
-        rows = zip(tokens, prompts, length, strict=True)
+        rows = [
+            SamplingParams(temperature=temperature, ignore_eos=timed_pass, seed=seed)
+            for seed in unit.seeds
+        ]
+        prompts = [list(prompt) for prompt in unit.prompts]
+        session = Session(self.params, prompts, rows, method=method, max_new_tokens=new)
+        session.run()
+        rounds, state = session.statistics().rounds, session.state.method
         return Run(
-            clock.decode,
-            int(rounds.max()),
-            int(rounds.sum()),
-            tuple(tuple(row[len(prompt) : end].tolist()) for row, prompt, end in rows),
-            jax.device_get(state.method) if isinstance(state.method, Record) else None,
+            session.clock.decode,
+            max(rounds),
+            sum(rounds),
+            tuple(tuple(answer.tolist()) for answer in session.answers()),
+            jax.device_get(state) if isinstance(state, Record) else None,
         )
 
     def interleaved(
         self, methods: Sequence[Method], units: Sequence[Unit], temperature: float, what: str
     ) -> list[list[Run]]:
-        """[units][methods] runs in turn, after every method has been compiled and run once."""
+        """Compiles and warms up every method, then runs all in turn; returns [units][methods]."""
         threads = sharding.at_a_time(self.params.target, _THREADS)
         with interrupts.thread_pool(threads) as pool:
-            # First the prefill that all fixed trees share.
             runs = [pool.submit(self.run, m, units[0], temperature) for m in methods]
             for run in self.bar(as_completed(runs), len(runs), f"compiling, {what}"):
                 run.result()
@@ -149,12 +140,12 @@ class Bench:
 
 
 def pass_times(bench: Bench, units: Sequence[Unit]) -> dict[int, float]:
-    """Seconds of the target's pass over `SIZES` tokens, greedy."""
+    """Returns the seconds of the target's greedy pass, by number of tokens (`SIZES`)."""
     methods: list[Method] = [VANILLA, *(wide_pass(size) for size in SIZES[1:])]
     runs = bench.interleaved(methods, units, 0.0, "target's pass")
     base = float(np.median([row[0].seconds / row[0].passes for row in runs]))
     times = {size: base * _relative(runs, i) for i, size in enumerate(SIZES)}
-    # More tokens never take less: what looks so is noise, or a wider kernel that all may use.
+    # Times must not fall with more tokens; a smaller measured time is noise.
     largest = 0.0
     for size in SIZES:
         largest = times[size] = max(largest, times[size]) if size > 1 else times[size]
@@ -162,7 +153,7 @@ def pass_times(bench: Bench, units: Sequence[Unit]) -> dict[int, float]:
 
 
 def _relative(runs: Sequence[Sequence[Run]], i: int) -> float:
-    """Seconds a pass of method `i` over vanilla's (method 0), median over units."""
+    """Returns seconds per pass of method `i` divided by vanilla's (method 0), median over units."""
     own = [row[i].seconds / row[i].passes for row in runs]
     base = [row[0].seconds / row[0].passes for row in runs]
     return float(np.median(np.array(own) / np.array(base)))
@@ -175,7 +166,7 @@ def calibrate(
     temperature: float,
     steps: Mapping[str, Steps] | None = None,
 ) -> Evidence:
-    """Acceptance at one temperature, and what drafts cost unless `steps` has it."""
+    """Measures acceptance at one temperature, and the cost of drafts unless `steps` gives it."""
     tuners, most = _tuners(bench.params), Times(passes).most()
     probes = {
         name: tuner.probe(bench.params.drafts[name].config if name != RECYCLING else None, most, n)
@@ -191,7 +182,7 @@ def calibrate(
     runs = bench.interleaved(list(methods.values()), units, temperature, what)
     one = float(np.median([row[0].seconds / row[0].passes for row in runs]))
     seconds = {name: one * _relative(runs, i) for i, name in enumerate(methods)}
-    # Everything in the units of the pass times, which were taken at another moment.
+    # Rescale to the pass times, which were measured at another moment.
     scale = passes[1] / one if temperature == 0 else 1.0
     times = Times(passes, max(one - passes[1], 0.0) if temperature > 0 else 0.0)
     records = {
@@ -199,7 +190,7 @@ def calibrate(
     }
 
     def drafting(name: str) -> float:
-        """Seconds of a round less the target's pass."""
+        """Returns the seconds of a round minus those of the target's pass."""
         return max(seconds[name] * scale - times.of(methods[name].nodes), 0.0)
 
     if steps is None:
@@ -226,7 +217,7 @@ def calibrate(
 
 
 class _RecyclingTuning(DraftTuning):
-    """Calibration of token recycling, which has a draft of no kind."""
+    """Calibration of token recycling, which has no draft model."""
 
     def probe(self, config: Any, most: int, rounds: int) -> Method:
         del config
@@ -235,13 +226,13 @@ class _RecyclingTuning(DraftTuning):
 
 
 def _tuners(params: Params) -> dict[str, DraftTuning]:
-    """What is calibrated: the kinds of drafts that there are, and recycling."""
+    """Returns the tuners of the model's drafts, and that of recycling."""
     found = {kind: spec.tuner() for kind, spec in registry.specs().items() if kind in params.drafts}
     return found | {RECYCLING: _RecyclingTuning(DrafterSpec(RECYCLING, None, None))}
 
 
 def _beside(name: str) -> str:
-    """The name of the second run of a draft, the one for its time only."""
+    """Returns the name of a draft's second run, which is only timed."""
     return f"{name} beside"
 
 
@@ -250,14 +241,14 @@ def _beside(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A method beside vanilla.
+    """A method compared with vanilla.
 
     Attributes:
-        prediction: what was expected of it.
-        tau: tokens a round.
-        tokens_per_second: of all its runs.
-        speedup, interval: median over units of vanilla's seconds a token over its own.
-        total, total_interval: the same of all units' seconds together.
+        prediction: its prediction.
+        tau: acceptance length τ, tokens per round.
+        tokens_per_second: over all its runs.
+        speedup, interval: median over units of vanilla's seconds per token divided by its own.
+        total, total_interval: the same ratio for the total seconds of all units.
     """
 
     prediction: Prediction
@@ -270,13 +261,13 @@ class Measured:
 
     @property
     def sure(self) -> bool:
-        """Whether it is faster than vanilla beyond chance, by the median and in total."""
+        """Whether it is significantly faster than vanilla, by the median and in total."""
         intervals = self.interval, self.total_interval
         return all(interval is not None and interval[0] > 1.0 for interval in intervals)
 
 
 def summarise(prediction: Prediction, runs: Sequence[Run], base: Sequence[Run]) -> Measured:
-    """`base` are vanilla's runs of the same units."""
+    """Returns the figures of a method's runs against `base`, vanilla's runs of the same units."""
     pairs = zip(base, runs, strict=True)
     values = np.array([(a.seconds, a.tokens, b.seconds, b.tokens) for a, b in pairs], float)
     weights = metrics.resample([str(i) for i in range(len(values))])
@@ -291,7 +282,7 @@ def summarise(prediction: Prediction, runs: Sequence[Run], base: Sequence[Run]) 
 
 
 def choose(measured: Sequence[Measured]) -> Measured | None:
-    """The fastest of those that are surely faster than vanilla; none if there is none."""
+    """Returns the fastest method significantly faster than vanilla, or None if there is none."""
     return max((m for m in measured if m.sure), key=lambda m: m.speedup, default=None)
 
 
@@ -302,10 +293,10 @@ def compete(
     heats: int = 6,
     last: int = 2,
 ) -> tuple[list[Measured], list[Measured], list[Run]]:
-    """Heats of all on a few units, then the `last` fastest on every unit.
+    """Runs heats of all methods on a few units, then a final of the `last` fastest on all units.
 
     Returns:
-        Those of the heats, those of the final, and vanilla's runs in the final.
+        Figures of the heats, figures of the final, and vanilla's runs in the final.
     """
     chosen, rounds, base = list(predictions), [], []
     for units, what in ((bench.units[:heats], "heats"), (bench.units, "final")):

@@ -1,7 +1,7 @@
-"""Tokens per second of any method, from times and acceptance measured on a few.
+"""Predicts tokens per second of any method from the times and acceptance of a few.
 
-A round takes the target's pass over the tree's nodes, the draft's steps, and at temperature > 0
-the noise of every depth. It commits tau tokens.
+The time of a round is the target's pass over the tree's nodes, the draft's steps, and at
+temperature > 0 the noise of every depth. A round commits τ tokens.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from eagle_jax.tune.acceptance import COPY, LONGEST_COPY, Copies, pooled
 RECYCLING = "recycling"
 """The name of token recycling among the drafts: it is calibrated as a draft is, without one."""
 
-# A round cannot commit more than its tree is deep, and hardly ever does that: passes that take
-# longer than so many single ones are not worth their tree.
+# Rounds rarely commit many tokens, so a tree cannot pay off if its pass takes longer than this many
+# passes over one token.
 _WORTH = 3.0
-_ALWAYS_TRIED = 4  # trees of up to so many nodes are tried on every device
+_ALWAYS_TRIED = 4  # trees with at most this many nodes are tried on every device
 
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of the target.
+    """Times of the target, in seconds.
 
     Attributes:
-        passes: of a pass over so many tokens.
-        noise: of drawing one position's noise, and of using it (0 when greedy).
+        passes: time of a pass, by its number of tokens.
+        noise: time of drawing and using the noise of one position (0 when greedy).
     """
 
     passes: Mapping[int, float]
     noise: float = 0.0
 
     def of(self, nodes: int) -> float:
-        """A pass over `nodes` tokens: between those measured on a line, beyond them on the last."""
+        """Returns the seconds of a pass over `nodes` tokens, by linear inter- or extrapolation."""
         sizes = sorted(self.passes)
         seconds = [self.passes[size] for size in sizes]
         if nodes <= sizes[-1] or len(sizes) < 2:
@@ -48,14 +48,14 @@ class Times:
         return seconds[-1] + slope * (nodes - sizes[-1])
 
     def most(self) -> int:
-        """The largest measured tree that can be worth its pass."""
+        """Nodes of the largest measured pass that can pay off."""
         limit = _WORTH * self.of(1)
         return max(_ALWAYS_TRIED, *(size for size in self.passes if self.passes[size] <= limit))
 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """Seconds of a draft: of a step over so many nodes, by number of nodes."""
+    """Seconds of a draft step, by number of nodes in the step."""
 
     seconds: Mapping[int, float]
 
@@ -67,14 +67,14 @@ class Steps:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What calibration found at one temperature.
+    """The results of calibration at one temperature.
 
     Attributes:
-        times: of the target.
-        steps: of drafts, by kind; "recycling" too.
-        learned: what `DraftTuning.learn` made of the records, by kind; "recycling" too.
+        times: times of the target.
+        steps: times of draft steps, by kind of draft or "recycling".
+        learned: results of `DraftTuning.learn`, by kind of draft or "recycling".
         texts: prompts and vanilla's answers.
-        copies: of the same answers.
+        copies: what prompt lookup would copy in the same answers.
     """
 
     times: Times
@@ -84,17 +84,17 @@ class Evidence:
     copies: Sequence[Copies]
 
     def verifying(self, method: Method) -> float:
-        """Seconds of a round without the draft: the target's pass, and noise."""
+        """Returns the seconds of a round without the draft: the target's pass, and noise."""
         return self.times.of(method.nodes) + self.times.noise * (method.depth + 1)
 
     def tokens(self) -> int:
-        """Tokens of all answers."""
+        """Number of tokens in all answers."""
         return sum(len(answer) for _, answer in self.texts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a method should do: tokens a round, seconds a round."""
+    """The predicted τ (tokens per round) and seconds per round of a method."""
 
     family: str
     method: Method
@@ -107,7 +107,7 @@ class Prediction:
 
 
 def predict(method: Any, evidence: Evidence) -> Prediction:
-    """What `method` should do, by the evidence for its family."""
+    """Returns the predicted speed of `method` from the evidence for its family."""
     if method.draft is not None:
         return registry.by_kind(method.draft).tuner().predict(method, evidence)
     seconds, tokens = evidence.verifying(method), evidence.tokens()
@@ -125,8 +125,8 @@ def predict(method: Any, evidence: Evidence) -> Prediction:
 
 
 def candidates(evidence: Evidence) -> list[Method]:
-    """The grid: everything that the drafts there are evidence for allow and this device can use."""
-    from eagle_jax.tune.drafts import fitted  # which imports this module
+    """Returns the grid: all methods that the evidence covers and that can pay off here."""
+    from eagle_jax.tune.drafts import fitted  # here, because that module imports this one
 
     most = evidence.times.most()
     out: list[Method] = []
@@ -142,17 +142,17 @@ def candidates(evidence: Evidence) -> list[Method]:
 
 
 def copier(length: int, at_least: int = 1) -> PromptLookup:
-    """Prompt lookup as `Copies` counts it."""
+    """Returns prompt lookup with the settings that `Copies` assumes."""
     return PromptLookup(COPY["max_ngram"], at_least, length, COPY["latest"], COPY["truncate"])
 
 
 def copy_lengths(most: int) -> list[int]:
-    """Lengths of copied drafts that are tried, of those with fewer nodes than `most`."""
+    """Returns the lengths of copied drafts to try, all below `most`."""
     return [n for n in (1, 2, 3, 4, 5, 7, 10, LONGEST_COPY) if n < most]
 
 
 def finalists(predictions: Sequence[Prediction], more: int = 2) -> list[Prediction]:
-    """The best of every family, and the `more` best of the others; fastest first."""
+    """Returns the best of every family and the `more` best of the others, fastest first."""
     ranked = sorted(predictions, key=lambda p: -p.tokens_per_second)
     best = list({p.family: p for p in reversed(ranked)}.values())
     others = [p for p in ranked if p not in best and p.family != "vanilla"][:more]

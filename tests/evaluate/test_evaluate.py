@@ -126,7 +126,7 @@ def test_everything_is_written(finished, arguments, capsys) -> None:
     assert result["skipped"] == {"chat": {"0": 2, "1": 2}, "other": {"0": 0, "1": 0}}
     assert [row["nodes"] for row in result["step_times"]] == [1, 3]
     assert {"jax", "jaxlib", "flax", "python", "device"} <= set(result["environment"])
-    assert result["config"]["methods"]["vanilla"] == repr(Vanilla())
+    assert result["config"]["methods"]["vanilla"] == "--method vanilla"
 
 
 def test_figures_are_consistent(finished) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +144,14 @@ CASES: dict[str, tuple[str, TransformerConfig]] = {
 
 
 def random_params(config: TransformerConfig) -> dict[str, np.ndarray]:
-    """Random also where initial values are 0 or 1, so that a forgotten bias or scale shows."""
-    rng, offset = np.random.default_rng(7), 0 if config.unit_offset_norm else 1
+    """Random also where initial values are 0 or 1, so that a forgotten bias or scale shows.
+
+    A weight's numbers depend on its name only, not on the order of the weights.
+    """
+    offset = 0 if config.unit_offset_norm else 1
 
     def one(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        rng = np.random.default_rng([7, zlib.crc32(name.encode())])
         if name.endswith("scale"):
             # What layers add must outweigh a scaled embedding, or the text repeats one token.
             loud = 2 if config.post_norms and "post_" in name else 0

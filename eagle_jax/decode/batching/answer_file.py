@@ -34,6 +34,8 @@ from eagle_jax.text import read_requests
 
 Messages = list[dict[str, str]]
 _START = b'{"index": '  # every line written here starts with this
+# Keys of an input line that an answer replaces or leaves out; all others are kept.
+_OWN_KEYS = {"index", "messages", "finish", "settings", "sampling", "logprobs"}
 # Files in a model's directory that decide how text becomes tokens and where answers end.
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
@@ -61,7 +63,7 @@ def answer_file(
         target: receives one line per prompt: `{"index", "messages", "finish", "settings"}`.
             "finish" is "stop" (an end token or a stop string) or "length". "settings" holds
             everything that the answer depends on besides its prompt. With `logprobs`, the line
-            also has the log-probabilities.
+            also has the log-probabilities. Other keys of the input line, such as an id, are kept.
         batch_size: rows decoded together; a waiting prompt takes the row of a finished answer.
         limit: number of conversations to answer, from the first on; None answers all.
         sampling: how tokens are drawn; line i of the file uses the seed plus i, unless it sets its
@@ -120,7 +122,7 @@ def answer_file(
         distributed.wait_for_all("answers")  # all must have read before the first one writes
         waiting = sorted(set(fitting) - done, key=lambda i: (-len(encoded[i]), i))
         before = len(fitting) - len(waiting)
-        with tqdm(total=len(fitting), initial=before, unit="prompt") as bar:
+        with tqdm(total=len(fitting), initial=before, unit="prompt", disable=not waiting) as bar:
             # One cache size per bucket of prompt lengths, since attention reads the whole cache.
             for _, group in itertools.groupby(waiting, lambda i: _bucket(encoded[i])):
                 asked = {i: encoded[i] for i in group}
@@ -132,6 +134,7 @@ def answer_file(
                         "messages": [*prompts[i], {"role": "assistant", "content": text}],
                         "finish": last.finish,
                         "settings": settings_of[i],
+                        **{k: v for k, v in lines[i][2].items() if k not in _OWN_KEYS},
                         **({} if logprobs is None else {"logprobs": logprobs}),
                     }
                     with outputs.naming(target):

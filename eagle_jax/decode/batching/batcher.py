@@ -144,6 +144,10 @@ class Batcher:
         self._places = 0  # sum of the batch sizes of all passes
         self._enter(self._stages[-1])  # the largest, so that a lack of memory shows at once
 
+    def __repr__(self) -> str:
+        rows, waiting = len(self._rows), len(self._queue)
+        return f"Batcher({self._occupied()} of {rows} rows occupied, {waiting} waiting)"
+
     @property
     def method(self) -> Method:
         """The method that decodes at the current batch size."""

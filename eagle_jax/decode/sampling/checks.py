@@ -126,7 +126,11 @@ def words(name: str, value: Any) -> tuple[str | tuple[int, ...], ...]:
 
 def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
     """Checks logit biases and returns pairs of a token id and its bias, sorted by id."""
-    pairs = value.items() if isinstance(value, Mapping) else _items(name, value, "ID: BIAS pairs")
+    pairs = (
+        value.items()
+        if isinstance(value, Mapping)
+        else _items(name, value, "pairs, or a mapping from token id to number")
+    )
     out: dict[int, float] = {}
     for pair in pairs:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:

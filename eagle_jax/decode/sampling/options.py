@@ -11,13 +11,19 @@ from eagle_jax.decode.sampling.params import SamplingParams
 
 def ids(text: str) -> list[int]:
     """Parses token ids that are separated by commas."""
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: write token ids as 1,2,3") from error
 
 
 def bias(text: str) -> list[tuple[int, float]]:
     """Parses ID=VALUE into one pair of a token id and its bias."""
     token, _, value = text.partition("=")
-    return [(int(token), float(value))]
+    try:
+        return [(int(token), float(value))]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: write ID=VALUE, e.g. 42=-1.5") from error
 
 
 # Options that may be repeated, each with its metavar and its parser.

@@ -1,16 +1,17 @@
-"""Kernels of our own for what XLA does slowly on NVIDIA GPUs, in Pallas (Triton).
+"""Our own Pallas (Triton) kernels for operations that XLA runs slowly on NVIDIA GPUs.
 
 `skinny_matmul` multiplies few rows by a matrix, `norm` adds the result to the residual stream,
-`rotary` makes queries, keys and values of it, `attention` reads the used part of a cache once,
-`commit` writes accepted tokens into all layers' caches at once, `top_k` finds the best of a
-vocabulary. Each has one place that calls it, which takes XLA's way where `fits` says no: outside of
-programs that decode (kernels have no gradients), on CPUs and TPUs, for shapes that do not fit, and
-in float32, where every way must give the same text (but for `top_k`, which gives the same anyway).
+`rotary` splits a fused projection into rotated queries, keys and values, `attention` reads only the
+used part of a cache, `commit` writes accepted tokens into all layers' caches at once, and `top_k`
+finds the best tokens of a vocabulary. Each kernel has one caller, which uses XLA where `fits`
+returns False: outside decoding programs (kernels have no gradients), on CPUs and TPUs, for shapes
+that do not fit, and in float32, where all implementations must give the same text (`top_k` is exact
+and also runs in float32).
 
-XLA does not cut a kernel of ours: over a mesh they run where `models.per_device` has each device
-work on its own parts, and nowhere else.
+XLA cannot partition our kernels. Over a mesh they run only inside `models.per_device`, where each
+device works on its own parts.
 
-Their functions are jitted: one that is called in every layer is traced and lowered once.
+The functions are jitted, so that one that is called in every layer is traced and lowered once.
 """
 
 from eagle_jax.models.kernels import attention, commit, norm, rotary, skinny_matmul, top_k

@@ -1,11 +1,11 @@
 """Attention of a few tokens over a long cache and over each other, in one pass over both.
 
-A program owns a key head, some of its query rows and a part of the used slots, which it walks
-through with a running maximum and sum; slots that are not used are not read. The part that comes
-last takes the fresh tokens. A second launch joins the parts.
+A program handles one key head, some of its query rows and a part of the used slots. It walks
+through the slots with a running maximum and sum, and does not read unused slots. The last part also
+takes the fresh tokens. A second launch joins the parts.
 
-Of very few rows every program makes queries and fresh keys itself of the product that they are in
-(`UnsplitHeads`), which is a launch less.
+With very few rows, every program makes queries and fresh keys itself from the fused projection
+(`UnsplitHeads`), which saves a launch.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from eagle_jax.models.kernels import device
 from eagle_jax.types import KeyValue
 
-_MOST = 128  # fresh tokens
-_ROWS = (16, 64)  # query rows of a program: a tensor core multiplies at least 16
-_SPLIT = 8  # query rows that every program makes itself
-_NOTHING = -1e30  # below any score; no infinity, which minus itself is no number
+_MOST = 128  # the most fresh tokens
+_ROWS = (16, 64)  # query rows of a program; a tensor core multiplies at least 16
+_SPLIT = 8  # the most query rows for which programs split the fused projection themselves
+_NOTHING = -1e30  # below any score, but finite: inf - inf would be NaN
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """How the work is cut: query rows a program, slots a step, parts of the used slots."""
+    """The tiling: query rows per program, slots per step, parts of the used slots."""
 
     rows: int
     slots: int
@@ -49,7 +49,7 @@ class Tile:
 )
 @dataclasses.dataclass(frozen=True)
 class UnsplitHeads:
-    """What `rotary.split` splits, by the names there, before it is split."""
+    """The arguments of `rotary.split`: a fused projection that is not split yet."""
 
     parts: Float32[Array, "p n o"]
     cos: Float32[Array, "b t f"]
@@ -59,13 +59,13 @@ class UnsplitHeads:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """b, k, q, e of the queries."""
+        """Shape (b, k, q, e) of the queries."""
         (b, t, _), (k, both, e) = self.cos.shape, self.heads
         return b, k, t * (both - 2), e
 
 
 def tile(rows: int, slots: int, heads: int) -> Tile:
-    """The cut for so many query rows of each of `heads` key heads (of all texts)."""
+    """Returns the tile for `rows` query rows of each of `heads` key heads (of all batch rows)."""
     size = next((size for size in _ROWS if size >= rows), _ROWS[-1])
     programs, parts = heads * -(-rows // size), 1
     while programs * parts < 200 and parts < 16:
@@ -74,12 +74,12 @@ def tile(rows: int, slots: int, heads: int) -> Tile:
 
 
 def fits(query: jax.Array, prefix: KeyValue) -> bool:
-    """Whether `attend` can do it: few tokens, sizes that a tensor core takes."""
+    """Returns whether `attend` can run: few tokens, and sizes that a tensor core takes."""
     return device.usable(query) and query.shape[1] <= _MOST and _reads(prefix)
 
 
 def splits(joined: UnsplitHeads, prefix: KeyValue) -> bool:
-    """Whether `attend` can take a product that is not split: of few rows."""
+    """Returns whether `attend` can take a fused projection; this needs few rows."""
     return joined.shape[2] <= _SPLIT and _reads(prefix)
 
 
@@ -101,27 +101,27 @@ def attend(
     softcap: float | None,
     cut: Tile | None = None,
 ) -> tuple[Float[Array, "b t h e"], KeyValue]:
-    """As `two_segment_attention`, for queries grouped by key head (`kernels.rotary.split`).
+    """Returns `two_segment_attention` of queries grouped by key head (`kernels.rotary.split`).
 
     Args:
-        query: unscaled; q = t g rows of each key head, a token's g heads in order. Or the product
-            that queries, keys and values are in, where `splits` takes it.
-        block: as there; None where it is in that product.
-        prefix, lengths, softcap: as there.
-        mask: query row -> block token.
-        oldest: the first prefix slot that each query row sees; None: the first of all.
-        tokens: t.
-        scale: of the scores.
-        cut: by default that of `tile`.
+        query: unscaled queries, q = t g rows for each key head, with a token's g heads in order; or
+            the fused projection of queries, keys and values, if `splits` accepts it.
+        block: keys and values [b, k, u, e] of the fresh tokens; None with a fused projection.
+        prefix, lengths, softcap: as in `two_segment_attention`.
+        mask: which fresh tokens each query row sees.
+        oldest: the first prefix slot that each query row sees; None means slot 0.
+        tokens: number of tokens t.
+        scale: factor of the scores.
+        cut: the tile; by default that of `tile`.
 
     Returns:
-        The mixed values, and the block.
+        The attended values, and the block.
     """
     (b, k, q, e), slots = query.shape, prefix[0].shape[2]
     fresh, dtype = tokens if block is None else block[0].shape[2], query.dtype
     cut = cut or tile(q, slots, b * k)
     step = math.gcd(cut.slots, slots)
-    span = min(64, max(16, pl.next_power_of_2(fresh)))  # fresh tokens a step
+    span = min(64, max(16, pl.next_power_of_2(fresh)))  # fresh tokens per step
     spans, last = -(-fresh // span), cut.parts
 
     def program(*refs) -> None:
@@ -134,11 +134,11 @@ def attend(
 
         def read(token: int, head: int, column: jax.Array) -> jax.Array:
             parts = (ref[f"part {i}"][token, head, column] for i in range(count))
-            # Rounded as a product is that another kernel reads.
+            # Rounds as a product that is written to memory does.
             return functools.reduce(operator.add, parts).astype(dtype)
 
         def turned(token: int, head: int) -> jax.Array:
-            """As `rotary.split`; a head's other half comes from memory once more."""
+            """Returns a rotated head as `rotary.split` does; reads its other half again."""
             column = iota((e,), 0)
             own, other = (
                 read(token, head, at).astype(jnp.float32) for at in (column, (column + e // 2) % e)
@@ -148,7 +148,7 @@ def attend(
             return (own * cos + across * sin).astype(dtype)
 
         def stacked(lines: Sequence[jax.Array], size: int) -> jax.Array:
-            """Lines [e] as the first rows of [size, e]."""
+            """Returns [size, e] with the given lines [e] as its first rows."""
             row, whole = iota((size, e), 0), jnp.zeros((size, e), dtype)
             for i, line in enumerate(lines):
                 whole = jnp.where(row == i, jnp.broadcast_to(line[None], whole.shape), whole)
@@ -169,7 +169,7 @@ def attend(
         def add(carry, keys, values, seen):
             mixed, largest, total = carry
             scores = jnp.dot(mine, keys.T, preferred_element_type=jnp.float32) * scale
-            if softcap is not None:  # tanh by exp: exact enough for either sign
+            if softcap is not None:  # tanh by exp is accurate enough for both signs
                 scores = softcap * (1 - 2 / (jnp.exp(2 * scores / softcap) + 1))
             scores = jnp.where(seen, scores, -jnp.inf)
             new = jnp.maximum(largest, jnp.max(scores, axis=1))
@@ -187,9 +187,8 @@ def attend(
 
         def drafted(i, carry):
             at = pl.ds(i * span, span)
-            if isinstance(
-                query, UnsplitHeads
-            ):  # this is the only program of the head that comes here
+            if isinstance(query, UnsplitHeads):
+                # Only one program of each key head runs this, so it also writes the new entries.
                 new = [(turned(j, group), read(j, group + 1, iota((e,), 0))) for j in range(fresh)]
                 for j, pair in enumerate(new):
                     ref["new keys"][j, :], ref["new values"][j, :] = pair
@@ -212,11 +211,11 @@ def attend(
         each = (steps + cut.parts - 1) // cut.parts
         end = jnp.minimum((part + 1) * each, steps)
         carry = jax.lax.fori_loop(part * each, end, cached, carry)
-        if isinstance(query, UnsplitHeads):  # in a loop, all that is read would be read ahead
+        if isinstance(query, UnsplitHeads):  # a loop would prefetch everything that it reads
             drafts = functools.partial(drafted, 0)
             carry = jax.lax.cond(part == last, drafts, lambda carry: carry, carry)
         else:
-            # Of int32 as it stands: Triton's loops want bounds of one type.
+            # Triton's loops need bounds of one type, here int32.
             turns = (part == last).astype(jnp.int32) * spans
             carry = jax.lax.fori_loop(jnp.int32(0), turns, drafted, carry)
         mixed, largest, total = carry
@@ -286,7 +285,7 @@ def _join(
     t: int,
     dtype: jnp.dtype,
 ) -> Float[Array, "b t h e"]:
-    """What all parts found together, by tokens and heads."""
+    """Returns the attended values, joined from all parts, by token and head."""
     count, b, k, q, e = mixed.shape
     g, rows = q // t, min(16, pl.next_power_of_2(q))
 

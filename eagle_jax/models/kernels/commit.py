@@ -1,7 +1,7 @@
-"""Accepted tokens' keys and values into the caches of all layers, in place, in one launch.
+"""Writes accepted tokens' keys and values into all layers' caches, in place, in one launch.
 
-XLA's way is a gather and a write for each array of each layer: two launches of a microsecond or
-two, a hundred times a round.
+XLA needs a gather and a write for each array of each layer: two launches of a microsecond or two,
+about a hundred times per round.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from eagle_jax.models.kernels import device
 
-# A launch takes three pointers an array, of 4 KiB for all of its arguments.
+# A launch takes three pointers per array, and at most 4 KiB for all of its arguments.
 _ARRAYS = 96
 
 
 def fits(cache: Sequence[jax.Array]) -> bool:
-    """Whether `commit` can do it, over a mesh on each of its devices."""
+    """Returns whether `commit` can run; over a mesh, on each of its devices."""
     e = cache[0].shape[-1]
     same = all(x.shape == cache[0].shape for x in cache)
     here = device.usable(*cache) or device.usable_per_device(*cache)
@@ -34,7 +34,7 @@ def commit(
     path: Int[Array, "b n"],
     start: Int[Array, " b"],
 ) -> list[Float[Array, "b k s e"]]:
-    """Puts entries `path` of each row's block into slots `start .. start + n - 1` of its cache."""
+    """Writes entries `path` of each row's block to slots `start .. start + n - 1` of its cache."""
     out: list[jax.Array] = []
     for at in range(0, len(cache), _ARRAYS):
         out += _commit(cache[at : at + _ARRAYS], block[at : at + _ARRAYS], path, start)
@@ -48,7 +48,7 @@ def _commit(
     rows, count = pl.next_power_of_2(n), len(cache)
 
     def program(path_ref, start_ref, *refs) -> None:
-        blocks, written = refs[:count], refs[2 * count :]  # between them the caches, unread
+        blocks, written = refs[:count], refs[2 * count :]  # the caches between them are not read
         step = jax.lax.broadcasted_iota(jnp.int32, (rows,), 0)
         nodes = triton.load(path_ref.at[pl.ds(0, rows)], mask=step < n, other=0)
         column = jax.lax.broadcasted_iota(jnp.int32, (rows, e), 1)

@@ -1,4 +1,4 @@
-"""Where kernels of our own run."""
+"""Decides where our own kernels run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from eagle_jax import sharding
 
-# Pallas runs the kernels anywhere on any device then, slowly; for tests.
+# If True, Pallas interprets the kernels on any device, slowly; for tests.
 INTERPRET = False
 
-_BFLOAT16_FROM = 8.0  # compute capability: Ampere
+_BFLOAT16_FROM = 8.0  # lowest compute capability with bfloat16 (Ampere)
 
 _decoding = contextvars.ContextVar("decoding", default=False)
 _absent: contextvars.ContextVar[jax.Device | None] = contextvars.ContextVar("absent", default=None)
@@ -23,7 +23,7 @@ _absent: contextvars.ContextVar[jax.Device | None] = contextvars.ContextVar("abs
 
 @contextlib.contextmanager
 def decoding() -> Iterator[None]:
-    """The context in which programs that decode are traced; others need gradients."""
+    """Marks a context where decoding programs are traced; kernels have no gradients elsewhere."""
     token = _decoding.set(True)
     try:
         yield
@@ -33,7 +33,7 @@ def decoding() -> Iterator[None]:
 
 @contextlib.contextmanager
 def tracing_for(device: jax.Device) -> Iterator[None]:
-    """The context in which programs are traced for a device that is not there."""
+    """Marks a context where programs are traced for a device that this machine lacks."""
     token = _absent.set(device)
     try:
         yield
@@ -42,7 +42,7 @@ def tracing_for(device: jax.Device) -> Iterator[None]:
 
 
 def on_gpu() -> bool:
-    """Whether programs are traced for a GPU."""
+    """Returns whether programs are traced for a GPU."""
     device = _absent.get()
     return jax.default_backend() == "gpu" if device is None else device.platform == "gpu"
 
@@ -50,20 +50,21 @@ def on_gpu() -> bool:
 def expected(dtype: jnp.dtype) -> bool:
     """Returns whether our kernels will run for models of this dtype, which decides their layout.
 
-    Over a mesh too, except for targets with experts. Nothing need be traced yet.
+    It can be called outside tracing. The answer also holds over a mesh, except for targets with
+    experts.
     """
     return (INTERPRET or _gpu()) and _taken(dtype)
 
 
 def usable(*arrays: jax.Array) -> bool:
-    """Returns whether kernels may run here on such operands, whose numbers have two bytes."""
+    """Returns whether kernels may run here on these operands; their dtype must have two bytes."""
     return _here(*arrays) and not sharding.over_several()
 
 
 def usable_per_device(*arrays: jax.Array) -> bool:
     """Returns whether kernels may run on each device of the mesh in use (`models.per_device`).
 
-    They do not run on arrays that are cut over the mesh.
+    They cannot run directly on arrays that are partitioned over the mesh.
     """
     return _here(*arrays) and sharding.over_several()
 
@@ -83,7 +84,7 @@ def _gpu() -> bool:
 
 @functools.cache
 def _takes_bfloat16(device: jax.Device) -> bool:
-    capability = getattr(device, "compute_capability", "0")  # AMD's is no number
+    capability = getattr(device, "compute_capability", "0")  # not a number on AMD
     try:
         return float(capability) >= _BFLOAT16_FROM
     except ValueError:

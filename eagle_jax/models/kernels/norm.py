@@ -1,6 +1,6 @@
-"""The residual stream, a product that is still in parts, and the norm of both together.
+"""Adds a product in partial sums to the residual stream, and normalises the result.
 
-XLA takes three launches for one row: a sum, a mean of squares, a product.
+XLA needs three launches for one row: a sum, a mean of squares, and a product.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from eagle_jax.models.kernels import device
 
 
 def fits(x: jax.Array) -> bool:
-    """Whether `add` can do it."""
+    """Returns whether `add` can run."""
     return device.usable(x)
 
 
@@ -30,7 +30,7 @@ def add(
     eps: float,
     unit_offset: bool,
 ) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
-    """`x` and the sum of `parts`, and its norm as `RMSNorm` has it."""
+    """Returns `x` plus the sum of `parts`, and the norm of that as `RMSNorm` computes it."""
     (n, d), count = x.shape, len(parts)
     size = pl.next_power_of_2(d)
 
@@ -41,9 +41,9 @@ def add(
         def read(ref) -> jax.Array:
             return triton.load(ref.at[at], mask=inside, other=0)
 
-        factor = read(scale_ref)  # before the mean, for which all threads wait
+        factor = read(scale_ref)  # loaded before the mean, which synchronises all threads
         added = functools.reduce(operator.add, map(read, parts_refs))
-        # Rounded as a product is that another kernel reads.
+        # Rounds as a product that is written to memory does.
         total = read(x_ref) + added.astype(x.dtype)
         triton.store(sum_ref.at[at], total, mask=inside)
         whole = total.astype(jnp.float32)

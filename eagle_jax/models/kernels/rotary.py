@@ -1,4 +1,4 @@
-"""From the product of one joined matrix to rotated queries and keys, and values."""
+"""Splits a fused projection into rotated queries and keys, and values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eagle_jax.models.kernels import device
 
 
 def fits(x: jax.Array, head_dim: int) -> bool:
-    """Whether `split` can do it."""
+    """Returns whether `split` can run."""
     return device.usable(x) and head_dim >= 2 and head_dim & (head_dim - 1) == 0
 
 
@@ -27,13 +27,13 @@ def split(
     heads: tuple[int, ...],
     dtype: jnp.dtype,
 ) -> tuple[Float[Array, "b k q e"], Float[Array, "b k t e"], Float[Array, "b k t e"]]:
-    """Queries by key head (token by token, its g heads in order), keys, values.
+    """Returns queries by key head (token by token, its g heads in order), keys and values.
 
     Args:
-        parts: of the product by a kernel [d, k (g + 2) e].
-        cos, sin: of every token's angles.
+        parts: partial sums of the product with a kernel [d, k (g + 2) e].
+        cos, sin: cosines and sines of every token's angles.
         heads: k, g + 2, e; the g queries of a key head come before its key and its value.
-        dtype: of the results.
+        dtype: dtype of the results.
     """
     (b, t, half), (k, both, e) = cos.shape, heads
     g, rows, count = both - 2, pl.next_power_of_2(both), len(parts)
@@ -47,7 +47,7 @@ def split(
             where = pl.ds(0, rows), pl.ds(first, half)
             parts = [triton.load(ref.at[where], mask=there, other=0) for ref in parts_refs]
             total = functools.reduce(operator.add, parts)
-            # Rounded as a product is that another kernel reads.
+            # Rounds as a product that is written to memory does.
             return total.astype(dtype).astype(jnp.float32)
 
         left, right = read(0), read(half)
@@ -56,7 +56,7 @@ def split(
         for i, (value, new) in enumerate(zip((left, right), turned, strict=True)):
             at = pl.ds(i * half, half)
             triton.store(query_ref.at[pl.ds(0, rows), at], new.astype(dtype), mask=row < g)
-            # One row each: what the others hold counts nothing.
+            # Key and value are one row each; the sums select it.
             key_ref[at] = jnp.sum(jnp.where(row == g, new, 0), axis=0).astype(dtype)
             value_ref[at] = jnp.sum(jnp.where(row == g + 1, value, 0), axis=0).astype(dtype)
 

@@ -1,9 +1,9 @@
-"""Few rows by a matrix: as fast as the matrix can be read.
+"""Multiplies few rows by a matrix as fast as the matrix can be read.
 
-A program owns some columns of the result and a part of the sum, and walks down the matrix. Parts
-make enough programs for the device where there are few columns; whoever reads the result adds
-them up. An int8 matrix [o, i] becomes the activations' dtype in registers, so that memory is read
-at a byte a weight. An embedding, which is read as a head, lies like that too.
+A program handles some columns of the result and a part of the sum, and walks down the matrix. With
+few columns, splitting the sum into parts gives enough programs for the device; the reader of the
+result adds the parts up. An int8 matrix [o, i] is cast to the activations' dtype in registers, so
+that memory is read at one byte per weight. An embedding used as a head has the same layout [o, i].
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from jaxtyping import Array, Float, Float32, Num
 from eagle_jax.models.kernels import device
 
 _ROWS = (16, 32, 64)  # a tensor core multiplies at least 16
-_TENSOR_CORE_COLUMNS = 16  # a tensor core multiplies at least so many
-_SATURATING_PROGRAMS = 80  # so many of 132 multiprocessors saturate the memory
-_WIDE_TILE_PROGRAMS = 120  # with so many programs, wide tiles stay wide
-_LINE_COLUMNS = 64  # columns of two bytes that are read as one line of memory
+_TENSOR_CORE_COLUMNS = 16  # a tensor core multiplies at least 16 columns
+_SATURATING_PROGRAMS = 80  # programs that saturate the memory of 132 multiprocessors
+_WIDE_TILE_PROGRAMS = 120  # programs from which wide tiles are kept
+_LINE_COLUMNS = 64  # columns of two bytes that fill one line of memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """How a product is cut: columns a program, rows of the matrix a step, parts of the sum."""
+    """The tiling: columns per program, rows of the matrix per step, parts of the sum."""
 
     columns: int
     step: int
@@ -38,10 +38,10 @@ class Tile:
 
 
 def tile(rows: int, width: int, columns: int, itemsize: int) -> Tile | None:
-    """The cut for so many rows and a matrix [width, columns]; None where none fits.
+    """Returns the tile for `rows` rows and a matrix [width, columns], or None if no tile fits.
 
-    The numbers are those of the fastest cuts of a sweep over the matrices of a 7B model on an H100;
-    `benchmarks/tile_sweep.py` sweeps.
+    The numbers are the fastest of a sweep over the matrices of a 7B model on an H100;
+    `benchmarks/tile_sweep.py` runs the sweep.
     """
     wide, step, stages = 128, 64, 4
     programs = 256 if itemsize == 1 else _WIDE_TILE_PROGRAMS
@@ -64,7 +64,7 @@ def tile(rows: int, width: int, columns: int, itemsize: int) -> Tile | None:
 
 
 def fits(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether `product` can do x [n, i] by kernel [i, o], or [o, i] of int8."""
+    """Returns whether `product` can multiply x [n, i] by kernel [i, o], or by int8 [o, i]."""
     small = kernel.dtype == jnp.int8 or kernel.dtype == x.dtype
     return small and device.usable(x) and _tile(x, kernel) is not None
 
@@ -82,14 +82,14 @@ def product(
     cut: Tile | None = None,
     transposed: bool = False,
 ) -> Float32[Array, "p n o"]:
-    """`x @ kernel (* scale)` in p parts of the sum, all float32.
+    """Returns `x @ kernel (* scale)` as p partial sums in float32.
 
     Args:
-        x: few rows: as many as `fits` takes.
-        kernel: [i, o], of the dtype of `x`; [o, i] if it is `transposed`, as one of int8 always is.
-        scale: of an int8 kernel's outputs.
-        cut: by default that of `tile`.
-        transposed: inputs are the last axis.
+        x: activations of few rows; `fits` must accept them.
+        kernel: [i, o] in the dtype of `x`; [o, i] if it is `transposed` or int8.
+        scale: scales of an int8 kernel's outputs.
+        cut: the tile; by default that of `tile`.
+        transposed: whether the kernel's last axis is the input axis.
     """
     n, width = x.shape
     columns, transposed = kernel.size // width, transposed or scale is not None
@@ -97,7 +97,7 @@ def product(
     assert cut is not None
     rows, steps = _rows(n), width // cut.step // cut.parts
 
-    def program(x_ref, *rest) -> None:  # the references are to memory
+    def program(x_ref, *rest) -> None:  # the arguments are references to memory
         *matrix, out_ref = rest
         first = pl.program_id(1) * steps
         (total,) = _walk(x_ref, matrix[:1], matrix[1:], n, rows, cut, first, steps, transposed)
@@ -123,7 +123,7 @@ def product(
 
 
 def gates(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether `gated` can do x [n, i] by kernel [i, 2, f], or [2, f, i] of int8."""
+    """Returns whether `gated` can multiply x [n, i] by kernel [i, 2, f], or by int8 [2, f, i]."""
     return fits(x, kernel) and _of_gates(x, kernel) is not None
 
 
@@ -137,7 +137,7 @@ def gated_tile(rows: int, width: int, columns: int, itemsize: int) -> Tile | Non
         return None
     few = itemsize == 2 and _SATURATING_PROGRAMS <= columns // _LINE_COLUMNS < _WIDE_TILE_PROGRAMS
     if few and rows <= _ROWS[1] and columns % _LINE_COLUMNS == 0 and width % 128 == 0:
-        # No program is narrowed to have more of them: a sweep at 2048 x 5632.
+        # This tile was the fastest of a sweep at 2048 x 5632; it is not narrowed for more programs.
         return Tile(_LINE_COLUMNS, 128, 1, stages=4 if rows <= _ROWS[0] else 3)
     wide = cut.columns
     while wide > 64 and 2 * columns // wide < _SATURATING_PROGRAMS:
@@ -160,9 +160,9 @@ def gated(
     scale: Float32[Array, "2 f"] | None = None,
     cut: Tile | None = None,
 ) -> Float[Array, "n f"]:
-    """`silu(x @ gate) * (x @ up)`: the two are kernel [i, 2, f], or [2, f, i] of int8.
+    """Returns `silu(x @ gate) * (x @ up)`; `kernel` [i, 2, f], or int8 [2, f, i], holds both.
 
-    `cut` is of each of the two, in one part; by default that of `gated_tile`.
+    `cut` is the tile of each of the two and has one part; by default that of `gated_tile`.
     """
     (n, width), transposed = x.shape, scale is not None
     columns = kernel.size // width // 2
@@ -173,7 +173,7 @@ def gated(
     def program(x_ref, *rest) -> None:
         *matrices, out_ref = rest
         both = _walk(x_ref, matrices[:2], matrices[2:], n, rows, cut, 0, steps, transposed)
-        # Rounded as a product is that another kernel reads.
+        # Rounds as a product that is written to memory does.
         gate, up = (total.astype(x.dtype).astype(jnp.float32) for total in both)
         _put(out_ref, gate / (1 + jnp.exp(-gate)) * up, n)
 
@@ -216,7 +216,10 @@ def _walk(
     steps: int,
     transposed: bool,
 ) -> tuple[jax.Array, ...]:
-    """Products of all rows by a program's columns of some matrices, over some steps down them."""
+    """Returns the products of all rows with a program's columns of some matrices.
+
+    The sum covers `steps` steps down the matrices, from step `first` on.
+    """
     seen = jax.lax.broadcasted_iota(jnp.int32, (rows, cut.step), 0) < n
 
     def add(i: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

@@ -1,7 +1,7 @@
-"""The few largest of many, with the log of the sum of all exponentials.
+"""Finds the k largest entries of each row, and the row's logsumexp.
 
-Every program finds the largest entries of a chunk, one after the other; then one a row those of
-what the chunks found. XLA sorts.
+Each program finds the largest entries of a chunk, one after the other. Then one program per row
+finds the largest among the chunks' results. XLA would sort the row.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from jaxtyping import Array, Float32, Int32
 from eagle_jax.models.kernels import device
 
 _CHUNK = 1024
-_MOST = 16  # of the largest; each takes a turn
+_MOST = 16  # the largest k; each entry takes one iteration
 _NOWHERE = 2**31 - 1
 
 
 def fits(scores: jax.Array, k: int) -> bool:
-    """Whether `largest` can do it, over a mesh on each of its devices: float32, few of them."""
+    """Returns whether `largest` can run (over a mesh, on each device): float32 and a small k."""
     here = device.usable() or device.usable_per_device()
     return here and scores.dtype == jnp.float32 and k <= min(_MOST, scores.shape[-1])
 
@@ -32,9 +32,9 @@ def fits(scores: jax.Array, k: int) -> bool:
 def largest(
     scores: Float32[Array, "n v"], k: int
 ) -> tuple[Float32[Array, "n k"], Int32[Array, "n k"], Float32[Array, " n"]]:
-    """The k largest of each row as `lax.top_k` has them, and the row's logsumexp.
+    """Returns the k largest of each row as `lax.top_k` does, and the row's logsumexp.
 
-    Among equals the lowest index comes first. A NaN counts as the smallest.
+    Among equal values the lowest index comes first. A NaN counts as the smallest value.
     """
     n, vocab = scores.shape
     chunks, kept = pl.cdiv(vocab, _CHUNK), pl.next_power_of_2(k)
@@ -47,7 +47,7 @@ def largest(
         values = jnp.where(values == values, values, -jnp.inf)
         best_ref[...], index_ref[...] = _search(values, at, k, kept)
         top = jnp.max(values)
-        # Of a chunk of nothing but -inf no exponential counts.
+        # Subtracting 0 for a chunk of only -inf makes its sum 0 instead of NaN.
         total = jnp.sum(jnp.exp(values - jnp.where(top == -jnp.inf, 0.0, top)))
         top_ref[0], total_ref[0] = top, total
 
@@ -92,13 +92,13 @@ def largest(
 
 
 def _results(lead: tuple[int, ...], kept: int) -> list[jax.ShapeDtypeStruct]:
-    """The largest and their places, the largest of all, the sum of exponentials beside it."""
+    """Returns the outputs' shapes: best values, indices, maximum, and sum of exponentials."""
     sizes = ((kept, jnp.float32), (kept, jnp.int32), (1, jnp.float32), (1, jnp.float32))
     return [jax.ShapeDtypeStruct((*lead, size), dtype) for size, dtype in sizes]
 
 
 def _search(values: jax.Array, places: jax.Array, k: int, kept: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest values and their places, larger ones and lower places first."""
+    """Returns the k largest values and their places, ordered by falling value, then by place."""
     slot = jax.lax.broadcasted_iota(jnp.int32, (kept,), 0)
 
     def turn(i, carry):

@@ -1,4 +1,4 @@
-"""Conversations -> packed rows -> batches."""
+"""Turns conversations into packed rows, and packed rows into batches."""
 
 from eagle_jax.train.data.batches import (
     Batch,

@@ -1,8 +1,8 @@
 """Batches of prepared rows: shuffled for training, in order for validation.
 
-Rows are read at random through grain, whose iterator state is a checkpointable dictionary. Packing
-is fixed and only rows are shuffled: segments do not see each other, so which of them share a row
-makes no difference to any token's loss.
+grain reads the rows at random; its iterator state is a dictionary that can be checkpointed. Packing
+is fixed and only rows are shuffled. Segments do not attend to each other, so a token's loss does
+not depend on which segments share its row.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Batch = dict[str, np.ndarray]
 
 @runtime_checkable
 class Features(Protocol):
-    """Arrays that belong to the tokens of prepared rows; see `eagle_jax.train.offline`."""
+    """Reads per-token arrays stored for prepared rows; see `eagle_jax.train.offline`."""
 
     def read(self, number: int, tokens: int) -> Row:
-        """Arrays [sequence_length, ...] of a row, zero past its `tokens` tokens."""
+        """Returns a row's arrays [sequence_length, ...], zero after its first `tokens` tokens."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class _Joined:
-    """Rows with what is stored for them elsewhere, by number."""
+    """Prepared rows, by number, each merged with its stored features."""
 
     rows: Any
     features: Features
@@ -53,23 +53,24 @@ def train_iterator(
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> Any:
-    """Endless shuffled batches; every epoch has a new order.
+    """Returns an endless iterator of shuffled batches; every epoch has a new order.
 
     Args:
-        config: the text and its shape; prepared first if this was not done before.
-        features: read beside the rows; the order is the same with and without.
+        config: the text and the batch shape; the text is prepared first if necessary.
+        features: stored features to add to the rows; they do not change the order.
         shard_index, shard_count: this process and the number of processes that share a batch.
 
     Returns:
-        A grain iterator (`next`, `get_state`, `set_state`, `close`) of batches with `b` rows,
-        this process's `batch_size / shard_count`, and `t = sequence_length`. States are JSON and
-        fit iterators of the same batch size and number of workers. Close it when it has workers.
+        A grain iterator (`next`, `get_state`, `set_state`, `close`) of batches with
+        `b = batch_size / shard_count` rows (this process's share) and `t = sequence_length`.
+        States are JSON and need the same batch size and number of workers. Close the iterator if
+        it has workers. A batch has:
 
         - `tokens` int32 [b, t], 0 in padding;
         - `positions` int32 [b, t], from 0 in every segment;
         - `segment_ids` int32 [b, t], from 1 in every row, 0 in padding;
         - `loss_mask` float32 [b, t], 1 on tokens of assistant turns;
-        - and those of `features`, [b, t, ...].
+        - the arrays of `features`, [b, t, ...].
 
     Raises:
         ValueError: a field of the configuration or of the text is wrong.
@@ -79,7 +80,7 @@ def train_iterator(
 
     source = rows(config, features=features)[1]
     dataset = _batches(source, config, shard_index, shard_count).map(_columns)
-    # Elements are whole batches: a few are enough, grain's default would hold 500.
+    # Elements are whole batches, so a few are enough; grain's default buffers 500.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     batches = dataset.to_iter_dataset(options)
     if config.workers:
@@ -94,12 +95,12 @@ def train_iterator(
 
 
 def _batches(source: Any, config: DataConfig, shard_index: int, shard_count: int) -> Any:
-    """Elements of `source` in the order of training: batch `n` is that of step `n + 1`."""
+    """Returns batches of `source` in training order: batch `n` belongs to step `n + 1`."""
     import grain
 
     share = _share(config, shard_index, shard_count)
-    # Cut into shares only at the end: the rows of a step, and their order, are the same however
-    # many processes share them.
+    # Slice into shares last, so that a step has the same rows in the same order for any number of
+    # processes.
     return (
         grain.MapDataset.source(source)
         .shuffle(seed=config.seed)
@@ -110,11 +111,11 @@ def _batches(source: Any, config: DataConfig, shard_index: int, shard_count: int
 
 
 def step_rows(config: DataConfig, step: int) -> list[int]:
-    """Numbers of the prepared rows that step `step` (from 1) is trained on.
+    """Returns the numbers of the prepared rows in the batch of step `step`.
 
     Args:
         config: as for `train_iterator`.
-        step: of the run.
+        step: a training step, from 1.
 
     Raises:
         ValueError: `step` is below 1, or a field of the configuration or of the text is wrong.
@@ -126,15 +127,15 @@ def step_rows(config: DataConfig, step: int) -> list[int]:
 
 
 def texts(config: DataConfig, rows: Iterable[int]) -> Iterator[dict[str, Any]]:
-    """Prepared rows, to be read by people: a dictionary for each conversation in them.
+    """Yields one readable dictionary for each conversation in the given prepared rows.
 
     Args:
         config: as for `train_iterator`.
-        rows: numbers, as `step_rows` gives them.
+        rows: row numbers, as `step_rows` returns them.
 
     Yields:
-        `row`, `segment` (from 1, in the row), `tokens` (how many), `trained` (how many of them
-        count in the loss) and `text`, special tokens included.
+        `row`, `segment` (its number in the row, from 1), `tokens` (their number), `trained` (how
+        many tokens count in the loss) and `text`, special tokens included.
     """
     source = open_rows(prepare(config.train, config, field="train"))
     tokenizer = Tokenizer.load(config.tokenizer)
@@ -152,7 +153,7 @@ def texts(config: DataConfig, rows: Iterable[int]) -> Iterator[dict[str, Any]]:
 
 
 class _Made(Sequence[Batch]):
-    """Batches that are made whenever they are asked for."""
+    """A sequence of batches that are made each time they are accessed."""
 
     def __init__(self, count: int, make: Callable[[int], Batch]) -> None:
         self._numbers, self._make = range(count), make
@@ -174,17 +175,17 @@ def validation_batches(
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> Sequence[Batch]:
-    """The first `batches` batches of the validation text, the same at every call.
+    """Returns the first `batches` batches of the validation text, the same at every call.
 
-    Fewer if the text is shorter; the last one is filled up with rows of padding.
+    A short text gives fewer batches. The last batch is filled up with rows of padding.
 
     Args:
         config: as for `train_iterator`.
-        batches: how many at most.
+        batches: the largest number of batches.
         features, shard_index, shard_count: as for `train_iterator`.
 
     Returns:
-        Batches as `train_iterator` yields them, read when they are asked for.
+        Batches as `train_iterator` yields them; each is read when it is accessed.
 
     Raises:
         ValueError: no validation files, or a field of the configuration or of the text is wrong.
@@ -203,7 +204,7 @@ def validation_batches(
 def rows(
     config: DataConfig, field: str = "train", *, features: Features | None = None
 ) -> tuple[str, Any]:
-    """A text's key, the same for the same content, and its prepared rows: `source[number]`.
+    """Returns a text's key (a hash of its content) and its prepared rows: `source[number]`.
 
     Args:
         config, features: as for `train_iterator`.
@@ -218,7 +219,7 @@ def rows(
 
 
 def batch_of(source: Any, numbers: Sequence[int]) -> Batch:
-    """Rows of `source` as a batch; numbers past its end give rows of padding."""
+    """Returns rows of `source` as a batch; numbers past its end give rows of padding."""
     rows = [source[number] for number in numbers if number < len(source)]
     empty = {name: np.zeros_like(x) for name, x in (rows[0] if rows else source[0]).items()}
     rows += [empty] * (len(numbers) - len(rows))
@@ -241,7 +242,7 @@ def _columns(batch: Batch) -> Batch:
 
 
 def _share(config: DataConfig, shard_index: int, shard_count: int) -> int:
-    """Rows of a batch that belong to one process."""
+    """Returns how many rows of a batch belong to one process."""
     if not 0 <= shard_index < shard_count:
         raise ValueError(f"shard_index={shard_index}: must lie in 0..{shard_count - 1}")
     if config.batch_size < 1 or config.batch_size % shard_count:

@@ -12,7 +12,7 @@ Row = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A conversation, or a part of one that is longer than a sequence.
+    """A conversation, or a part of a conversation that is longer than a sequence.
 
     Attributes:
         tokens: [n] int32.
@@ -36,14 +36,14 @@ def pack(examples: Iterable[Example], length: int) -> Iterator[Row]:
     """Packs examples into rows, each example into the open row it fills best.
 
     Args:
-        examples: of at most `length` tokens each; their order does not survive.
-        length: tokens `t` of a row.
+        examples: examples of at most `length` tokens each; their order is not kept.
+        length: number of tokens `t` in a row.
 
     Yields:
         `tokens` int32 [t], `mask` uint8 [t] and `segment_ids` uint16 [t], 0 in padding.
     """
     examples = list(examples)
-    # Files come sorted by source; mixed first, rows and thus batches hold all kinds of text.
+    # Files are often sorted by source. Shuffling first mixes all kinds of text in every batch.
     order = np.random.default_rng(0).permutation(len(examples))
     for members in best_fit([len(examples[i].tokens) for i in order], length):
         row = _empty_row(length)
@@ -58,10 +58,10 @@ def pack(examples: Iterable[Example], length: int) -> Iterator[Row]:
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of the items in each bin: every item goes where the least space is left over."""
+    """Returns the item indices of each bin; an item goes into the open bin that it fills best."""
     bins: list[list[int]] = []
     open_bins: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by free space
-    occupied = 0  # bit s is set while a bin with s free exists: the best fit is one bit scan
+    occupied = 0  # bit s is set while a bin has s free tokens; one bit scan finds the best fit
     for item, length in enumerate(lengths):
         fitting = occupied >> length
         if fitting:

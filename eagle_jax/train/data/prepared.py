@@ -1,8 +1,8 @@
-"""Preparation, once per text: conversations are tokenized, cut, packed and stored.
+"""Prepares a text once: tokenizes its conversations, cuts and packs them, and stores the rows.
 
 Rows are stored as ArrayRecord through tensorflow-datasets (TensorFlow itself is never imported).
-The folder's name is a hash of what went in, so a prepared folder can be copied to another machine
-and is found there.
+The folder's name is a hash of text and settings, so a prepared folder that was copied to another
+machine is found there.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from eagle_jax.inputs import one_line
 from eagle_jax.text import Tokenizer, encode_files
 from eagle_jax.train.data.packing import Example, Row, cut, pack
 
-# Raise when the content of prepared folders changes for the same input.
+# Increase when the content of prepared folders changes for the same input.
 FORMAT = 1
 SPLIT = "rows"
 COUNTS = "token_counts.npy"
 
 
 def prepare(files: Sequence[str], config: DataConfig, *, field: str = "train") -> Path:
-    """Tokenizes and packs conversation files, unless this was done before.
+    """Tokenizes and packs conversation files, unless they are already prepared.
 
-    A preparation that is interrupted leaves nothing that would be taken for a finished one.
+    An interrupted preparation is never mistaken for a finished one.
 
     Args:
         files: conversations, JSONL or JSONL.gz.
         config: names the tokenizer, the sequence length and the cache folder.
-        field: of the configuration that names the files, for error messages.
+        field: field of the configuration that names the files, for error messages.
 
     Returns:
         The prepared folder, `cache_dir/<hash>`.
@@ -63,8 +63,8 @@ def prepare(files: Sequence[str], config: DataConfig, *, field: str = "train") -
     try:
         write_rows(rows, config.sequence_length, unfinished)
         unfinished.rename(folder)
-    except (OSError, RuntimeError) as error:  # ArrayRecord raises the second on a full disk
-        if not folder.is_dir():  # else another process was first, with the same content
+    except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError on a full disk
+        if not folder.is_dir():  # otherwise another process has stored the same content
             full = any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
             said = "disk full" if full else one_line(error)
             raise ValueError(
@@ -77,15 +77,15 @@ def prepare(files: Sequence[str], config: DataConfig, *, field: str = "train") -
 
 
 def token_counts(config: DataConfig) -> np.ndarray:
-    """How often each token occurs in assistant turns of the training text.
+    """Returns how often each token occurs in assistant turns of the training text.
 
-    Counted once: the result is stored in the prepared folder, whose name is a hash of the content.
+    The counts are stored in the prepared folder, so a text is counted only once.
 
     Args:
-        config: the text and its shape; prepared first if this was not done before.
+        config: the text and the row length; the text is prepared first if necessary.
 
     Returns:
-        int64 [largest token + 1].
+        Counts, int64 [largest token + 1].
 
     Raises:
         ValueError: a field of the configuration or of the text is wrong.
@@ -95,7 +95,7 @@ def token_counts(config: DataConfig) -> np.ndarray:
     folder = prepare(config.train, config, field="train")
     file = folder / COUNTS
     if file.is_file():
-        with contextlib.suppress(ValueError, EOFError):  # damaged: counted again
+        with contextlib.suppress(ValueError, EOFError):  # a damaged file is counted again
             counts = np.load(file)
             if counts.ndim == 1 and counts.dtype == np.int64 and np.all(counts >= 0):
                 return counts
@@ -108,7 +108,7 @@ def token_counts(config: DataConfig) -> np.ndarray:
         counts = new
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".npy", delete=False) as unfinished:
         np.save(unfinished, counts)
-    Path(unfinished.name).rename(file)  # whoever reads it finds the whole
+    Path(unfinished.name).rename(file)  # atomic: readers never see a partial file
     return counts
 
 
@@ -125,7 +125,7 @@ def _key(files: Sequence[str], tokenizer: Tokenizer, length: int) -> str:
 
 @functools.cache
 def _builder_class() -> Any:
-    """The tfds builder; made on first use, because importing tfds takes a second."""
+    """Returns the tfds builder class, made on first use because importing tfds takes a second."""
     import tensorflow_datasets as tfds
 
     class Conversations(tfds.core.GeneratorBasedBuilder):
@@ -177,7 +177,7 @@ def write_rows(rows: Sequence[Row], length: int, folder: Path) -> None:
 
 
 def open_rows(folder: Path) -> Any:
-    """Returns the rows of a prepared folder, by number.
+    """Returns the rows of a prepared folder as a sequence.
 
     Raises:
         ValueError: the folder is damaged.
@@ -195,10 +195,10 @@ def open_rows(folder: Path) -> Any:
 
 @contextlib.contextmanager
 def _telling_damage(folder: Path) -> Iterator[None]:
-    """Turns whatever tfds, ArrayRecord and protocol buffers raise about files into ValueError."""
+    """Turns file errors of tfds, ArrayRecord and protocol buffers into ValueError."""
     try:
         yield
-    except MemoryError:  # says nothing about the files
+    except MemoryError:  # the files are not at fault
         raise
     except Exception as error:
         raise ValueError(
@@ -208,7 +208,7 @@ def _telling_damage(folder: Path) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
-    """The rows of a prepared folder, by number; grain's workers read them too, so it pickles."""
+    """The rows of a prepared folder, by number; it can be pickled for grain's workers."""
 
     folder: Path
     source: Any
@@ -224,14 +224,14 @@ class _Prepared:
         with _telling_damage(self.folder):
             rows = self.source.__getitems__(numbers)
             for row, number in zip(rows, numbers, strict=True):
-                if any(column is None for column in row.values()):  # of a file that was cut short
+                if any(column is None for column in row.values()):  # the file was truncated
                     raise ValueError(f"row {number} is missing")
             return rows
 
 
 @contextlib.contextmanager
 def _quiet(tfds: Any) -> Iterator[None]:
-    """tfds announces every step on standard output and draws bars of its own."""
+    """Silences tfds, which otherwise prints every step and draws its own progress bars."""
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -1,9 +1,10 @@
-"""What is trained, and against what: a loss as a function of parameters.
+"""Training objectives: a loss as a function of parameters and a batch.
 
-One interface, `Objective`. Next-token cross-entropy trains a target. The others belong to drafters
-(`eagle_jax.drafters.<kind>.objective`) and train drafts against a frozen target, which runs on the
-same batch or left its features there before. All work on packed sequences: `loss_mask` marks
-assistant tokens, and a row counts if the token whose distribution it predicts is marked.
+All objectives implement `Objective`. Next-token cross-entropy trains a target. The others belong to
+drafters (`eagle_jax.drafters.<kind>.objective`) and train drafts against a frozen target, which
+runs on the same batch unless the batch holds its stored features. All objectives work on packed
+sequences: `loss_mask` marks assistant tokens, and a row counts in the loss if the token that it
+predicts is marked.
 
 | | row i reads | predicts | weight |
 |---|---|---|---|

@@ -1,4 +1,4 @@
-"""What every objective is made of: the interface, weights of rows, sums, FLOPs, projections."""
+"""The interface of objectives, and what they share: row weights, sums, FLOPs, projections."""
 
 from __future__ import annotations
 
@@ -14,66 +14,69 @@ from eagle_jax import config as configs
 from eagle_jax.models import Transformer, init_params
 from eagle_jax.types import Hidden, Logits, ParamDict
 
-# Names as in `eagle_jax.train.data`: tokens, positions, segment_ids, loss_mask; each [b, t]. With
-# stored features also those of `target.compress`.
+# Names as in `eagle_jax.train.data`: tokens, positions, segment_ids, loss_mask; each [b, t]. A
+# batch with stored features also has the arrays of `target.compress`.
 Batch = Mapping[str, jax.Array]
 # Sums over the weighted rows of a batch; "count" is the sum of weights.
 Sums = dict[str, jax.Array]
 
-# Of arXiv 2602.23881: the weight of KL falls with the acceptance rate as exp(-3 rate).
+# From arXiv 2602.23881: the weight of KL falls with the acceptance rate as exp(-3 rate).
 _LK_SLOPE = 3.0
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """What the loop needs of an objective. Arithmetic runs in the dtype of the parameters."""
+    """What the training loop calls. Arithmetic runs in the dtype of the parameters."""
 
     @property
     def vocab_size(self) -> int:
-        """Tokens must be below it."""
+        """The vocabulary size; every token id must be below it."""
         ...
 
     def init(self, seed: int, frozen: Mapping[str, Any]) -> ParamDict:
-        """The float32 parameters before the first step, random where `frozen` gives none.
+        """Returns the initial float32 parameters: copied from `frozen` where possible, else random.
 
         Args:
-            seed: of the random ones.
-            frozen: as `frozen()` returns it, or traced.
+            seed: seed of the random parameters.
+            frozen: as `frozen()` returns it, or its traced arrays.
         """
         ...
 
     def frozen(self) -> Mapping[str, Any]:
-        """Parameters that are read and not trained; passed to `loss`, never closed over."""
+        """Returns the parameters that are not trained; `loss` gets them as an argument."""
         ...
 
     def loss(
         self, trainable: ParamDict, frozen: ParamDict, batch: Batch, key: jax.Array | None
     ) -> tuple[jax.Array, Sums]:
-        """Masked mean over the batch, and the sums and count that it and the metrics come from.
+        """Returns the masked mean loss, and the sums and the count for the loss and the metrics.
 
-        Without `key` nothing is random: validation.
+        Validation passes no `key`, and then nothing is random.
         """
         ...
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """Model FLOPs of one training step per token; see `transformer_flops`."""
+        """Returns the model FLOPs of one training step per token; see `transformer_flops`."""
         ...
 
     def export(
         self, directory: Path, params: Mapping[str, Any], dtype: str, tokenizer: Path
     ) -> None:
-        """Write the trained weights in the public format; a target takes its tokenizer along."""
+        """Writes the trained weights in the public format; for a target, also the tokenizer."""
         ...
 
 
 def shift(x: Array, by: int) -> Array:
-    """`x[:, i + by]` at row i, zeros past the end."""
+    """Returns `x` shifted left: `x[:, i + by]` at row i, zeros past the end."""
     by = min(by, x.shape[1])
     return jnp.pad(x[:, by:], [(0, 0), (0, by)] + [(0, 0)] * (x.ndim - 2))
 
 
 def next_weights(batch: Batch, ahead: int) -> Float[Array, "b t"]:
-    """Weights of rows that predict the token `ahead` places on: its mask, within the segment."""
+    """Returns row weights for predicting the token `ahead` rows later.
+
+    A weight is that token's `loss_mask`, or 0 if the token lies in another segment.
+    """
     segments = batch["segment_ids"]
     together = segments > 0
     for by in range(1, ahead + 1):
@@ -82,9 +85,9 @@ def next_weights(batch: Batch, ahead: int) -> Float[Array, "b t"]:
 
 
 def rank(logits: Logits, tokens: Int[Array, "b t"]) -> Int[Array, "b t"]:
-    """Place of `tokens` in descending `logits`, 0 the first; equals rank by index.
+    """Returns the rank of `tokens` by descending `logits`, from 0; ties rank by token id.
 
-    A count over the vocabulary: several times cheaper than `lax.top_k` of every row.
+    Counting over the vocabulary is several times cheaper than `lax.top_k` of every row.
     """
     own = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
     index = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, 2)
@@ -93,37 +96,37 @@ def rank(logits: Logits, tokens: Int[Array, "b t"]) -> Int[Array, "b t"]:
 
 
 def weighted_sums(weights: Float[Array, "b t"], rows: Mapping[str, Array]) -> Sums:
-    """Weighted sums of per-row values, and "count"."""
+    """Returns weighted sums of per-row values, and the sum of weights as "count"."""
     sums = {name: jnp.sum(weights * value.astype(jnp.float32)) for name, value in rows.items()}
     return sums | {"count": jnp.sum(weights)}
 
 
 def means(sums: Mapping[str, Any]) -> dict[str, Any]:
-    """Sums over their count: masked means, 0 where nothing is marked."""
+    """Returns masked means: the sums divided by their count, or 0 if no row counts."""
     count = jnp.maximum(sums["count"], 1.0)
     return {name: value / count for name, value in sums.items() if name != "count"}
 
 
 def matrices(params: Mapping[str, Any]) -> int:
-    """Elements of all matrices that tokens are multiplied by (a looked-up embedding is not)."""
+    """Returns the number of elements in all matrices, without the embedding table."""
     return sum(
         x.size for name, x in params.items() if x.ndim == 2 and not name.startswith("embed_tokens")
     )
 
 
 def attention_flops(config: configs.TransformerConfig, sequence_length: int) -> float:
-    """Forward attention FLOPs per token and layer: two products of [h, e] by half the sequence."""
+    """Returns forward attention FLOPs per token and layer, over half the sequence (causal)."""
     return 2.0 * config.num_attention_heads * config.head_dim * sequence_length
 
 
 def transformer_flops(
     config: configs.TransformerConfig, sequence_length: int
 ) -> tuple[float, float]:
-    """Forward FLOPs per token of the layers and of the head.
+    """Returns the forward FLOPs per token of the layers, and those of the head.
 
-    Two per matrix element, plus attention over the causal half of the sequence (packing into
-    segments is not subtracted). Training costs three times as much: forward, and twice that
-    backward. Recomputation is not counted: these are model FLOPs.
+    Each matrix element counts two FLOPs, and attention covers the causal half of the sequence
+    (packing into segments is not subtracted). Training costs three times as much: the forward pass,
+    and twice that for the backward pass. Model FLOPs do not count recomputation.
     """
     shapes = jax.eval_shape(lambda: init_params(Transformer, config, 0))
     head = 2.0 * config.hidden_size * config.vocab_size
@@ -133,10 +136,10 @@ def transformer_flops(
 
 @jax.custom_vjp
 def project(features: Float[Array, "b t d"], kernel: Float[Array, "d v"]) -> Logits:
-    """`features @ kernel` with float32 results, whose backward products run in the input dtype.
+    """Returns `features @ kernel` in float32; its backward products run in the input dtype.
 
-    The plain transpose multiplies float32 cotangents by bfloat16 weights. On an H100 that costs 3 %
-    of a whole step at vocabulary 8k and width 512, and the head's share grows with the vocabulary.
+    The default gradient multiplies float32 cotangents by bfloat16 weights. On an H100 that costs
+    3 % of a whole step at vocabulary 8k and width 512, and more with a larger vocabulary.
     """
     return jnp.matmul(features, kernel, preferred_element_type=jnp.float32)
 
@@ -155,7 +158,7 @@ project.defvjp(_project_forward, _project_backward)
 
 
 def head_kernel(config: configs.TransformerConfig, params: ParamDict) -> Float[Array, "d v"]:
-    """The vocabulary matrix that a transformer's features are multiplied by."""
+    """Returns the matrix of a transformer's vocabulary head."""
     if config.tie_word_embeddings:
         return params["embed_tokens.embedding"].T
     return params["lm_head.kernel"]
@@ -164,10 +167,10 @@ def head_kernel(config: configs.TransformerConfig, params: ParamDict) -> Float[A
 def soft_labels(
     features: Hidden, kernel: Float[Array, "d v"]
 ) -> tuple[Float[Array, "b t v"], Int[Array, "b t"]]:
-    """The target's distribution, in the dtype of the features, and its most likely token.
+    """Returns the target's distribution, in the dtype of the features, and its top token.
 
-    Probabilities in bfloat16 are off by 0.2 % of themselves whatever their size, logits of 20
-    would be by 6 % of the probability.
+    Storing probabilities in bfloat16 gives a relative error of 0.2 %. Storing logits would give
+    up to 6 % at logits of 20.
     """
     logits = project(features, kernel)
     probs = jax.nn.softmax(logits, axis=-1).astype(features.dtype)
@@ -177,7 +180,7 @@ def soft_labels(
 def cross_entropy(
     logits: Float[Array, "b t v"], probs: Float[Array, "b t v"]
 ) -> Float[Array, "b t"]:
-    """Soft cross-entropy of every row."""
+    """Returns the cross-entropy of every row with the soft labels `probs`."""
     return -jnp.sum(probs.astype(jnp.float32) * jax.nn.log_softmax(logits, axis=-1), axis=-1)
 
 
@@ -187,16 +190,17 @@ def acceptance_loss(
     entropy: Float[Array, "b t"],
     mass: Float[Array, "b t"] | None = None,
 ) -> Float[Array, "b t"]:
-    """KL and total variation of every row, weighed by the acceptance rate (arXiv 2602.23881).
+    """Returns KL and total variation of every row, mixed by acceptance rate (arXiv 2602.23881).
 
-    The rate is that of speculative sampling from the target: what the target gives to tokens
-    outside the draft's vocabulary is lost, and total variation is one minus the rate. KL compares
-    with the renormalised distribution, since the other would be infinite.
+    The rate is that of speculative sampling: target probability outside the draft's vocabulary
+    counts as rejected, and total variation is one minus the rate. KL uses the target distribution
+    renormalised over the draft's vocabulary, because it would be infinite otherwise.
 
     Args:
-        logits: of the draft.
-        probs, entropy: of the target, over the draft's vocabulary.
-        mass: what the target gives to that vocabulary, if it is not all.
+        logits: logits of the draft.
+        probs, entropy: the target's renormalised distribution over the draft's vocabulary, and its
+            entropy.
+        mass: the target's total probability of that vocabulary; None means 1.
     """
     own = jax.nn.softmax(logits, axis=-1)
     wanted = probs.astype(jnp.float32)

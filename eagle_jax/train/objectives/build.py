@@ -1,4 +1,4 @@
-"""From a run's configuration to its objective: reads the target, checks that the draft fits."""
+"""Builds a run's objective from its configuration: reads the target, checks the draft's fit."""
 
 from __future__ import annotations
 
@@ -22,17 +22,20 @@ from eagle_jax.train.objectives.next_token import NextTokenObjective
 from eagle_jax.train.objectives.target import ENDS
 from eagle_jax.vocabulary import draft_vocabulary
 
-# (architecture, text) -> `d2t` and coverage.
+# Maps (draft architecture, text) to `d2t` and coverage of the draft vocabulary.
 Vocabulary = Callable[[Any, DataConfig], tuple[np.ndarray, float | None]]
 
 _PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained"
 
 
 def target_directory(name: str) -> Path:
-    """Where the weights of a target lie: a directory (a pair's, or a target's own), or a name.
+    """Returns the directory of a target's weights.
+
+    Args:
+        name: directory of a target or of a pair of target and draft, or name of a shipped pair.
 
     Raises:
-        ValueError: neither a directory nor a shipped pair.
+        ValueError: `name` is neither a directory with a target nor a shipped pair.
     """
     for base in (Path(name).expanduser(), _PRETRAINED / name):
         for directory in (base / "target", base):
@@ -46,10 +49,10 @@ def target_directory(name: str) -> Path:
 
 
 def build(config: TrainConfig) -> Objective:
-    """The objective of a run; reads what it needs of the frozen target, if there is one.
+    """Returns the objective of a run; for a draft, reads the weights of the frozen target.
 
-    A draft with a vocabulary of its own prepares the training text, if that was not done before,
-    to choose its tokens.
+    For a draft with a reduced vocabulary it also prepares the training text, if necessary, and
+    chooses the vocabulary from it.
 
     Raises:
         ValueError: the target is missing, the draft does not fit it, or no drafter has this kind
@@ -73,11 +76,11 @@ def assemble(
     target: Mapping[str, Any],
     vocabulary: Vocabulary,
 ) -> Objective:
-    """The objective of a draft, given its target.
+    """Returns the objective of a draft, given its target.
 
     Args:
-        config: the run's.
-        target_config, target: the frozen target; arrays, or their shapes.
+        config: the run's configuration.
+        target_config, target: configuration and weights of the frozen target; shapes will do.
         vocabulary: (draft, data) -> `d2t` and coverage of a draft vocabulary.
 
     Raises:
@@ -91,7 +94,7 @@ def assemble(
 
 
 def _vocabulary(draft: Any, text: DataConfig) -> tuple[np.ndarray, float | None]:
-    """`draft_vocabulary` of the training text; the end of an answer is always in it."""
+    """Returns the `draft_vocabulary` of the training text; it always has the EOS tokens."""
     counts = data.token_counts(text)
     if len(counts) > draft.vocab_size:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Checks of a draft's training before it starts: does the draft fit its target and its text?
+"""Checks, before training starts, that a draft fits its target and its text.
 
-They raise a `ValueError` of one line that names the field of the `TrainConfig`.
+Each check raises a `ValueError` of one line that names the field of the `TrainConfig`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from eagle_jax.config import TrainConfig, TransformerConfig
 
 
 def check_same(name: str, draft: int, target: int) -> None:
-    """A size of the draft must be the target's."""
+    """Raises ValueError if a size of the draft differs from the target's."""
     if draft != target:
         raise ValueError(f"objective.draft.{name}={draft}: the target has {target}; set it to that")
 
 
 def check_head(field: str, model: TransformerConfig) -> None:
-    """Losses and labels are plain products of features and vocabulary matrix."""
+    """Raises ValueError if the head has a soft cap: losses and labels do not compute it."""
     if model.final_logit_softcapping is not None:
         raise ValueError(
             f"{field}: has final_logit_softcapping={model.final_logit_softcapping}, which training "
@@ -24,7 +24,7 @@ def check_head(field: str, model: TransformerConfig) -> None:
 
 
 def check_layers(layers: tuple[int, ...], last: int) -> None:
-    """The residual streams that a draft reads must exist."""
+    """Raises ValueError if the draft reads a residual stream that the target does not have."""
     if max(layers) > last:
         raise ValueError(
             f"objective.draft.aux_layers={layers}: the target has {last} layers; "
@@ -33,7 +33,7 @@ def check_layers(layers: tuple[int, ...], last: int) -> None:
 
 
 def check_ahead(field: str, value: int, config: TrainConfig) -> None:
-    """A draft that predicts so many tokens ahead needs sequences that are longer."""
+    """Raises ValueError if sequences are too short to predict `value` tokens ahead."""
     most = config.data.sequence_length - 2
     if not 1 <= value <= most:
         raise ValueError(
@@ -42,7 +42,7 @@ def check_ahead(field: str, value: int, config: TrainConfig) -> None:
 
 
 def check_length(field: str, model: TransformerConfig, config: TrainConfig) -> None:
-    """Sequences must fit into the model's context."""
+    """Raises ValueError if sequences are longer than the model's context."""
     longest = model.max_position_embeddings
     if config.data.sequence_length > longest:
         raise ValueError(
@@ -52,6 +52,6 @@ def check_length(field: str, model: TransformerConfig, config: TrainConfig) -> N
 
 
 def check_decay(decay: float) -> None:
-    """Weights of later steps or heads are powers of a positive number."""
+    """Raises ValueError unless `decay` is positive; later steps or heads weigh its powers."""
     if not decay > 0:
         raise ValueError(f"objective.decay={decay}: must be above 0; 1 weighs all alike")

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy: trains a target."""
+"""Next-token cross-entropy, the objective that trains a target."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ _TOKENIZER_FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class NextTokenObjective:
-    """Cross-entropy of the next token on assistant tokens.
+    """Cross-entropy of the next token, over assistant tokens.
 
     Attributes:
-        config: the architecture.
+        config: the architecture of the target.
         kernel, remat: as in `TrainConfig` (`attention`, `remat`).
     """
 
@@ -113,5 +113,5 @@ def _copy_tokenizer(source: Path, directory: Path) -> None:
     for name in _TOKENIZER_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, directory / name)
-    if source.is_file():  # whatever its own name is
+    if source.is_file():  # its own name may differ
         shutil.copyfile(source, directory / "tokenizer.json")

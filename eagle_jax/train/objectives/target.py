@@ -1,7 +1,7 @@
-"""What objectives read of the frozen target: its features and its embedding.
+"""Gives objectives the frozen target's features and embedding.
 
-Features come from a pass over the batch (online), or lie in the batch: `eagle_jax.train.features`
-wrote them before, with the function that the pass is here.
+Features are either computed by a pass over the batch (online), or read from the batch. Stored
+features were written by `eagle_jax.train.features`, which uses the same function.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from eagle_jax.models.transformer import packed_mask
 from eagle_jax.train.objectives.base import Batch, transformer_flops
 from eagle_jax.types import Hidden, ParamDict
 
-# All that is needed of a target whose features are stored.
+# The only weights needed of a target whose features are stored.
 ENDS = ("embed_tokens.embedding", "norm.scale", "lm_head.kernel")
-_LARGEST = 127  # of int8, both ways
+_LARGEST = 127  # the int8 range used is symmetric: -127 to 127
 
 
 def layers(settings: DraftObjective) -> tuple[int, ...]:
-    """The residual streams that a draft reads beside the features after the final norm."""
+    """Returns the residual streams that a draft reads besides the features after the final norm."""
     return getattr(settings.draft, "aux_layers", ())
 
 
 def ends(frozen: Mapping[str, Any]) -> ParamDict:
-    """`ENDS` of a target, those that it has, as JAX arrays."""
+    """Returns those of the `ENDS` weights that the target has, as JAX arrays."""
     return {name: jnp.asarray(frozen[name]) for name in ENDS if name in frozen}
 
 
@@ -42,13 +42,13 @@ def features(
     batch: Batch,
     kernel: AttentionKernel,
 ) -> tuple[Hidden, ...]:
-    """The residual streams entering `layers`, and last the features after the final norm.
+    """Returns the residual streams that enter `layers`, then the features after the final norm.
 
     Args:
-        config, frozen: the target; of a batch with stored features only `ENDS`.
-        layers: numbers as in `Eagle3Config.aux_layers`.
-        batch: packed; stored features are those of `layers`, in their order.
-        kernel: of the attention.
+        config, frozen: configuration and weights of the target; stored features need only `ENDS`.
+        layers: layer numbers, as in `Eagle3Config.aux_layers`.
+        batch: a packed batch; stored features, if any, are those of `layers`, in order.
+        kernel: the attention kernel.
     """
     if "features" in batch:
         return _expand(batch, frozen[ENDS[0]].dtype)
@@ -59,14 +59,14 @@ def features(
 
 
 def compress(streams: Sequence[Hidden], dtype: str) -> Batch:
-    """What is stored of `features`: its `n` arrays in one.
+    """Returns the `n` arrays of `features` stacked in one array and rounded to `dtype`.
 
     Args:
-        streams: as `features` gives them.
+        streams: as `features` returns them.
         dtype: "bfloat16", or "int8" with a scale for every token and stream.
 
     Returns:
-        `features` [b, t, n, d]; of int8 also `scales` float32 [b, t, n].
+        `features` [b, t, n, d]; for int8 also `scales` float32 [b, t, n].
     """
     joined = jnp.stack(streams, axis=2)
     if dtype == "bfloat16":
@@ -86,13 +86,13 @@ def _expand(batch: Batch, dtype: jnp.dtype) -> tuple[Hidden, ...]:
 
 
 def embedding(config: TransformerConfig, frozen: ParamDict) -> Embedding:
-    """The target's embedding, which needs nothing else of it."""
+    """Returns the target's embedding as a module."""
     return bind(_embedding, config, {"embedding": frozen[ENDS[0]]})
 
 
 def flops(
     settings: DraftObjective, config: TransformerConfig, sequence_length: int
 ) -> tuple[float, float]:
-    """`transformer_flops` of the target, without its layers where features are stored."""
+    """Returns `transformer_flops` of the target; stored features make its layers cost 0."""
     body, head = transformer_flops(config, sequence_length)
     return (0.0 if settings.features else body), head
