@@ -85,7 +85,7 @@ def method_of(args: argparse.Namespace) -> Any:
 
 
 def _elsewhere(name: str) -> str:
-    """Says which methods have a setting."""
+    """Returns a hint for error messages: the methods that have a setting."""
     found = [
         method
         for method, make in METHODS.items()
