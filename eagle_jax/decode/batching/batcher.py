@@ -57,7 +57,7 @@ from eagle_jax.params import Params
 class Batcher:
     """A batch of up to `rows` rows that requests enter and leave while others are decoded.
 
-    Any thread may call `submit` and `cancel`; only one at a time may call the other methods.
+    Any thread may call `submit` and `cancel`; only one at a time `step`, `run`, `warm_up`.
 
     The batch has one of the table's sizes, with that size's method: the smallest that holds all
     requests, or else `rows`. It grows at once when prompts wait and no row is free. It shrinks when
