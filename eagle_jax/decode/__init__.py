@@ -1,4 +1,4 @@
-"""Decoding: `generate` and `stream`, every method through the one engine.
+"""Decoding: `generate` and `stream` run every method through one engine.
 
 params = eagle_jax.load("tiny")
 out = eagle_jax.decode.generate(params, "What is a prime number?", method="eagle")
@@ -59,7 +59,7 @@ __all__ = [
     "stream",
 ]
 
-# Methods with a drafter import this package, so they come on first use.
+# Methods with a drafter import this package, so they are imported on first use.
 _DRAFTING = {
     "Eagle": "eagle_jax.drafters.eagle.method:Eagle",
     "EagleLookup": "eagle_jax.decode.methods.eagle_lookup:EagleLookup",

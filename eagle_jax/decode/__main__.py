@@ -1,6 +1,6 @@
 """`python -m eagle_jax.decode "prompt"` streams an answer; `--input` answers a file of prompts.
 
-It is `eagle-jax generate` and `eagle-jax answers` in one.
+It combines `eagle-jax generate` and `eagle-jax answers`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from eagle_jax.commands import answers, generate
 
 
 def parser(prog: str = "python -m eagle_jax.decode") -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     out = cli.Parser(
         prog=prog,
         description="Answer a prompt, or a file of prompts, with speculative decoding.",

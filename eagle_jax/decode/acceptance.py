@@ -1,8 +1,8 @@
-"""Acceptance rules: which path of a scored tree is committed.
+"""Acceptance rules, which decide which path of a verified tree is committed.
 
-`Exact` serves every method: follow the target's own tokens through the tree. The other two are
-what papers publish and serve comparison: `Rejection` keeps the law, not the text of a seed;
-`Typical` keeps neither.
+`Exact` works with every method: it follows the target's own tokens through the tree. The other two
+are published rules, for comparison. `Rejection` keeps the target's distribution, but a seed gives
+another text than vanilla decoding. `Typical` keeps neither.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from eagle_jax.types import Logits
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """Walk from the root while a child carries the target's token.
+    """Accepts the path from the root along which every node has the target's own token.
 
-    Lossless for every proposal: the emitted token after a node is always the target's own (greedy,
-    or drawn with that position's noise), a draft only decides how many are found in one pass. Equal
-    in law to the multi-round rule of EAGLE and SpecInfer with point-mass drafts.
+    It is lossless for every proposal: the token emitted after a node is always the target's own
+    (greedy, or drawn with that position's noise), and the draft only decides how many tokens one
+    pass yields. Its answers have the same distribution as with the multi-round rule of EAGLE and
+    SpecInfer with point-mass drafts.
     """
 
     lossless: ClassVar[bool] = True
@@ -43,14 +44,15 @@ class Exact:
 
 @dataclasses.dataclass(frozen=True)
 class Typical:
-    """Medusa's typical acceptance (section 2.3.1): LOSSY, answers do not follow the target's law.
+    """Medusa's typical acceptance (section 2.3.1), which is LOSSY.
 
-    A drafted token is kept if its probability is above min(epsilon, delta * exp(-entropy)); the
-    longest path wins, then the likelier one. Greedy decoding is as with `Exact`.
+    Answers do not follow the target's distribution. A drafted token is kept if its probability is
+    above min(epsilon, delta * exp(-entropy)). Among the paths of kept tokens the longest is
+    accepted, and among equally long ones the likeliest. Greedy decoding equals `Exact`.
 
     Attributes:
-        epsilon: the hard threshold.
-        delta: the factor of the entropy-dependent one.
+        epsilon: the fixed threshold.
+        delta: the factor of the entropy-dependent threshold.
     """
 
     epsilon: float = 0.09
@@ -82,11 +84,11 @@ class Typical:
         rows = jnp.take_along_axis(law, proposal.shape.parents[:, :, None], 1, mode="clip")
         own = jnp.take_along_axis(rows, proposal.tokens[:, :, None], 2, mode="clip")[..., 0]
         kept = jnp.exp(own) > of_parent(threshold)
-        # No product with a mask of 0 and 1: 0 times the -inf of an excluded token would be NaN.
+        # `where` instead of a product with the mask: 0 * -inf of an excluded token would be NaN.
         own = own.at[:, 0].set(0.0)
         likelihood = jnp.sum(jnp.where(proposal.shape.ancestors, own[:, None, :], 0.0), axis=-1)
         accepted = walk(proposal, kept, targets, context.longest, likelihood)
-        # Drafted tokens were judged, not matched: they are emitted as they are.
+        # Accepted drafts may differ from the target's tokens, so the drafts themselves are emitted.
         drafted = jnp.take_along_axis(proposal.tokens, accepted.path, 1, mode="clip")
         step = jnp.arange(accepted.path.shape[1])[None]
         emitted = jnp.where(
@@ -98,11 +100,12 @@ class Typical:
 
 @dataclasses.dataclass(frozen=True)
 class Rejection:
-    """Speculative sampling's rule (arXiv 2211.17192) for a chain drawn from `proposal.logits`.
+    """The rule of speculative sampling (arXiv 2211.17192) for a chain drawn from `proposal.logits`.
 
-    A token is kept with probability min(1, p / q); after the first one that isn't, the bonus token
-    comes from the normalised max(0, p - q). The law is the target's, the text of a seed is not
-    vanilla's. The draft must have drawn with noise of its own. Greedy decoding is as with `Exact`.
+    A token is kept with probability min(1, p / q). At the first token that is rejected, the bonus
+    token is drawn from the normalised max(0, p - q) instead. Answers have the target's
+    distribution, but a seed gives another text than vanilla decoding. The draft must use noise
+    that is independent of the target's. Greedy decoding equals `Exact`.
     """
 
     lossless: ClassVar[bool] = True
@@ -123,7 +126,7 @@ class Rejection:
         kept = position_uniform(context.seeds, context.length, t - 1) < ratio
         count = jnp.sum(jnp.cumprod(kept.astype(jnp.int32), axis=1), axis=1)
         residual = jnp.maximum(p - q, 0.0)
-        # Where rounding leaves no residual, p and q are the same.
+        # If rounding leaves no residual, p equals q, and p takes its place.
         residual = jnp.where(jnp.sum(residual, axis=-1, keepdims=True) > 0, residual, p)
         redrawn = argmax(jnp.log(residual) + context.noise[:, : t - 1])
         bonus = jnp.concatenate([redrawn, targets[:, -1:]], axis=1)
@@ -148,19 +151,20 @@ def walk(
     longest: int,
     preference: Float[Array, "b t"] | None = None,
 ) -> Accepted:
-    """The deepest path from the root whose nodes are all kept.
+    """Returns the deepest path from the root whose nodes are all kept.
 
     Args:
         proposal: the trees.
-        kept: verdict on each node by itself; the root's is not read.
+        kept: whether each node passes the rule by itself; the root's entry is not read.
         targets: the target's token after each node.
-        longest: n, nodes of the longest path, root included.
-        preference: among equally deep nodes the largest wins; else the lowest index does.
+        longest: n, nodes on the longest path, including the root.
+        preference: decides between equally deep nodes (the largest value wins); without it, the
+            lowest index wins.
     """
 
     def one_row(kept, depth, ancestors, targets, preference):
         alive = jnp.all(kept.at[0].set(True)[None, :] | ~ancestors, axis=1)
-        # Siblings may repeat a token: the lowest index wins, and with it one well-defined path.
+        # Siblings may have the same token; the lowest index then wins, so the path is unique.
         reached = jnp.where(alive, depth, -1)
         if preference is not None:
             preference = jnp.where(reached == jnp.max(reached), preference, -jnp.inf)

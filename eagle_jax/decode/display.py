@@ -1,7 +1,7 @@
-"""Answers for people: which characters were drafted, in colour; short texts for a REPL.
+"""Display of answers: drafted characters in colour, and short texts for a REPL.
 
-Drafted characters come from tokens that the draft proposed and the target accepted; the others are
-the target's own, one token a round.
+Drafted characters come from tokens that the draft proposed and the target accepted. The others come
+from bonus tokens, which the target adds, one per round.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from eagle_jax.text import StreamDecoder, Tokenizer
 
 _ON, _OFF = "\x1b[48;5;194;38;5;16m", "\x1b[0m"  # black on light green
 _STYLE = "background:#cfe8cf;color:#000;border-radius:2px"
-_WIDTH = 60  # characters of a text that a repr shows
+_WIDTH = 60  # longest text that a repr shows in full, in characters
 
 
 class Marks:
@@ -24,23 +24,23 @@ class Marks:
 
     def __init__(self, tokenizer: Tokenizer):
         self._decoder = StreamDecoder(tokenizer)
-        self._drafted: list[bool] = []  # of each character that was decoded and not yet taken
+        self._drafted: list[bool] = []  # one flag per character that `runs` has not returned yet
 
     def runs(
         self, text: str, tokens: Iterable[Any], drafted: Iterable[Any]
     ) -> list[tuple[str, bool]]:
-        """The next `text` of the answer in runs.
+        """Splits the next `text` of the answer into runs.
 
         A character whose bytes come from several tokens counts as drafted if the last one was.
 
         Args:
-            text: what to print now; it may hold back what earlier or these tokens spell, as the
-                text does where a stop string may begin.
+            text: the text to print now. It may lag behind the tokens, because text that may be the
+                beginning of a stop string is held back.
             tokens: ids that are new since the last call.
-            drafted: of each of them, whether the draft proposed it.
+            drafted: whether each of them was an accepted draft.
 
         Returns:
-            Pieces of `text` in order, each with whether it was drafted.
+            Parts of `text` in order, each with whether it was drafted.
         """
         for token, flag in zip(tokens, drafted, strict=True):
             self._drafted += [bool(flag)] * len(self._decoder.feed([int(token)]))
@@ -52,8 +52,8 @@ class Marks:
 
 
 def ansi(runs: Iterable[tuple[str, bool]]) -> str:
-    """Runs for a terminal: drafted characters on a light background, which never spans lines."""
-    # A background up to a line's end would fill the terminal's row, so line ends stay outside.
+    """Returns runs as text for a terminal, with drafted characters on a light background."""
+    # A background that includes a line end would fill the terminal's row, so line ends have none.
     return "".join(
         f"{_ON}{part}{_OFF}" if drafted and part not in ("\n", "") else part
         for text, drafted in runs
@@ -64,14 +64,14 @@ def ansi(runs: Iterable[tuple[str, bool]]) -> str:
 def markup(
     tokenizer: Tokenizer, text: str, tokens: Iterable[Any], drafted: Iterable[Any], caption: str
 ) -> str:
-    """HTML of an answer for a notebook, drafted characters on a background, all text escaped.
+    """Returns the HTML of an answer with drafted characters highlighted and all text escaped.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         text: the answer.
         tokens: [n] its ids.
-        drafted: [n] whether the draft proposed each of them.
-        caption: a line below it.
+        drafted: [n] whether each of them was an accepted draft.
+        caption: a line to show below the answer.
     """
     parts = [
         f'<span style="{_STYLE}">{html.escape(run)}</span>' if flag else html.escape(run)
@@ -84,7 +84,7 @@ def markup(
 
 
 def caption(statistics: Any) -> str:
-    """A line on a generation: acceptance length τ, tokens per second, what decoded, where."""
+    """Returns a line with the acceptance length τ, tokens per second, method and device."""
     return (
         f"τ = {statistics.tau:.2f} tokens a pass, {statistics.tokens_per_second:.1f} tokens/s, "
         f"{statistics.method}, {statistics.device}"
@@ -92,7 +92,7 @@ def caption(statistics: Any) -> str:
 
 
 def short_statistics(statistics: Any) -> str:
-    """A repr of `Statistics` whose length does not grow with the batch."""
+    """Returns a repr of `Statistics` whose length does not grow with the batch."""
     new, rounds = sum(statistics.new_tokens), sum(statistics.rounds)
     rows = len(statistics.new_tokens)
     batch = f", {rows} rows" if rows != 1 else ""
@@ -103,7 +103,7 @@ def short_statistics(statistics: Any) -> str:
 
 
 def short_generation(text: Any, tokens: Any, statistics: Any) -> str:
-    """A repr of `Generation`: the beginning of the text, or the number of answers of a batch."""
+    """Returns a repr of `Generation` with the start of the text, or a batch's number of answers."""
     if len(statistics.new_tokens) != 1 or isinstance(tokens, list):
         first = f", first {_short(text[0])}" if text else ""
         head = f"{len(tokens)} answers{first}"

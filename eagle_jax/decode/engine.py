@@ -1,14 +1,14 @@
-"""The loop: propose -> forward -> accept -> commit, on the device until the text is finished.
+"""The decoding loop: propose -> verify -> accept -> commit, on the device until all rows are done.
 
-The engine knows token ids only. Three compiled functions serve every method:
+The engine works on token ids only. Three compiled functions serve every method:
 
-- `prefill` runs the target over all prompt tokens and computes no vocabulary head: the first
-  token of the answer comes from the first round, whose root is the last prompt token;
-- `decode` runs rounds in one `lax.while_loop`, at most `max_rounds` of them. Its state is
-  resumable, so streaming and serving call the same program in chunks;
-- `insert` is a prefill whose rows take the place of others (`eagle_jax.decode.batching.batcher`).
+- `prefill` runs the target over all prompt tokens without the vocabulary head: the first token
+  of the answer comes from the first round, whose root is the last prompt token;
+- `decode` runs at most `max_rounds` rounds in one `lax.while_loop`. Its state is resumable, so
+  streaming and serving call the same program in chunks;
+- `insert` prefills prompts into rows of a running batch (`eagle_jax.decode.batching.batcher`).
 
-Invariant between rounds: `length` tokens are committed, the cache holds the first `length - 1`.
+Invariant between rounds: `length` tokens are committed; the KV cache holds the first `length - 1`.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def prefill(
     limit: Int[Array, " b"],
     seeds: UInt32[Array, " b"],
 ) -> State:
-    """State before the first round: caches filled from right-padded prompts [b, t]."""
+    """Returns the state before the first round, with caches filled from padded prompts [b, t]."""
     models = program.models(weights)
     b, t = tokens.shape
-    read = getattr(models.draft, "features", None)  # other drafts read nothing
+    read = getattr(models.draft, "features", None)  # absent if the draft reads no features
 
     def run(tokens, positions, mask, cache, lengths):
         output = models.target(tokens, positions, mask, cache=cache, lengths=lengths)
@@ -86,7 +86,7 @@ def decode(
     max_rounds: Int[Array, ""],
     enough: Int[Array, ""],
 ) -> State:
-    """Rounds until `enough` rows are done or one has no room for a round, `max_rounds` at most."""
+    """Runs up to `max_rounds` rounds; stops if `enough` rows are done or a row's cache is full."""
     models = program.models(weights)
 
     def unfinished(carry: tuple[jax.Array, State]) -> jax.Array:
@@ -102,12 +102,12 @@ def decode(
 
 
 def one_round(program: Program, weights: Weights, state: State, settings: Sampling) -> State:
-    """A single round, whether or not rows are done: what one turn of `decode` costs."""
+    """Runs a single round, even if all rows are done, to measure the cost of one in `decode`."""
     return _round(program, program.models(weights), state, settings)
 
 
 def _readable(state: State) -> State:
-    """What the host reads, whole on every device: no process has another's rows."""
+    """Replicates the fields that the host reads; a process sees only the data of its devices."""
     read = ("tokens", "length", "limit", "done", "rounds", "accepted", "drafted", "logprobs")
     return dataclasses.replace(
         state, **{name: sharding.constrain(getattr(state, name)) for name in read}
@@ -115,7 +115,7 @@ def _readable(state: State) -> State:
 
 
 def widen(program: Program, weights: Weights, state: State) -> State:
-    """`state` of a program with fewer slots, with those of `program`; the new ones are zero."""
+    """Returns `state` with all its buffers zero-padded to the slots of `program`."""
     rows = state.length.shape
     whole = jnp.zeros(rows, jnp.int32)
     wanted = jax.eval_shape(
@@ -138,16 +138,16 @@ def insert(
     seeds: UInt32[Array, " b"],
     rows: Int[Array, " b"],
 ) -> State:
-    """Prefill prompts and let them take the place of `rows` of `state`.
+    """Prefill prompts and put their states into `rows` of `state`.
 
-    `state` has more rows than there are prompts (or both have one). A row that it does not have is
-    nobody's place.
+    `state` must have more rows than there are prompts, or both must have one. Out-of-range entries
+    of `rows` are ignored.
     """
     new = prefill(program, weights, tokens, length, limit, seeds)
     many, few = state.length.shape[0], length.shape[0]
 
     def put(old: jax.Array, x: jax.Array) -> jax.Array:
-        # Left to itself, a leaf with the rows on another axis would be broadcast silently.
+        # Without this check, a leaf whose first axis is not the rows could be broadcast silently.
         if old.shape != (many, *old.shape[1:]) or x.shape != (few, *old.shape[1:]):
             raise ValueError(
                 f"method {type(program.method).__name__}: its state has a leaf {old.shape} for "
@@ -177,7 +177,7 @@ def _round(program: Program, models: Models, state: State, settings: Sampling) -
     # Rejected nodes never reach the cache: only the accepted path is written, n slots at once.
     cache = caches.commit(state.cache, output.block, accepted.path, state.length - 1)
     verified = Verified(proposal, output, logits, targets, accepted.path, committed)
-    # At an end token or the limit a round may commit drafted tokens and no bonus token.
+    # A round that reaches an end token or the limit may commit no bonus token.
     drafted = jnp.where(state.done, -1, jnp.minimum(committed, accepted.count))
     step = jnp.arange(n)[None]
     return dataclasses.replace(
@@ -195,7 +195,7 @@ def _round(program: Program, models: Models, state: State, settings: Sampling) -
 
 
 def _report(state: State, logits: Logits, accepted: Accepted) -> Logprobs | None:
-    """The state's log-probabilities with those of the emitted tokens."""
+    """Returns the state's log-probabilities, updated with those of the emitted tokens."""
     if state.logprobs is None:
         return None
     rows = jnp.take_along_axis(logits, accepted.path[:, :, None], axis=1, mode="clip")
@@ -218,14 +218,14 @@ def _report(state: State, logits: Logits, accepted: Accepted) -> Logprobs | None
 def _verify(
     program: Program, target: Transformer, state: State, proposal: Proposal
 ) -> tuple[Output, Logits]:
-    """The target's pass over the nodes of a proposal."""
+    """Runs the target over the nodes of a proposal and returns its output and logits."""
     tokens, depth, seen = proposal.tokens, proposal.shape.depth, proposal.shape.ancestors
     nodes = tokens.shape[1]
-    if program.exact:  # more rows, which see only themselves
+    if program.exact:  # pad to a fixed number of nodes; padding attends only to itself
         more = (0, EXACT_ROWS - nodes)
         tokens, depth = (jnp.pad(x, ((0, 0), more)) for x in (tokens, depth))
         seen = jnp.pad(seen, ((0, 0), more, more)) | jnp.eye(EXACT_ROWS, dtype=bool)[None]
-        # Barriers: no fusion with what is around the pass, which depends on the method.
+        # The barriers prevent fusion with the code around the pass, which depends on the method.
         tokens, depth, seen = jax.lax.optimization_barrier((tokens, depth, seen))
     output = target(
         tokens,
@@ -255,8 +255,8 @@ def _clip(
 ) -> tuple[Int[Array, " b"], Bool[Array, " b"]]:
     """Returns how many tokens to commit, and whether the row is then done.
 
-    A row stops at its first end token, which is included, and at its limit. Both are found inside
-    the round, so that no output overshoots.
+    A row stops after its first end token or at its limit. Both are checked within the round, so
+    no answer is longer than it should be.
     """
     step = jnp.arange(emitted.shape[1])[None]
     room = state.limit - state.length

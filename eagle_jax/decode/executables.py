@@ -1,4 +1,4 @@
-"""Compiled programs: made once per program and shapes, kept, and run on padded host arrays."""
+"""Compiled programs: compiled once per `Program` and shapes, cached, and run on host arrays."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ from eagle_jax.params import Params
 
 @dataclasses.dataclass
 class Clock:
-    """Seconds of one generation, compilation apart."""
+    """Wall-clock seconds of one generation, by phase."""
 
     compile: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
 
 
-# On CPUs a program takes 300 memory mappings, of 65,530 that Linux grants a process by default.
+# Most programs kept. On CPUs a program takes about 300 memory mappings, and Linux allows a process
+# 65,530 by default.
 _KEPT = 160
 _executables: collections.OrderedDict[Any, Callable[..., State]] = collections.OrderedDict()
 _executables_lock = threading.Lock()
@@ -54,27 +55,27 @@ def _placement(leaf: Any) -> Any:
 def _compiled(
     function: Callable[..., State], program: Program, args: tuple[Any, ...], clock: Clock
 ) -> Callable[..., State]:
-    """The executable of `function(program, *args)`; compiled once per program and shapes.
+    """Returns the executable of `function(program, *args)`, compiled once per program and shapes.
 
-    `args` are the weights, then the state, which is consumed (`prefill` has none), and the rest.
-    Kept by hand instead of by jit so that compile time is known exactly and apart, and so that
-    those not used for longest can go.
+    `args` are the weights, then the state, whose buffers are donated (`prefill` has none), then the
+    rest. This cache replaces jit's, so that compile time is measured separately and the least
+    recently used programs can be dropped.
     """
     key = (function, program, _signature(args))
     with _executables_lock:
         turn = _compiling.setdefault(key, threading.Lock())
-    with turn:  # two threads with one new shape compile it once; other shapes don't wait
+    with turn:  # threads that need the same program compile it once; others do not wait
         run = _executables.get(key)
         if run is None:
             start = time.perf_counter()
             mesh, donate, places = sharding.mesh_of(args[0].target), (), None
             if function is not prefill:
-                donate = () if function is widen else (1,)  # the state is consumed
-                if mesh is not None:  # and what takes its place lies where it lay
+                donate = () if function is widen else (1,)  # the state is donated
+                if mesh is not None:  # the new state has the placement of the old one
                     places = jax.tree.map(lambda x: x.sharding, args[1])
-            # A function of its own, so that jit's caches let go of the program with it.
+            # A new function for each program, so that jit's caches drop the program with it.
             bound = _on(mesh, functools.partial(function, program))
-            # TPUs and GPUs multiply float32 in fewer bits unless told otherwise.
+            # By default, TPUs and GPUs multiply float32 matrices with reduced precision.
             full = args[0].target["embed_tokens.embedding"].dtype == jnp.float32
             with jax.default_matmul_precision("highest" if full else "default"):
                 jitted = jax.jit(bound, donate_argnums=donate, out_shardings=places)
@@ -92,7 +93,7 @@ def _compiled(
 
 
 def _name(method: Method) -> str:
-    """The word after `--method` of a built-in method, else its class."""
+    """Returns the name of a built-in method (the word after `--method`), else its class name."""
     words = spell(method).split()
     return words[1] if words[0] == "--method" else type(method).__name__
 
@@ -106,9 +107,10 @@ def _on(mesh: Mesh | None, function: Callable[..., State]) -> Callable[..., Stat
 
 
 def check_outside_jit(params: Params, prompt: Any = None) -> None:
-    """Raises ValueError where a JAX transformation traces the caller.
+    """Raises ValueError if the caller is being traced by a JAX transformation.
 
-    Decoding compiles its own programs and waits for their results, which tracing cannot.
+    Decoding compiles its own programs and waits for their results, which is impossible under
+    tracing.
     """
     leaves = jax.tree.leaves((params.target, prompt, jnp.zeros(())))  # under jit all are traced
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
@@ -119,12 +121,12 @@ def check_outside_jit(params: Params, prompt: Any = None) -> None:
 
 
 def executables() -> tuple[Any, ...]:
-    """The compiled programs there are, for inspection (`as_text()`, `memory_analysis()`)."""
+    """Returns the cached programs, for inspection (`as_text()`, `memory_analysis()`)."""
     return tuple(_executables.values())
 
 
 def forget() -> None:
-    """Drop every compiled program and its memory."""
+    """Drop every cached program and free its memory."""
     with _executables_lock:
         _executables.clear()
 
@@ -132,9 +134,9 @@ def forget() -> None:
 def _pad(
     program: Program, prompts: list[np.ndarray], limits: list[int], seeds: list[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What `prefill` takes: prompts padded to a bucket, their lengths, limits and seeds."""
+    """Returns the arguments of `prefill`: padded prompts, their lengths, limits and seeds."""
     length = np.array([len(prompt) for prompt in prompts], np.int32)
-    size = min(bucket_prompt(int(length.max())), program.slots)  # an answer may be among them
+    size = min(bucket_prompt(int(length.max())), program.slots)  # a prompt may include an answer
     tokens = np.zeros((len(prompts), size), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -149,13 +151,13 @@ def start(
     seeds: list[int],
     clock: Clock,
 ) -> State:
-    """Pad the prompts to a bucket and prefill."""
+    """Pad the prompts to a bucket, prefill them and return the state."""
     return _start(program, params, _pad(program, prompts, limits, seeds), clock)
 
 
 def vacant(program: Program, params: Params, rows: int, clock: Clock) -> State:
-    """`rows` rows that are done: places for `replace_rows`."""
-    one = np.ones(rows, np.int32)  # a token each, at its limit
+    """Returns a state of `rows` empty rows, marked as done, for `replace_rows` to fill."""
+    one = np.ones(rows, np.int32)  # every row has one token, which is its limit
     arrays = (np.zeros((rows, 1), np.int32), one, one, np.zeros(rows, np.uint32))
     return _start(program, params, arrays, clock)
 
@@ -178,9 +180,9 @@ def advance(
     max_rounds: int = 2**31 - 1,
     enough: int | None = None,
 ) -> State:
-    """Runs up to `max_rounds` rounds on the device, and consumes `state`.
+    """Runs up to `max_rounds` rounds on the device; the buffers of `state` are donated.
 
-    It ends earlier when `enough` rows (by default all of them) are done.
+    It stops earlier when `enough` rows (by default all of them) are done.
     """
     args = _bounded(program, params, state, settings, max_rounds, enough)
     run = _compiled(decode, program, args, clock)
@@ -191,16 +193,16 @@ def advance(
 
 
 def prepare(program: Program, params: Params, state: State, settings: Sampling) -> None:
-    """Compile what `advance` will run; `state` is only looked at.
+    """Compile the program that `advance` will run, without running it; `state` is not changed.
 
-    For threads that compile at a time: over a mesh, programs must not be run at a time, or each
-    may wait for a device that another has.
+    Threads may call it concurrently to compile in parallel. Running programs concurrently over a
+    mesh could deadlock, as each may wait for a device that another program holds.
     """
     _compiled(decode, program, _bounded(program, params, state, settings), Clock())
 
 
 def placed(params: Params, sampling: Sampling) -> Sampling:
-    """`sampling` on the devices of `params`."""
+    """Returns `sampling` on the devices of `params`."""
     return sharding.put(sharding.mesh_of(params.target), sampling)
 
 
@@ -212,7 +214,7 @@ def _bounded(
     max_rounds: int = 2**31 - 1,
     enough: int | None = None,
 ) -> tuple[Any, ...]:
-    """The arguments of `decode`."""
+    """Returns the arguments of `decode`."""
     bounds = np.int32(max_rounds), np.int32(enough or state.done.shape[0])
     rest = sharding.put(sharding.mesh_of(params.target), (settings, *bounds))
     return program.weights(params), state, *rest
@@ -221,7 +223,7 @@ def _bounded(
 def grow(
     program: Program, params: Params, state: State, slots: int, clock: Clock
 ) -> tuple[Program, State]:
-    """If a row has no room for a round, the program and state with more slots, at most `slots`."""
+    """Returns program and state, with more slots (at most `slots`) if the next round needs them."""
     longest, needed = int(np.max(state.length)), program.method.depth + 1
     if longest + needed <= program.slots:
         return program, state
@@ -245,7 +247,7 @@ def replace_rows(
     seeds: list[int],
     clock: Clock,
 ) -> State:
-    """Start prompts in the place of `rows`; `state` is consumed."""
+    """Prefill prompts into `rows` of `state`, whose buffers are donated, and return the state."""
     arrays = (*_pad(program, prompts, limits, seeds), np.array(rows, np.int32))
     places = sharding.put(sharding.mesh_of(params.target), arrays)
     args = (program.weights(params), state, *places)
@@ -257,14 +259,14 @@ def replace_rows(
 
 
 def end_rows(state: State, rows: list[int]) -> State:
-    """`state` with these rows done, so that the loop no longer waits for them."""
+    """Returns `state` with these rows marked as done, so that the loop does not wait for them."""
     done = np.array(state.done)
     done[rows] = True
-    # Placed as it was, so that the same program goes on.
+    # The placement stays the same, so that no new program is compiled.
     return dataclasses.replace(state, done=jax.device_put(done, state.done.sharding))
 
 
 @functools.cache
 def device_name() -> str:
-    """The first device's kind, for reports."""
+    """Returns the kind of the first device, for reports."""
     return jax.devices()[0].device_kind

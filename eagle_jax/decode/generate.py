@@ -31,27 +31,27 @@ def generate(
         params: from `eagle_jax.load`.
         prompt: a string (a user's message, if the tokenizer has a chat template), a chat (list of
             `{"role", "content"}`), token ids, or a list of any of these: a batch.
-        sampling: how tokens are drawn, by default greedily: `SamplingParams` for all rows, of which
-            row i of a batch takes the seed plus i; or a list with one per row. In float32 a row's
-            text depends on its prompt and these settings alone, not on the method nor on its
-            neighbours.
-        method: a name of `METHODS`, an instance such as `Eagle(tree=chain(5))`, or "auto": what
-            `eagle-jax tune` found the fastest for this model on this machine; the
-            statistics say which.
+        sampling: how tokens are drawn; the default is greedy. Either one `SamplingParams` for all
+            rows (row i then uses seed + i), or a list with one per row. In float32 a row's text
+            depends only on its prompt and these settings, not on the method or the other rows.
+        method: a name in `METHODS`, an instance such as `Eagle(tree=chain(5))`, or "auto", which
+            selects the method that `eagle-jax tune` measured as the fastest for this model on
+            this machine; the statistics name it.
         max_new_tokens: longest answer; the model's context may end it sooner.
-        raw: take strings as they are, without the chat template.
-        exact: in bfloat16 too, give every method the very same text for the same batch of prompts
-            (but for rules that keep the law only, or are lossy). Otherwise passes over more and
-            fewer tokens round differently there, and a near-tie may fall either way. Every pass,
-            vanilla's as well, then has 128 nodes and one order of summation: slower, for checks.
+        raw: use strings as they are, without the chat template.
+        exact: makes every method return identical text in bfloat16 too, for the same batch of
+            prompts (except with acceptance rules that are lossy or keep only the distribution).
+            Without it, passes over different numbers of tokens round differently in bfloat16, so
+            near-ties may differ. Every pass then has 128 nodes and one order of summation, which
+            is slower; use it for checks.
         **settings: the fields of `SamplingParams` as keywords, such as `temperature=0.7, seed=1`,
-            in the place of `sampling`; `seed` may be a list with one per row.
+            instead of `sampling`; `seed` may be a list with one per row.
 
     Returns:
-        Text, token ids and statistics.
+        The text, the token ids and the statistics.
 
     Raises:
-        ValueError: a bad argument, an empty prompt, or one that does not fit the context.
+        ValueError: an argument is invalid, or a prompt is empty or longer than the context.
         TypeError: an unknown keyword.
     """
     session = Session(
@@ -81,12 +81,12 @@ def stream(
     exact: bool = False,
     **settings: Unpack[Settings],
 ) -> Iterator[Generation]:
-    """Decode one prompt, yielding what is new as it comes; the same program as `generate`.
+    """Decode one prompt and yield new text as it is decoded, with the program of `generate`.
 
     Args:
         params: as in `generate`.
         prompt: one prompt, in any form that `generate` takes.
-        rounds_per_chunk: rounds on the device between two yields.
+        rounds_per_chunk: rounds that run on the device between two yields.
         sampling: as in `generate`.
         method: as in `generate`.
         max_new_tokens: as in `generate`.
@@ -95,12 +95,12 @@ def stream(
         **settings: as in `generate`.
 
     Yields:
-        Generations with the newly committed part; their `statistics` cover everything so far.
-        Joined, they are exactly what `generate` returns. Text that may be the beginning of a stop
-        string is held back until that is certain.
+        Generations with the newly committed tokens; their `statistics` cover everything so far.
+        Concatenated, they equal what `generate` returns. Text that may be the beginning of a stop
+        string is held back until later tokens decide it.
 
     Raises:
-        ValueError: as `generate`; a batch.
+        ValueError: as in `generate`, or the prompt is a batch.
         TypeError: an unknown keyword.
     """
     check_whole("rounds_per_chunk", rounds_per_chunk)

@@ -14,18 +14,18 @@ from eagle_jax.text import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What a generation did and what it cost.
+    """Token counts, acceptance statistics and wall-clock times of a generation.
 
     Attributes:
-        new_tokens: committed tokens, per row; an end token counts.
-        rounds: target passes over a tree, per row (the prompt's pass is not one).
-        tau: mean acceptance length over all rows: committed tokens per round, the bonus token of
-            every round included, so vanilla's is 1.
+        new_tokens: committed tokens of each row, including the end token.
+        rounds: target passes over a tree, for each row; the prefill does not count.
+        tau: acceptance length τ over all rows: committed tokens per round, including the bonus
+            token of every round, so vanilla decoding has 1.
         accepted_per_depth: share of rounds that committed a drafted token at depth 1, 2, ...
-        compile_seconds, prefill_seconds, decode_seconds: wall clock, apart from each other.
-        tokens_per_second: committed tokens of all rows over `decode_seconds`.
-        device: what it ran on.
-        method: what decoded, as options of `eagle-jax generate`.
+        compile_seconds, prefill_seconds, decode_seconds: wall-clock time of each phase.
+        tokens_per_second: committed tokens of all rows divided by `decode_seconds`.
+        device: name of the device.
+        method: the decoding method, written as options of `eagle-jax generate`.
     """
 
     new_tokens: tuple[int, ...]
@@ -43,18 +43,18 @@ class Statistics:
         return display.short_statistics(self)
 
     def json(self) -> str:
-        """One line of JSON."""
+        """Returns the statistics as one line of JSON."""
         return json.dumps(dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probabilities at one position of an answer, by the target's own logits.
+    """Log-probabilities at one position of an answer, from the target's raw logits.
 
     Attributes:
         token: the token of the answer.
-        logprob: its log-probability, before any sampling setting (temperature included).
-        top: the likeliest tokens there and their log-probabilities, likeliest first.
+        logprob: its log-probability, before any sampling setting (also before the temperature).
+        top: the likeliest tokens at this position with their log-probabilities, likeliest first.
     """
 
     token: int
@@ -66,19 +66,19 @@ class TokenLogprob:
 class Generation:
     """The answer to one prompt, or to a batch; for a batch every field but `statistics` is a list.
 
-    Two generations are equal if they are the same answer: the same `text`, `tokens` and `finish`.
+    Two generations are equal if they have the same `text`, `tokens` and `finish`.
 
     Attributes:
-        text: decoded answer without special tokens and without the stop string; None without
-            tokenizer.
-        tokens: [n] ids of the answer, its end token included.
-        statistics: of the whole call.
+        text: decoded answer without special tokens and without the stop string; None if the model
+            has no tokenizer.
+        tokens: [n] ids of the answer, including its end token.
+        statistics: statistics of the whole call.
         finish: "stop" (an end token or a stop string), "length" (`max_new_tokens` or the context),
-            or None while the answer goes on.
-        logprobs: a `TokenLogprob` per token, where `SamplingParams.logprobs` asks for them.
-        drafted: [n] bool, whether each token was a draft that the target accepted; False for the
-            bonus token that the target adds to every round.
-        tokenizer: the model's, with which a notebook shows which text was drafted.
+            or None while the answer is unfinished.
+        logprobs: one `TokenLogprob` per token if `SamplingParams.logprobs` is set, else None.
+        drafted: [n] bool, True for each drafted token that the target accepted; False for the
+            bonus token that the target adds in every round.
+        tokenizer: the model's tokenizer; notebooks use it to highlight the drafted text.
     """
 
     text: Any
@@ -93,7 +93,7 @@ class Generation:
         return display.short_generation(self.text, self.tokens, self.statistics)
 
     def _repr_html_(self) -> str | None:
-        """What a notebook shows: the answers with their drafted text on a background."""
+        """Returns HTML for notebooks: the answers, with their drafted text highlighted."""
         if self.tokenizer is None or self.drafted is None:
             return None
         caption = display.caption(self.statistics)

@@ -1,6 +1,6 @@
-"""Methods around other methods, for measuring: each changes or records one thing.
+"""Methods that wrap other methods for measurements; each changes or records one thing.
 
-They are not for decoding by users, and have no options on the command line.
+They are not meant for users' decoding and have no options on the command line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from eagle_jax.params import Params
 
 @dataclasses.dataclass(frozen=True)
 class Wrapper:
-    """A method that does what `inner` does; a subclass overrides the one thing that differs."""
+    """A method that delegates to `inner`; subclasses override what differs."""
 
     inner: Any
 
@@ -54,13 +54,13 @@ class Wrapper:
 
 @dataclasses.dataclass(frozen=True)
 class FixedTree(Wrapper):
-    """Vanilla decoding that also verifies a tree which is always the same and hardly ever right.
+    """Vanilla decoding that also verifies a constant tree, which is rarely accepted.
 
-    All its drafted tokens are token 0, so a round costs the target's pass over the tree and no
-    draft.
+    All drafted tokens are token 0, so a round costs the target's pass over the tree but no
+    drafting.
 
     Attributes:
-        tree: what is verified.
+        tree: the tree to verify.
     """
 
     inner: Method = dataclasses.field(default=Vanilla(), init=False)
@@ -82,12 +82,12 @@ class FixedTree(Wrapper):
 
 
 def wide_pass(nodes: int) -> FixedTree:
-    """Returns the method whose round is the target's pass over `nodes` tokens, at least 2."""
+    """Returns a method whose round is one target pass over `nodes` tokens (at least 2)."""
     return FixedTree(StaticTree(tuple((rank,) for rank in range(nodes - 1))))
 
 
 @dataclasses.dataclass(frozen=True)
 class WithRule(Wrapper):
-    """A method whose proposals are judged by another rule than its own."""
+    """A method that uses `rule` instead of the acceptance rule of `inner`."""
 
     rule: Rule = Exact()

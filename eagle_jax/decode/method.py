@@ -1,7 +1,7 @@
-"""What a decoding method is: a proposer of token trees of one fixed shape.
+"""The interface of a decoding method, which proposes token trees of one fixed shape.
 
-A method is a frozen dataclass of static settings (hashable, so that it is a jit key) with three
-pure functions. Its own state is any pytree of fixed shapes.
+A method is a frozen dataclass of static settings (hashable, so that it can be a static argument of
+jit) with three pure functions. Its state is any pytree of fixed shapes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Models:
     """Modules bound to their parameters inside a traced function.
 
     Attributes:
-        target: the target.
-        draft: the module of the kind that the method asked for (`eagle_jax.drafters`).
+        target: the target model.
+        draft: the draft module of the kind that the method uses (`eagle_jax.drafters`), if any.
     """
 
     target: Transformer
@@ -36,14 +36,14 @@ class Models:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What the target's pass over the prompt leaves to a method.
+    """The prompts and their target features, from which a method initialises its state.
 
     Attributes:
         tokens: [b, t] right-padded prompts.
         length: [b] their lengths.
-        features: [b, t, ·] what the method's draft reads of the target's pass (its `features`), if
-            it reads anything. The last prompt token's are not known yet to a round: it is the first
-            round's root.
+        features: [b, t, ·] the part of the target's output that the draft's `features` selects, or
+            None if the draft reads none. Do not use those of the last prompt token: it is the first
+            round's root, and that round computes them again.
     """
 
     tokens: Tokens
@@ -54,17 +54,17 @@ class Prompt:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a method may look at when it proposes.
+    """The information that a method may use when it proposes.
 
     Attributes:
         tokens: [b, c] committed tokens, prompt included; entries from `length` on are meaningless.
-        length: [b] committed tokens. The root is token `length - 1`.
-        noise: [b, n, v] noise of positions `length ..`, that of a node's children at its depth; or
-            none when greedy. Drafting with the same noise as the target (noise-coupled drafting)
-            makes a good draft win the same draw.
-        sampling: how tokens are drawn.
-        seeds: [b] what the noise comes from, for methods that need noise of their own.
-        longest: n, nodes of the longest path, root included; static.
+        length: [b] number of committed tokens. The root is token `length - 1`.
+        noise: [b, n, v] noise of the positions from `length` on, or None if all rows are greedy.
+            Entry d is the noise for children of nodes at depth d. Drafting with the target's noise
+            (noise coupling) makes the draft's draw agree with the target's more often.
+        sampling: the sampling settings of the rows.
+        seeds: [b] seeds of the noise, for methods that need their own noise.
+        longest: n, nodes on the longest path, including the root; static.
     """
 
     tokens: Int[Array, "b c"]
@@ -75,20 +75,20 @@ class Context:
     longest: int = dataclasses.field(metadata={"static": True})
 
     def root(self) -> Int[Array, " b"]:
-        """The last committed token of each row: the root of every tree."""
+        """Returns the last committed token of each row, which is the root of its tree."""
         return jnp.take_along_axis(self.tokens, self.length[:, None] - 1, 1, mode="clip")[:, 0]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Verified:
-    """The target's verdict on a proposal.
+    """A proposal with the target's results for it.
 
     Attributes:
-        proposal: what was scored.
-        output: the target's pass over every node.
-        logits: [b, t, v] of every node.
-        targets: [b, t] the target's token after every node, drawn with its position's noise.
+        proposal: the verified trees.
+        output: the target's output at every node.
+        logits: [b, t, v] the target's logits at every node.
+        targets: [b, t] the target's token after every node, drawn with the noise of its position.
         path: [b, n] accepted nodes, root first.
         committed: [b] tokens committed in this round (0 for finished rows); `path[:committed]` are
             the nodes of committed tokens.
@@ -108,10 +108,10 @@ class Accepted:
     """The accepted path of each row.
 
     Attributes:
-        path: [b, n] its nodes by depth, root first; the root again past `count`.
-        count: [b] accepted drafted tokens, 0 to n - 1.
-        emitted: [b, n] tokens to commit: `count` accepted ones, then the bonus token; what follows
-            is meaningless.
+        path: [b, n] its nodes by depth, root first; entries past `count` repeat the root.
+        count: [b] number of accepted drafted tokens, 0 to n - 1.
+        emitted: [b, n] tokens to commit: `count` accepted ones, then the bonus token; later entries
+            are meaningless.
     """
 
     path: Int[Array, "b n"]
@@ -121,10 +121,10 @@ class Accepted:
 
 @runtime_checkable
 class Rule(Protocol):
-    """How a scored proposal is judged; see `eagle_jax.decode.acceptance`.
+    """An acceptance rule: it decides which path of a verified proposal is accepted.
 
-    `lossless`: answers have the target's distribution. `seeded`: they are vanilla's answer to the
-    same seed.
+    `lossless` says whether answers have the target's distribution. `seeded` says whether they equal
+    vanilla decoding's answers with the same seed. See `eagle_jax.decode.acceptance`.
     """
 
     lossless: ClassVar[bool]
@@ -133,19 +133,20 @@ class Rule(Protocol):
     def __call__(
         self, proposal: Proposal, logits: Logits, targets: Int[Array, "b t"], context: Context
     ) -> Accepted:
-        """Judges `proposal`.
+        """Returns the accepted path of each row.
 
-        Takes the target's processed logits (`Sampling.process`) and its own token after every node.
+        `logits` are the target's processed logits (`Sampling.process`) at every node; `targets` are
+        the target's own tokens after every node.
         """
         ...
 
 
 @runtime_checkable
 class Method(Protocol):
-    """A proposer; all properties are static.
+    """A decoding method; all its properties are static.
 
-    `nodes` is t, `depth` the longest draft (n - 1), `draft` the kind of draft that it reads, if
-    any, `rule` how its proposals are judged.
+    `nodes` is t, the nodes of a tree including the root. `depth` is the longest draft (n - 1).
+    `draft` is the kind of draft that the method uses, or None. `rule` is its acceptance rule.
     """
 
     @property
@@ -165,17 +166,20 @@ class Method(Protocol):
         ...
 
     def init(self, models: Models, prompt: Prompt, slots: int) -> Any:
-        """State after the prompt; `slots` is the capacity for caches over committed tokens.
+        """Returns the state after the prompt; `slots` is the capacity of caches, in tokens.
 
-        Every leaf leads with b, and its other axes depend on neither b nor t: the batcher puts a
-        new prompt's state in the place of a finished row's.
+        The first axis of every leaf must be b, and its other axes must depend on neither b nor t,
+        because the batcher replaces the state of a finished row by that of a new prompt.
         """
         ...
 
     def propose(self, models: Models, context: Context, state: Any) -> tuple[Proposal, Any]:
-        """The next tree of each row."""
+        """Returns the next tree of each row, and the new state."""
         ...
 
     def update(self, models: Models, state: Any, verified: Verified) -> Any:
-        """State after a round; rows with nothing committed are finished and never read again."""
+        """Returns the state after a round.
+
+        Rows without committed tokens are finished, and their state is never read again.
+        """
         ...

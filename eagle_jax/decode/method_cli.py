@@ -1,6 +1,6 @@
-"""Any method as options of a command line: `--method eagle --tree chain-3`.
+"""Methods as command-line options, such as `--method eagle --tree chain-3`.
 
-`spell` and `parse` are each other's inverse, so that a method can be stored, read and pasted.
+`spell` and `parse` are inverse to each other, so that a method can be stored and read back.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from eagle_jax.decode.tree import DynamicTree, StaticTree, named_tree, tree_name
 from eagle_jax.settings import override
 
 _RULES = {"exact": Exact, "rejection": Rejection, "typical": Typical}
-_SHORT = 24  # letters of a tree that a label still shows
+_SHORT = 24  # longest tree name that a label shows, in characters
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say a method."""
+    """Adds the options that select a method."""
     parser.add_argument(
         "--method",
         default="eagle",
@@ -51,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def method_of(args: argparse.Namespace) -> Any:
-    """The method of parsed options, or "auto"; a ValueError names what cannot be."""
+    """Returns the method of parsed options, or "auto".
+
+    Raises:
+        ValueError: an option is invalid for this method; one line.
+    """
     if args.method == AUTO:
         if args.tree or args.plain or args.rule or args.set:
             raise ValueError("method='auto': has its settings from the tuning; give it no others")
@@ -81,7 +85,7 @@ def method_of(args: argparse.Namespace) -> Any:
 
 
 def _elsewhere(name: str) -> str:
-    """Says which methods have a setting."""
+    """Returns a hint for error messages: the methods that have a setting."""
     found = [
         method
         for method, make in METHODS.items()
@@ -91,10 +95,10 @@ def _elsewhere(name: str) -> str:
 
 
 def parse(text: str) -> Any:
-    """The method that `text` spells.
+    """Returns the method that the options in `text` describe.
 
     Raises:
-        ValueError: it spells none; one line.
+        ValueError: they describe no method; one line.
     """
     parser = _Parser(add_help=False)
     add_arguments(parser)
@@ -103,7 +107,7 @@ def parse(text: str) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def spell(method: Method) -> str:
-    """The options that say `method`; its `repr` if none do (a method of one's own)."""
+    """Returns the options that describe `method`, or its `repr` if no options can."""
     found = []
     for name, make in METHODS.items():
         base = make()
@@ -115,13 +119,13 @@ def spell(method: Method) -> str:
         try:
             if parse(text) == method:
                 return text
-        except ValueError:  # a tree that has no name, say
+        except ValueError:  # for example a tree without a name
             continue
     return repr(method)
 
 
 def label(method: Method) -> str:
-    """`spell` for tables: no option names, and a large tree as its number of nodes."""
+    """Returns a short `spell` for tables: without option names, large trees as node counts."""
     text = spell(method)
     if not text.startswith("--method "):
         return text
@@ -134,20 +138,20 @@ def label(method: Method) -> str:
 
 
 def _wrapped_field(method: Any) -> str | None:
-    """The field with the method that drafts, of a method that wraps another."""
+    """Returns the name of the field that holds the wrapped method, or None if there is none."""
     return getattr(type(method), "wraps", None)
 
 
 def _drafter(method: Any) -> Any:
-    """What `--tree` and `--plain` are about."""
+    """Returns the method to which `--tree` and `--plain` apply: the wrapped one, if any."""
     wraps = _wrapped_field(method)
     return getattr(method, wraps) if wraps else method
 
 
 def _words(base: Any, method: Any) -> Iterator[str]:
-    """Options that make `method` of `base`, a method of the same type."""
+    """Yields the options that turn `base` into `method`, which has the same type."""
     inner = _drafter(method)
-    if hasattr(inner, "tree"):  # always: the default depends on the backend
+    if hasattr(inner, "tree"):  # even for the default tree, which depends on the backend
         yield f"--tree {shlex.quote(tree_name(inner.tree))}"
     if getattr(_drafter(base), "coupled", False) and not inner.coupled:
         yield "--plain"
@@ -169,7 +173,7 @@ def _differing(base: Any, method: Any, prefix: str) -> Iterator[tuple[str, Any]]
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes are a ValueError, not the program's end."""
+    """A parser that raises ValueError instead of ending the program."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"method: {message}")

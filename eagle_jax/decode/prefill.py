@@ -1,4 +1,4 @@
-"""A pass over whole prompts, in chunks: memory grows with the prompt, not with its square."""
+"""The prefill in chunks, whose memory grows linearly with the prompt instead of quadratically."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from eagle_jax.models import Cache
 from eagle_jax.models import cache as caches
 from eagle_jax.models.transformer import packed_mask
 
-# Tokens of a chunk: enough that arithmetic, not the reading of weights, takes the time.
+# Tokens per chunk: enough for a pass to be bound by arithmetic, not by reading the weights.
 CHUNK = 512
 
-# (inputs, positions, mask, cache, lengths) of a chunk -> anything [b, t, ...], keys and values.
+# (inputs, positions, mask, cache, lengths) of a chunk -> any arrays [b, t, ...], keys and values.
 Pass = Callable[
     [Any, Int[Array, "b t"], Bool[Array, "b t t"], Cache | None, Int[Array, " b"] | None],
     tuple[Any, Cache],
@@ -25,18 +25,19 @@ Pass = Callable[
 
 
 def fill(run: Pass, inputs: Any, slots: int, chunk: int = CHUNK) -> tuple[Any, Cache]:
-    """Feed right-padded prompts to a causal model.
+    """Runs a causal model over right-padded prompts and returns its output and KV cache.
 
-    Padding comes last, so nobody sees it; its keys and values are overwritten before they are read.
+    Padding comes last, so no prompt token attends to it, and its keys and values are overwritten
+    before they are read.
 
     Args:
-        run: one pass; the cache holds what came before the chunk.
+        run: runs one pass over a chunk, given a cache of the tokens before it.
         inputs: arrays [b, t, ...].
-        slots: of the cache, at least t.
-        chunk: longest chunk; of prompts beyond it, the largest that divides both.
+        slots: capacity of the cache, at least t.
+        chunk: longest chunk. Longer prompts use chunks of gcd(t, chunk) tokens.
 
     Returns:
-        What `run` returned first, for all t tokens, and the cache [b, k, slots, e] per array.
+        The first result of `run` for all t tokens, and the KV cache, [b, k, slots, e] per array.
     """
     b, t = jax.tree.leaves(inputs)[0].shape[:2]
     width = t if t <= chunk else math.gcd(t, chunk)
@@ -58,7 +59,7 @@ def fill(run: Pass, inputs: Any, slots: int, chunk: int = CHUNK) -> tuple[Any, C
     else:
         first = jax.tree.map(lambda x: x[:, :width], inputs)
         block = jax.eval_shape(lambda: run(first, steps, mask, None, None)[1])
-        # No longer than the prompt: every chunk reads all slots.
+        # Every chunk reads all slots, so the cache is only as long as the prompt here.
         starts = jnp.arange(0, t, width, dtype=jnp.int32)
         block, output = jax.lax.scan(piece, empty(block, t), starts)
         output = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, t, *x.shape[3:]), output)

@@ -1,4 +1,4 @@
-"""What a compiled loop is made of: its static settings, its state, and the sizes of its buffers."""
+"""The parts of a compiled loop: its static settings, its state, and the sizes of its buffers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from eagle_jax.models import Cache, Transformer, attention, bind
 from eagle_jax.params import Params
 from eagle_jax.types import ParamDict
 
-# Attention reads every slot of the cache, so a few sizes are compiled, not one per length.
+# Lengths are rounded up to a few sizes, since every size is compiled separately and attention reads
+# every slot of the cache.
 _PROMPT_BUCKET = 128
 _SLOT_BUCKET = 256
-_FINE = 1024  # from here on, the half steps between powers of two are sizes too
-_GROWING = 2048  # caches that need more slots begin with fewer and grow
+_FINE = 1024  # above this, three quarters of each power of two are prompt sizes too
+_GROWING = 2048  # larger caches start with fewer slots and grow
 
-# Of an exact program, whatever the method: rows of a target pass, slots that a round may take.
+# In an exact program, for every method: nodes per target pass, and slots that a round may use.
 EXACT_ROWS = 128
 EXACT_DEPTH = attention.SPAN
 
@@ -30,11 +31,11 @@ EXACT_DEPTH = attention.SPAN
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Logprobs:
-    """Log-probabilities of committed tokens under the target's own logits, before any setting.
+    """Log-probabilities of committed tokens, from the target's raw logits before any setting.
 
     Attributes:
-        chosen: [b, c] of the token at each position; those of the prompt are meaningless.
-        ids: [b, c, m] the likeliest tokens there, best first.
+        chosen: [b, c] log-probability of each committed token; meaningless for the prompt.
+        ids: [b, c, m] the likeliest tokens at each position, best first.
         top: [b, c, m] their log-probabilities.
     """
 
@@ -46,21 +47,21 @@ class Logprobs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Everything that changes between rounds; fixed shapes, resumable.
+    """Everything that changes between rounds; its shapes are fixed and it can be resumed.
 
     Attributes:
         tokens: [b, c] committed tokens, prompt included; 0 from `length` on.
-        length: [b] committed tokens.
+        length: [b] number of committed tokens.
         limit: [b] length at which a row stops.
-        done: [b] the row has met its limit or an end token.
-        seeds: [b] of each row's noise.
-        cache: the target's keys and values of the first `length - 1` tokens.
+        done: [b] whether the row has reached its limit or an end token.
+        seeds: [b] seed of each row's noise.
+        cache: the target's KV cache of the first `length - 1` tokens.
         method: the method's own state.
-        rounds: [b] target passes so far, one a round.
-        accepted: [b, n] rounds that committed this many drafted tokens.
+        rounds: [b] target passes so far, one per round.
+        accepted: [b, n] entry i counts the rounds that committed i drafted tokens.
         drafted: [b, c] whether a committed token was a draft that the target accepted; False for
             bonus tokens and for the prompt.
-        logprobs: of the committed tokens; None unless the program reports them.
+        logprobs: log-probabilities of the committed tokens; None unless the program reports them.
     """
 
     tokens: Int[Array, "b c"]
@@ -79,11 +80,11 @@ class State:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """The arrays that a compiled program reads, and nothing else.
+    """The parameters that a compiled program reads.
 
     Attributes:
-        target: the target's, by name.
-        draft: those of the method's draft, by name; empty if the method has none.
+        target: parameters of the target, by name.
+        draft: parameters of the method's draft, by name; empty if the method has none.
     """
 
     target: ParamDict
@@ -92,13 +93,13 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Static settings of a compiled loop: the jit key.
+    """The static settings of a compiled loop, which identify it in the cache of programs.
 
     Attributes:
-        method: the proposer.
-        target, draft: the architectures; draft is None if the method has none.
+        method: the decoding method.
+        target, draft: the architectures; `draft` is None if the method has none.
         slots: c, capacity for committed tokens and for caches.
-        exact: every target pass has the same shape and order of summation, whatever the method.
+        exact: whether every target pass has the same shape and order of summation, for all methods.
         logprobs: alternatives per token whose log-probabilities are reported; None reports none.
         target_layout, draft_layout: how the weights of each lie in memory.
     """
@@ -121,7 +122,7 @@ class Program:
         exact: bool = False,
         logprobs: int | None = None,
     ) -> Program:
-        """Returns the program of a method for the models of `params`, as they lie in memory."""
+        """Returns the program of a method for the models of `params` and their memory layouts."""
         draft = None if method.draft is None else params.drafts[method.draft]
         return cls(
             method,
@@ -149,7 +150,10 @@ class Program:
 
 
 def bucket_prompt(length: int) -> int:
-    """Padded prompt length: a power of two, at least 128; of long ones three quarters too."""
+    """Returns the padded length of a prompt.
+
+    It is a power of two, at least 128, or three quarters of a power of two above 1024.
+    """
     size = 1 << (length - 1).bit_length()
     if size > _FINE and length <= size // 4 * 3:
         size = size // 4 * 3
@@ -157,14 +161,14 @@ def bucket_prompt(length: int) -> int:
 
 
 def capacity(prompt_bucket: int, new_tokens: int, depth: int) -> int:
-    """Slots for prompt and answer, with slack: a round writes `depth + 1` slots past the end."""
+    """Returns the slots for prompt, answer and the `depth + 1` slots that a round writes beyond."""
     needed = prompt_bucket + new_tokens + depth + 1
     return -(-needed // _SLOT_BUCKET) * _SLOT_BUCKET
 
 
 def opening(prompt_bucket: int, slots: int, depth: int) -> int:
-    """Returns the number of cache slots to begin with, when `slots` may be needed in the end.
+    """Returns the number of cache slots to start with, given the `slots` of the longest answer.
 
-    So the cost of a round follows the text so far, not the longest text allowed. See `grow`.
+    The cost of a round then grows with the text so far. See `executables.grow`.
     """
     return min(slots, max(_GROWING, bucket_prompt(prompt_bucket + depth + 2)))

@@ -1,4 +1,4 @@
-"""Prompts: text, chats or token ids become checked token ids."""
+"""Prompts: conversion of text, chats or token ids to checked token ids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Prompt = (
 
 
 def encode_all(params: Params, prompt: Prompt, raw: bool) -> tuple[list[np.ndarray], bool]:
-    """Token ids of every row, and whether a batch was given."""
+    """Returns the token ids of every row, and whether `prompt` is a batch."""
     batched = is_batch(prompt)
     rows = list(prompt) if batched else [prompt]
     if not rows:
@@ -45,7 +45,7 @@ def is_batch(prompt: Any) -> bool:
 
 
 def encode(params: Params, prompt: Any, raw: bool) -> np.ndarray:
-    """Checked token ids of one prompt, [n] int32."""
+    """Returns the checked token ids of one prompt, [n] int32."""
     vocab, context = params.target_config.vocab_size, params.target_config.max_position_embeddings
     if not isinstance(prompt, str | Sequence | np.ndarray | jax.Array):
         raise ValueError(f"prompt={prompt!r}: give text, messages, or token ids")
@@ -72,7 +72,10 @@ def encode(params: Params, prompt: Any, raw: bool) -> np.ndarray:
 
 
 def _tokenize(tokenizer: Tokenizer | None, prompt: str | Sequence[Any], raw: bool) -> list[int]:
-    """Ids of a text or a chat; a text is a user's message wherever there is a chat template."""
+    """Returns the ids of a text or a chat.
+
+    Unless `raw`, a text becomes a user's message if the tokenizer has a chat template.
+    """
     if tokenizer is None:
         raise ValueError("prompt: text needs a tokenizer, and params has none; give token ids")
     if not isinstance(prompt, str):

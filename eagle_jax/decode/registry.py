@@ -1,4 +1,4 @@
-"""Methods by name: what `method="eagle"` stands for."""
+"""Decoding methods by name, such as `method="eagle"`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from eagle_jax.drafters.spec import resolve
 
 AUTO: Literal["auto"] = "auto"
 
-# Methods that no drafter brings along. Places, and not objects: methods of drafters import this
-# package.
+# Methods that do not belong to a drafter. They are references, not objects, because some of them
+# import drafters, which import this package.
 _VANILLA = {"vanilla": "eagle_jax.decode.methods.vanilla:Vanilla"}
 _OTHERS = {
     "eagle_lookup": "eagle_jax.decode.methods.eagle_lookup:eagle_lookup",
@@ -23,7 +23,10 @@ _OTHERS = {
 
 
 class _Methods(Mapping[str, Callable[[], Method]]):
-    """Functions that return the default method of a name, with those of all drafters."""
+    """A mapping from method names, including those of all drafters, to functions without arguments.
+
+    Each function returns the method with its default settings.
+    """
 
     def _places(self) -> dict[str, str]:
         return {**_VANILLA, **registry.methods(), **_OTHERS}
@@ -42,5 +45,5 @@ METHODS: Mapping[str, Callable[[], Method]] = _Methods()
 
 
 def unknown(name: str) -> str:
-    """What to say of a name that is no method's."""
+    """Returns the error message for an unknown method name."""
     return f"method={name!r}: unknown; use one of {', '.join((*METHODS, AUTO))}"

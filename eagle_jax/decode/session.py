@@ -34,25 +34,25 @@ from eagle_jax.decode.sampling.stop import Answer
 from eagle_jax.decode.tree import MOST_NODES
 from eagle_jax.params import Params
 
-# A draft that gets hardly a token accepted in so many rounds is hardly one for this target.
+# If tau stays below `_HARDLY` for `_FIRST_ROUNDS` rounds, the draft is probably for another target.
 _FIRST_ROUNDS = 32
 _HARDLY = 1.05
-_STOP_ROUNDS = 16  # rounds between two looks for stop strings, which only the host can find
+_STOP_ROUNDS = 16  # rounds between two searches for stop strings, which only the host can do
 
 
 class Session:
-    """One decoding of a batch: checked arguments, the engine's state, and what it has so far.
+    """One decoding of a batch: the checked arguments, the engine's state and the answers so far.
 
     Attributes:
         params: the target and the method's draft.
         prompts: token ids of every row.
-        batched: whether a batch was given; if not, there is one row.
+        batched: whether the caller passed a batch; if not, there is one row.
         rows: the sampling settings of every row.
-        method: what decodes.
-        program: the compiled loop's static settings.
+        method: the decoding method.
+        program: the static settings of the compiled loop.
         state: the engine's state.
-        sampling: the settings as the loop takes them.
-        clock: seconds so far.
+        sampling: the sampling settings as arrays for the loop.
+        clock: seconds spent so far, by phase.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Session:
         exact: bool = False,
         **settings: Unpack[Settings],
     ) -> None:
-        """Checks everything and fills the caches from the prompts; arguments as in `generate`."""
+        """Checks the arguments, which are those of `generate`, and prefills the prompts."""
         check_params(params)
         check_flag("raw", raw)
         executables.check_outside_jit(params, prompt)
@@ -91,7 +91,7 @@ class Session:
             logprobs=max(asked) if asked else None,
         )
         self.slots = self.program.slots
-        if not exact:  # caches would grow at other lengths for another method
+        if not exact:  # growth depends on the method, so `exact` allocates all slots at once
             slots = opening(bucket_prompt(max(lengths)), self.slots, self.method.depth)
             self.program = dataclasses.replace(self.program, slots=slots)
         self.sampling = Sampling.of(self.rows, vocabulary, lengths)
@@ -114,7 +114,7 @@ class Session:
         return f"Session({len(self.prompts)} prompts, {tokens} tokens so far, {state})"
 
     def warn(self) -> None:
-        """Warns of a draft that seems to be for another target; at most once per generation."""
+        """Warns once per generation if the draft seems to belong to another target."""
         if self.method.draft is None or self.warned:
             return
         statistics = self.statistics()
@@ -129,7 +129,7 @@ class Session:
             )
 
     def advance(self, max_rounds: int = 2**31 - 1) -> None:
-        """Decode at most `max_rounds` rounds; fewer where the cache has to grow."""
+        """Decode at most `max_rounds` rounds; fewer if the cache must grow first."""
         self.program, self.state = executables.grow(
             self.program, self.params, self.state, self.slots, self.clock
         )
@@ -138,17 +138,18 @@ class Session:
         )
 
     def run(self) -> None:
-        """Decode to the end."""
+        """Decode until every row is finished."""
         while not self.finished():
             self.advance(*[_STOP_ROUNDS] * self.stopping)
             if self.stopping:
                 self.read()
 
     def read(self) -> list[tuple[np.ndarray, str | None]]:
-        """Returns what every row got since the last call: token ids, and the text that is certain.
+        """Returns the token ids and the text that every row gained since the last call.
 
-        Only this finds stop strings, so a session whose rows have some must call it after every
-        `advance`. A row that a stop string ends is done from then on.
+        The text leaves out what may still become a stop string. Only this method finds stop
+        strings, so a session whose rows have stop strings must call it after every `advance`. It
+        marks the rows that a stop string ends as done.
         """
         tokens, length, done = jax.device_get(
             (self.state.tokens, self.state.length, self.state.done)
@@ -170,16 +171,16 @@ class Session:
         return out
 
     def finished(self) -> bool:
-        """Whether every row has its whole answer."""
+        """Returns whether every row has its complete answer."""
         return bool(np.all(np.asarray(self.state.done)))
 
     def answers(self) -> list[np.ndarray]:
-        """Token ids of every row's answer so far."""
+        """Returns the token ids of every row's answer so far."""
         tokens = np.asarray(jax.device_get(self.state.tokens))
         return [tokens[row, place] for row, place in enumerate(self._places())]
 
     def finishes(self) -> list[str | None]:
-        """Why each row's answer ended: "stop", "length", or None while it goes on."""
+        """Returns why each row's answer ended: "stop", "length", or None if it is unfinished."""
         done = np.asarray(jax.device_get(self.state.done))
         return [
             finish_of(answer, ends, stopped.stopped) if end else None
@@ -189,12 +190,12 @@ class Session:
         ]
 
     def drafted(self) -> list[np.ndarray]:
-        """For every token of each answer so far, whether it was an accepted draft."""
+        """Returns, for every token of each answer so far, whether it was an accepted draft."""
         drafted = np.asarray(jax.device_get(self.state.drafted))
         return [drafted[row, place] for row, place in enumerate(self._places())]
 
     def logprobs(self, seen: int = 0) -> list[list[TokenLogprob] | None]:
-        """Log-probabilities of each answer from token `seen` on; None for rows that want none."""
+        """Returns each answer's log-probabilities from token `seen` on; None for other rows."""
         if self.state.logprobs is None:
             return [None] * len(self.rows)
         tokens, found = jax.device_get((self.state.tokens, self.state.logprobs))
@@ -208,7 +209,7 @@ class Session:
         ]
 
     def _places(self) -> list[slice]:
-        """Where each row's answer lies in the buffers; what follows a stop string is left out."""
+        """Returns each answer's slice of the token buffer; it ends at a stop string."""
         length = np.asarray(jax.device_get(self.state.length))
         return [
             slice(len(prompt), len(prompt) + answer.tokens if answer.stopped else int(end))
@@ -216,10 +217,10 @@ class Session:
         ]
 
     def statistics(self) -> Statistics:
-        """Counts and seconds so far."""
+        """Returns the statistics of everything decoded so far."""
         rounds, accepted = jax.device_get((self.state.rounds, self.state.accepted))
         new = [place.stop - place.start for place in self._places()]
-        if any(answer.stopped for answer in self._texts):  # rounds behind the stop do not count
+        if any(answer.stopped for answer in self._texts):  # rounds after the stop do not count
             rounds, accepted = rounds.copy(), accepted.copy()
             for row, kept in enumerate(self.drafted()):
                 if self._texts[row].stopped:
@@ -242,7 +243,7 @@ class Session:
         )
 
     def result(self) -> Generation:
-        """Everything decoded so far."""
+        """Returns everything decoded so far as a `Generation`."""
         tokens, tokenizer = self.answers(), self.params.tokenizer
         texts: list[str] | None = None
         if tokenizer is not None:
@@ -261,14 +262,14 @@ class Session:
 
 
 def finish_of(tokens: np.ndarray, ends: Sequence[int], stopped: bool) -> str:
-    """Why an answer that is done ended: "stop" or "length"."""
+    """Returns why a finished answer ended: "stop" or "length"."""
     return "stop" if stopped or (len(tokens) and tokens[-1] in ends) else "length"
 
 
 def run_lengths(drafted: np.ndarray) -> list[int]:
-    """Returns the accepted drafts of every round of an answer, given which tokens were drafts.
+    """Returns the number of accepted drafted tokens in every round of an answer.
 
-    A round ends with its bonus token, or with the answer.
+    `drafted` says which tokens were drafts. A round ends with its bonus token, or with the answer.
     """
     ends = np.flatnonzero(~drafted).tolist()
     if len(drafted) and drafted[-1]:
@@ -279,7 +280,7 @@ def run_lengths(drafted: np.ndarray) -> list[int]:
 def token_logprobs(
     tokens: np.ndarray, found: Logprobs, row: int, place: slice, most: int
 ) -> list[TokenLogprob]:
-    """The log-probabilities of one row's tokens at `place`, with `most` alternatives."""
+    """Returns the log-probabilities of one row's tokens at `place`, with `most` alternatives."""
     chosen, ids, top = (x[row, place] for x in (found.chosen, found.ids, found.top))
     return [
         TokenLogprob(
@@ -294,13 +295,13 @@ def token_logprobs(
 def check_method(
     params: Params, method: str | Method, rows: int, temperature: float, exact: bool = False
 ) -> Method:
-    """Returns the method that decodes `rows` rows.
+    """Returns the method that decodes a batch, after checking that it works with this model.
 
     Args:
-        params: of the model.
-        method: a name of `METHODS`, an instance, or "auto".
-        rows: of the batch; what is tuned for so many is "auto".
-        temperature: the highest of the rows; what is tuned for 0, or for more, is "auto".
+        params: the model.
+        method: a name in `METHODS`, an instance, or "auto" for the stored result of tuning.
+        rows: batch size; "auto" selects the method that was tuned for it.
+        temperature: the highest temperature of the rows; "auto" distinguishes 0 from more than 0.
         exact: as in `generate`.
 
     Raises:
@@ -328,7 +329,7 @@ def make_program(
     exact: bool = False,
     logprobs: int | None = None,
 ) -> Program:
-    """The program that decodes prompts of up to `longest` tokens."""
+    """Returns the program that decodes prompts of up to `longest` tokens."""
     context = params.target_config.max_position_embeddings
     new = min(int(max_new_tokens), context)  # no row grows past the context
     depth = EXACT_DEPTH if exact else method.depth

@@ -1,4 +1,4 @@
-"""The largest entries of scores over a vocabulary, fast on CPUs, on GPUs and over a mesh."""
+"""Search for the largest scores over a vocabulary, for CPUs, GPUs and meshes of devices."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from jaxtyping import Array, Float, Int
 from eagle_jax import sharding
 from eagle_jax.models import kernels
 
-_CHUNK = 64  # entries of the vocabulary whose maximum `top_k` looks at first
+_CHUNK = 64  # `top_k` first compares the maxima of chunks of this many entries
 
 
 def argmax(scores: Float[Array, "*lead v"]) -> Int[Array, "*lead"]:
-    """Index of the largest score, the lowest among equals.
+    """Returns the index of the largest score, the lowest index among equals.
 
-    `jnp.argmax` reduces pairs of value and index, which XLA does not vectorise on CPUs: 40 us for
-    a row of 8k, against 4 for these two plain reductions.
+    `jnp.argmax` reduces pairs of value and index, which XLA does not vectorise on CPUs. Two plain
+    reductions are several times faster there.
     """
     vocab = scores.shape[-1]
     if kernels.top_k.fits(scores, 1):
@@ -24,17 +24,17 @@ def argmax(scores: Float[Array, "*lead v"]) -> Int[Array, "*lead"]:
     best = jnp.max(scores, axis=-1, keepdims=True)
     index = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
     first = jnp.min(jnp.where(scores == best, index, vocab), axis=-1)
-    return jnp.minimum(first, vocab - 1)  # nothing equals a NaN
+    return jnp.minimum(first, vocab - 1)  # if the maximum is NaN, no score equals it
 
 
 def top_k(
     scores: Float[Array, "*lead v"], k: int
 ) -> tuple[Float[Array, "*lead k"], Int[Array, "*lead k"]]:
-    """`lax.top_k`, in two stages where the vocabulary is large.
+    """Returns the same as `lax.top_k`, in two stages if the vocabulary is large.
 
-    The k chunks with the largest maxima hold the k largest entries, and sorting a whole vocabulary
-    for a few of its entries costs GPUs several times that. Among equals the lowest index wins in
-    all stages, since the chunks stay in order. `*lead` begins with the batch.
+    The k chunks with the largest maxima contain the k largest entries. Sorting only these is
+    several times faster on GPUs than sorting the whole vocabulary. Among equals the lowest index
+    wins in all stages, since the chunks stay in order. The first axis of `*lead` is the batch.
     """
     if kernels.top_k.fits(scores, k):
         return _largest(scores, k)[:2]
@@ -49,7 +49,7 @@ def top_k(
 def _cut(scores: Float[Array, "*lead v"], k: int) -> bool:
     """Returns whether each device of a mesh searches its own entries.
 
-    It does for a vocabulary. The few candidates of a tree are on every device.
+    This holds for scores over a vocabulary. The few candidates of a tree are on every device.
     """
     vocab = scores.shape[-1]
     parts = sharding.parts_of("vocab", vocab)
@@ -59,7 +59,7 @@ def _cut(scores: Float[Array, "*lead v"], k: int) -> bool:
 def _of_parts(
     best: Float[Array, "*lead n"], index: Int[Array, "*lead n"], vocab: int, k: int
 ) -> tuple[Float[Array, "*lead k"], Int[Array, "*lead k"]]:
-    """What devices found in their own entries, k each; only these were sent."""
+    """Merges the k best entries of every device; only these are sent between devices."""
     parts = best.shape[-1] // k
     first = jnp.repeat(jnp.arange(0, vocab, vocab // parts, dtype=index.dtype), k)
     index = index + jnp.broadcast_to(first, index.shape)
@@ -70,10 +70,7 @@ def _of_parts(
 def likeliest(
     scores: Float[Array, "*lead v"], k: int
 ) -> tuple[Float[Array, "*lead k"], Int[Array, "*lead k"]]:
-    """The k best of each row and the logs of their shares in the row's softmax.
-
-    Never positive, never NaN.
-    """
+    """Returns log-softmax values and indices of each row's k best; the logs are <= 0, never NaN."""
     if kernels.top_k.fits(scores, k):
         best, index, whole = _largest(scores, k)
     else:
@@ -86,7 +83,7 @@ def likeliest(
 def _largest(
     scores: Float[Array, "*lead v"], k: int
 ) -> tuple[Float[Array, "*lead k"], Int[Array, "*lead k"], Float[Array, "*lead"]]:
-    """By the kernel, over a mesh on each of its devices."""
+    """Runs the kernel, on every device of a mesh: returns values, indices and log-sum-exps."""
     *lead, vocab = scores.shape
 
     def search(scores):

@@ -1,7 +1,7 @@
-"""Token trees of fixed shape: what a method proposes and one target pass verifies.
+"""Token trees of fixed shape, which a method proposes and one target pass verifies.
 
-Node 0 is the root, the last committed token; parents come before children. Only the contents of
-the arrays vary between rounds, never their shapes.
+Node 0 is the root, the last committed token; parents come before children. The contents of the
+arrays vary between rounds, but their shapes do not.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from eagle_jax.checks import check_whole, short
 
 ROOT = 0
 
-# EAGLE-1's published tree: 25 drafted nodes, 4/8/8/3/2 per depth. Medusa has another of that name.
+# EAGLE-1's published tree: 25 drafted nodes, 4/8/8/3/2 per depth. Medusa's tree with the same name
+# is a different one.
 _MC_SIM_7B_63 = (
     "0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001"
 )
 
-_SHORT_NAME = 32  # letters of a name or of rank paths that a repr shows
+_SHORT_NAME = 32  # longest name, or list of rank paths, that a repr shows in full
 
 
 @jax.tree_util.register_dataclass
@@ -37,10 +38,10 @@ class Shape:
     """The form of each row's tree.
 
     Attributes:
-        parents: [b, t] index of each node's parent; the root is its own.
-        depth: [b, t] edges from the root.
-        ancestors: [b, t, t] `ancestors[t, u]`: u lies on the path from the root to t, t included;
-            the mask under which the target scores the tree.
+        parents: [b, t] index of each node's parent; the root is its own parent.
+        depth: [b, t] number of edges from the root.
+        ancestors: [b, t, t] the attention mask of the target's pass over the tree:
+            `ancestors[t, u]` says whether u lies on the path from the root to t, t included.
     """
 
     parents: Int[Array, "*b t"]
@@ -51,13 +52,13 @@ class Shape:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """What a round verifies: one tree per row.
+    """The trees that a round verifies, one per row.
 
     Attributes:
-        tokens: [b, t]; node 0 is the root, the last committed token.
-        shape: of the trees.
-        logits: [b, t, v] scores that a node's token was drawn from, or none. Only rules that
-            weigh the draft's own distribution read them.
+        tokens: [b, t] tokens of the nodes; node 0 is the root, the last committed token.
+        shape: the form of the trees.
+        logits: [b, t, v] the draft's logits from which each node's token was drawn, or None. Only
+            rules that use the draft's own distribution read them.
     """
 
     tokens: Int[Array, "b t"]
@@ -67,11 +68,11 @@ class Proposal:
 
 @dataclasses.dataclass(frozen=True)
 class StaticTree:
-    """A tree known before decoding: a set of rank paths, as EAGLE-1 and Medusa publish them.
+    """A tree that is fixed before decoding, given as rank paths as in EAGLE-1 and Medusa.
 
-    A path (0, 2) is the third best child of the best child of the root. Paths are kept sorted by
-    depth, then by rank, and closed under prefixes. Node i + 1 is `paths[i]`. Example, chain of 2
-    with one sibling, `static_tree([[0], [1], [0, 0]])`:
+    The path (0, 2) is the third best child of the best child of the root. Paths are sorted by
+    depth, then by rank, and every prefix of a path is a path too. Node i + 1 is `paths[i]`. For
+    example, `static_tree([[0], [1], [0, 0]])` is a chain of 2 with one sibling:
 
         root 0 --- 1 (0,) --- 3 (0, 0)
               \\-- 2 (1,)
@@ -80,7 +81,7 @@ class StaticTree:
     paths: tuple[tuple[int, ...], ...]
 
     def __repr__(self) -> str:
-        """Short and unambiguous: a name, a few paths, or the size with a checksum of the paths."""
+        """Returns a short, unique text: the name, the paths, or the size and a checksum."""
         name = tree_name(self)
         if len(name) > _SHORT_NAME:
             check = zlib.crc32(repr(self.paths).encode())
@@ -94,7 +95,7 @@ class StaticTree:
 
     @property
     def depth(self) -> int:
-        """Longest draft."""
+        """Depth of the tree: length of its longest draft."""
         return max((len(path) for path in self.paths), default=0)
 
     @functools.cached_property
@@ -115,14 +116,14 @@ class StaticTree:
 
     @functools.cached_property
     def ancestors(self) -> np.ndarray:
-        """[t, t] ancestor matrix, itself included."""
+        """[t, t] ancestor matrix; every node counts as its own ancestor."""
         out = np.eye(self.nodes, dtype=bool)
         for node in range(1, self.nodes):
             out[node] |= out[self.parents[node]]
         return out
 
     def shape(self, batch: int) -> Shape:
-        """The same form for every row."""
+        """Returns the same shape for every row of a batch."""
 
         def rows(x: np.ndarray) -> jax.Array:
             return jnp.broadcast_to(jnp.asarray(x)[None], (batch, *x.shape))
@@ -132,16 +133,17 @@ class StaticTree:
 
 @dataclasses.dataclass(frozen=True)
 class DynamicTree:
-    """EAGLE-2's tree, grown anew every round (arXiv 2406.16858 section 4): a fixed envelope.
+    """EAGLE-2's tree (arXiv 2406.16858 section 4): each round grows a new one of the same size.
 
-    From every frontier node the `k` best children; of all of them the `k` best by cumulative
-    log-probability are the next frontier; at the end the best `drafted` of the whole pool stay.
-    The official command line counts otherwise: its `depth` is ours - 1, its `total-token` ours + 1.
+    Each level expands the frontier: every frontier node gets its `k` best children, and the `k`
+    best of all of them by cumulative log-probability are the next frontier. At the end the tree
+    keeps the best `drafted` candidates of all levels, the pool. In the official command line,
+    `depth` is ours - 1 and `total-token` is ours + 1.
 
     Attributes:
-        depth: longest draft.
-        k: candidates of every node, and nodes of every frontier.
-        drafted: nodes that stay, root not counted.
+        depth: length of the longest draft.
+        k: candidates per node, and nodes per frontier.
+        drafted: drafted nodes of the tree, without the root.
     """
 
     depth: int = 6
@@ -164,7 +166,7 @@ class DynamicTree:
 
     @property
     def pool(self) -> int:
-        """Candidates that are found."""
+        """Number of candidates that the expansion finds."""
         return self.k + (self.depth - 1) * self.k**2
 
 
@@ -175,16 +177,16 @@ def rerank(
     root: Int[Array, " b"],
     tree: DynamicTree,
 ) -> Proposal:
-    """The tree of the `tree.drafted` best candidates of a pool.
+    """Returns the tree of the `tree.drafted` best candidates of a pool.
 
-    A candidate's parent has a lower index and at least its score, and equal scores go to the lower
-    index, so the parent of whoever is chosen is chosen too.
+    A candidate's parent has a lower index and at least the same score, and ties go to the lower
+    index. So whenever a candidate is chosen, its parent is chosen too.
 
     Args:
-        tokens, scores: of every candidate.
+        tokens, scores: token and score of every candidate.
         parents: index + 1 of each candidate's parent, 0 for the root.
         root: the root's token.
-        tree: the envelope.
+        tree: the size of the tree.
     """
 
     def one_row(tokens, scores, parents, root):
@@ -198,14 +200,14 @@ def rerank(
 
 
 def kept(scores: Float[Array, " p"], tree: DynamicTree) -> Int[Array, " n"]:
-    """The candidates of one row's pool that stay, parents first."""
-    # `top_k` ranks -0.0 below 0.0: a child could be chosen without its parent.
+    """Returns the indices of the best candidates of one row's pool, parents first."""
+    # `top_k` ranks -0.0 below 0.0, so a child could be chosen without its parent.
     _, best = jax.lax.top_k(jnp.where(scores == 0, 0.0, scores), tree.drafted)
     return jnp.sort(best)
 
 
 def grow(parents: Int[Array, " t"], depth: int) -> Shape:
-    """The shape of one row's tree, from the parent of every node (the root's is itself)."""
+    """Returns the shape of one row's tree from every node's parent (the root is its own)."""
     own = jnp.eye(parents.shape[0], dtype=bool)
     ancestors = own
     for _ in range(depth):
@@ -214,12 +216,15 @@ def grow(parents: Int[Array, " t"], depth: int) -> Shape:
 
 
 def best_tree(accuracy: Sequence[Sequence[float]], nodes: int) -> StaticTree:
-    """The static tree of `nodes` drafted nodes with the longest expected acceptance.
+    """Returns the static tree of `nodes` drafted nodes with the highest expected τ.
+
+    The probability that a path is accepted is the product of its accuracies; the tree takes the
+    likeliest paths.
 
     Args:
         accuracy: `accuracy[d][r]`, how often the candidate of rank r is right at depth d + 1, given
-            that its parent is. A path's chance is the product; the likeliest paths are taken.
-        nodes: drafted nodes, root not counted.
+            that its parent is right.
+        nodes: drafted nodes, without the root.
     """
     chosen: list[tuple[int, ...]] = []
     waiting: list[tuple[float, tuple[int, ...]]] = [
@@ -237,15 +242,15 @@ def best_tree(accuracy: Sequence[Sequence[float]], nodes: int) -> StaticTree:
     return static_tree(chosen)
 
 
-# The most nodes of a proposal, root included: trees are built node by node, masks are [t, t].
+# Most nodes of a proposal, including the root: trees are built node by node, and masks are [t, t].
 MOST_NODES = 1024
-# The most levels of a tree that is grown level by level. Each level is part of the compiled
-# program, and with a draft model takes about 1 s to compile on two CPU cores.
+# Most levels of a tree that is drafted level by level. The compiled program contains every level
+# separately, so compile time grows with their number.
 MOST_LEVELS = 64
 
 
 def check_levels(name: str, levels: int) -> None:
-    """Raises ValueError if a tree that is grown level by level has too many levels."""
+    """Raises ValueError if a tree that is drafted level by level has too many levels."""
     if levels > MOST_LEVELS:
         raise ValueError(
             f"{name}={levels}: every level is compiled by itself, and at most {MOST_LEVELS} are "
@@ -261,7 +266,7 @@ def check_tree(tree: Any) -> None:
 
 
 def static_tree(paths: Iterable[Sequence[int]]) -> StaticTree:
-    """A checked tree from rank paths in any order; a path's prefixes must be given too."""
+    """Returns a checked tree from rank paths in any order, which must include all prefixes."""
     try:
         given = [tuple(operator.index(rank) for rank in path) for path in paths]
     except TypeError as error:
@@ -279,7 +284,7 @@ def static_tree(paths: Iterable[Sequence[int]]) -> StaticTree:
 
 
 def chain(depth: int) -> StaticTree:
-    """`depth` drafted tokens in a row, each the best candidate."""
+    """Returns a chain: `depth` drafted tokens in sequence, each the best candidate."""
     if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth < MOST_NODES:
         raise ValueError(f"chain depth={depth!r}: must be from 1 to {MOST_NODES - 1}")
     return static_tree([(0,) * d for d in range(1, depth + 1)])
@@ -289,7 +294,7 @@ MC_SIM_7B_63 = static_tree([[int(rank) for rank in word] for word in _MC_SIM_7B_
 
 
 def named_tree(name: str) -> StaticTree | DynamicTree:
-    """A tree by its name; see the message at the end for what there is."""
+    """Returns the tree of a name; the error message at the end lists the forms of names."""
     if name == "mc_sim_7b_63":
         return MC_SIM_7B_63
     if name.startswith("chain-") and name.removeprefix("chain-").isdecimal():
@@ -307,7 +312,7 @@ def named_tree(name: str) -> StaticTree | DynamicTree:
 
 
 def tree_name(tree: StaticTree | DynamicTree) -> str:
-    """The name by which `named_tree` finds `tree`, or its rank paths (of ranks up to 9)."""
+    """Returns the name that `named_tree` maps to `tree`; without one, its ranks as digits."""
     if isinstance(tree, DynamicTree):
         return f"dynamic-{tree.depth}-{tree.k}-{tree.drafted}"
     if tree == MC_SIM_7B_63:

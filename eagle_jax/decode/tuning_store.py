@@ -1,8 +1,8 @@
-"""What `eagle-jax tune` found to be the fastest method: stored, and found again.
+"""The store of tunings: the fastest methods that `eagle-jax tune` found.
 
-`tuning.json` lies beside the model, or in the user's cache where that cannot be written. It has an
-entry per device, dtype, batch size (rounded up to a power of two), greedy or sampled decoding, and
-weights. Of other weights or drafts, even in the same place, nothing is used.
+`tuning.json` lies beside the model, or in the user's cache if that directory is not writable. It
+has an entry per device, dtype, batch size (rounded up to a power of two), greedy or sampled
+decoding, and weights. Entries for other weights or drafts are ignored, even in the same directory.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Entry = dict[str, Any]
 
 
 def key(params: Params, rows: int, temperature: float) -> dict[str, Any]:
-    """What an entry is for: device, dtype, rows, greedy or sampled, and a hash of the weights."""
+    """Returns an entry's key: device, dtype, rows, greedy or sampled, and a hash of the weights."""
     dtypes = {array.dtype.name for array in params.target.values()}
     return {
         "device": device(params),
-        "dtype": "+".join(sorted(dtypes)),  # two or more where weights are quantised
+        "dtype": "+".join(sorted(dtypes)),  # quantised weights have two or more dtypes
         "rows": 1 << (rows - 1).bit_length(),
         "decoding": "sampled" if temperature > 0 else "greedy",
         "weights": fingerprint.of_params(params),
@@ -43,7 +43,7 @@ def key(params: Params, rows: int, temperature: float) -> dict[str, Any]:
 
 
 def device(params: Params) -> str:
-    """What the model lies on: of CPUs the model and the usable cores, of a mesh its axes."""
+    """Returns the device's name, with the usable cores of a CPU and the axes of a mesh."""
     name = jax.devices()[0].device_kind
     if jax.default_backend() == "cpu":
         name = f"{_processor()}, {_cores()} cores"
@@ -55,7 +55,7 @@ def device(params: Params) -> str:
 
 @functools.cache
 def _processor() -> str:
-    """The processor's name; Linux tells it in a file only."""
+    """Returns the processor's name, which Linux provides only in a file."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -69,17 +69,17 @@ def _cores() -> int:
 
 
 def places(params: Params) -> list[Path]:
-    """Files that may hold the model's tuning, the preferred one first."""
+    """Returns the files that may hold the model's tuning, the preferred one first."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     own = [] if params.directory is None else [params.directory / FILE]
     return [*own, cache / "eagle_jax" / "tuning" / f"{fingerprint.of_params(params)}.json"]
 
 
 def entries(path: Path) -> list[Entry]:
-    """The entries of a file; none if there is no file.
+    """Returns the entries of a file, or an empty list if it does not exist.
 
     Raises:
-        ValueError: it cannot be read, or is no tuning; one line.
+        ValueError: the file cannot be read or is not a tuning; one line.
     """
     if not path.exists():
         return []
@@ -109,11 +109,11 @@ def _is_entry(entry: Any) -> bool:
 
 
 def store(params: Params, added: list[Entry]) -> Path:
-    """Adds entries, in the place of older ones of the same key; returns the file they went to.
+    """Adds entries, which replace those with the same keys, and returns the file.
 
     Raises:
-        ValueError: the file there is no tuning.
-        OSError: no place can be written.
+        ValueError: the existing file is not a tuning.
+        OSError: no file can be written.
     """
     *preferred, cache = places(params)
     for path in preferred:
@@ -130,14 +130,14 @@ def store(params: Params, added: list[Entry]) -> Path:
 
 def _write(path: Path, added: list[Entry]) -> Path:
     keys = [entry["key"] for entry in added]
-    with outputs.locked("tuning", path, wait=True):  # of two that tune, neither loses an entry
+    with outputs.locked("tuning", path, wait=True):  # two processes may tune at the same time
         kept = [entry for entry in entries(path) if entry["key"] not in keys]
         files.write_json(path, {**_FORMAT, "entries": [*kept, *added]})
     return path
 
 
 def find(params: Params, rows: int, temperature: float) -> Entry | None:
-    """The newest entry for these weights on this device."""
+    """Returns the newest entry for these weights on this device, or None."""
     wanted = key(params, rows, temperature)
     return max(_matching(params, wanted), key=lambda entry: entry["tuned"], default=None)
 
@@ -150,11 +150,11 @@ def _matching(params: Params, wanted: Mapping[str, Any]) -> Iterator[Entry]:
 
 
 def method(params: Params, rows: int, temperature: float) -> Method:
-    """The stored method.
+    """Returns the stored method.
 
     Raises:
         ValueError: there is none for these weights on this device (the message names the command
-            that makes it), or its file is damaged.
+            that creates it), or its file is damaged.
     """
     entry = find(params, rows, temperature)
     if entry is None:
@@ -163,10 +163,10 @@ def method(params: Params, rows: int, temperature: float) -> Method:
 
 
 def table(params: Params, rows: int, temperature: float) -> dict[int, Method]:
-    """The stored methods by batch size: of `rows`, and of smaller ones where there are any.
+    """Returns the stored methods by batch size: for `rows`, and for smaller sizes if there are any.
 
     Raises:
-        ValueError: as `method`; an entry for `rows` there must be.
+        ValueError: as in `method`; there must be an entry for `rows`.
     """
     found = {rows: method(params, rows, temperature)}
     wanted = key(params, rows, temperature)
@@ -200,7 +200,7 @@ def _missing(params: Params, rows: int, temperature: float) -> str:
 
 
 def command(params: Params, rows: int, temperature: float) -> str:
-    """The command line that tunes `params`; of drafts given by `draft=` it cannot know."""
+    """Returns the command line that tunes `params`; it leaves out drafts given by `draft=`."""
     where = "MODEL" if params.directory is None else shipped_name(params.directory)
     words = f"{_COMMAND} --model {where} --temperature {temperature:g}"
     words += f" --batch-size {rows}" if rows > 1 else ""

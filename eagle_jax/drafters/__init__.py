@@ -1,16 +1,16 @@
-"""Kinds of drafts, one folder each, and the registry that all code finds them in.
+"""Kinds of drafts, one folder each, and the registry through which all other code finds them.
 
 | file | holds |
 |---|---|
 | `config.py` | the architecture, and the settings of its training |
 | `module.py` | the Flax module |
 | `checkpoint.py` | its files: how they are recognised, read, written and exported |
-| `objective.py` | its training objective, and the checks before a run |
+| `objective.py` | the training objective, and the checks before a run |
 | `method.py` | the decoding method |
-| `tuning.py` | which settings `eagle_jax.tune` tries, and what it expects of them |
-| `__init__.py` | `SPEC`, which names these |
+| `tuning.py` | the settings that `eagle_jax.tune` tries, and the prediction of their speed |
+| `__init__.py` | `SPEC`, which names these parts |
 
-A drafter of your own is a `DrafterSpec` too: `register` it, or name it in an entry point.
+To add your own drafter, write a `DrafterSpec` and `register` it, or name it in an entry point.
 """
 
 from eagle_jax.drafters.registry import (

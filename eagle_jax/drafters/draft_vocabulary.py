@@ -1,7 +1,7 @@
-"""The table of a draft vocabulary in files: `d2t`, and `t2d`, which says the same otherwise.
+"""The tables of a draft vocabulary in files: `d2t` and `t2d`, which hold the same information.
 
 `d2t[i]` is an offset: entry i of the draft vocabulary is the target's token `i + d2t[i]`. `t2d`
-marks the target's tokens that have an entry. In memory there is `d2t` alone, int32.
+marks the target's tokens that have an entry. In memory there is only `d2t`, int32.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from eagle_jax.checkpoint.files import LazyTensors
 from eagle_jax.checkpoint.lazy_tensor import LazyTensor, lazily
 
 COVERAGE = "draft_vocab_coverage"
-"""Key of the share of the counted tokens that the draft vocabulary has."""
+"""Key, in `config.json`, of the share of counted tokens that the draft vocabulary contains."""
 
 
 def size_of(config: Any) -> int | None:
-    """Entries of the draft vocabulary; None where the draft has the target's."""
+    """Returns the size of the draft vocabulary, or None if the draft uses the target's."""
     return getattr(config, "draft_vocab_size", None)
 
 
 def pop_tables(tensors: LazyTensors) -> list[np.ndarray | None]:
-    """`d2t` and `t2d`, None where they are missing; takes them out of `tensors`."""
+    """Removes `d2t` and `t2d` from `tensors` and returns them; None for a missing one."""
     found = [tensors.pop(name, None) for name in ("d2t", "t2d")]
     return [None if table is None else np.asarray(table) for table in found]
 
@@ -33,12 +33,12 @@ def pop_tables(tensors: LazyTensors) -> list[np.ndarray | None]:
 def checked_offsets(
     directory: Path, config: Any, offsets: np.ndarray | None, members: np.ndarray | None
 ) -> LazyTensor:
-    """Checked `d2t`, int32; zeros where the draft has the whole vocabulary and no table.
+    """Returns the checked `d2t`, int32; zeros if the draft has the whole vocabulary and no table.
 
     Args:
-        directory: of the draft, for messages.
-        config: of the draft, with `vocab_size` and `draft_vocab_size`.
-        offsets, members: `d2t` and `t2d` as they were read.
+        directory: the draft's directory, for messages.
+        config: the draft's configuration, with `vocab_size` and `draft_vocab_size`.
+        offsets, members: `d2t` and `t2d` as read from the file.
 
     Raises:
         ValueError: `d2t` is missing or wrong, or the two contradict each other.
@@ -62,10 +62,11 @@ def checked_offsets(
 
 
 def target_tokens(where: str, config: Any, offsets: np.ndarray) -> np.ndarray:
-    """The target's token of every entry of the draft vocabulary.
+    """Returns the target's token of every entry of the draft vocabulary.
 
     Raises:
-        ValueError: `d2t` has a wrong type or shape, leaves the vocabulary or repeats a token.
+        ValueError: `d2t` has a wrong type or shape, repeats a token, or maps an entry to a token
+            outside the vocabulary.
     """
     draft_vocab, vocab = size_of(config) or 0, config.vocab_size
     remedy = "export the draft again"
@@ -87,7 +88,7 @@ def target_tokens(where: str, config: Any, offsets: np.ndarray) -> np.ndarray:
 
 
 def lacks(settings: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """What a draft with a vocabulary of its own should have, and does not."""
+    """Returns the names of what a draft with its own vocabulary should have but lacks."""
     own = {name.removeprefix("model.") for name in names}
     missing = [] if own & {"d2t", "draft_id_to_target_id"} else ["d2t"]
     return missing if COVERAGE in settings else [*missing, COVERAGE]

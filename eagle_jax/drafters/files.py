@@ -1,9 +1,9 @@
-"""`DraftFiles`: how drafts of one kind lie on a disk, and what `load` makes of them.
+"""`DraftFiles`: the layout of a draft's files, and how they are read, written and exported.
 
-The methods here are this library's own layout, which serves any drafter: `config.json` has the
-fields of the configuration and the kind under `KIND`, `model.safetensors` the weights by their
-Flax names (a `kernel` is called `weight` and transposed, as everywhere on disk). A drafter with a
-published layout overrides what differs.
+The methods here implement this library's own layout, which works for every drafter: `config.json`
+has the fields of the configuration and the kind under `KIND`, and `model.safetensors` has the
+weights by their Flax names (a `kernel` is called `weight` and transposed, as everywhere on disk).
+Drafters with a published layout override the methods that differ.
 """
 
 from __future__ import annotations
@@ -29,25 +29,26 @@ KIND = "eagle_jax_drafter"
 """Key of the kind, in `config.json` of this library's own layout."""
 
 EMBEDDING = "embed_tokens.weight"
-"""A copy of the target's embedding, in some published heads."""
+"""Name of the tensor with a copy of the target's embedding, in some published heads."""
 
 NATIVE = "native"
-"""The layout of drafts beside their target: the official one, for this library as its reader."""
+"""The layout of drafts that are stored with their target: the official one, for this library."""
 
 Embedding = Literal["none", "kept", "written", "required"]
-"""What a layout wants of the target's embedding: nothing; a copy that the source has, as long as
-the target is not there to compare it with; a copy wherever one can be had; a copy, or an error."""
+"""Whether a layout has a copy of the target's embedding. "none": no copy. "kept": the source's
+copy, unless the target is available for a comparison. "written": a copy if the source or the target
+has the embedding. "required": as "written", and an error if neither has it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportTarget:
-    """What an export says about the draft's target, as far as it is known.
+    """The draft's target, as far as an export needs it.
 
     Attributes:
-        config: of the target.
+        config: the target's configuration.
         embedding: its embedding matrix [v, d].
-        name: the name or the path under which a serving stack finds it.
-        architectures: as in its `config.json`.
+        name: the name or path under which a serving stack finds it.
+        architectures: the list in its `config.json`.
     """
 
     config: TransformerConfig
@@ -60,14 +61,14 @@ class DraftFiles:
     """The files of one kind of draft.
 
     Attributes:
-        spec: of the drafter.
-        layouts: what `export` can write, of "official", "sglang" and "speculators"; all kinds can
-            be written for this library itself (`NATIVE`).
-        whole: the files are a whole model, which can be a target too.
-        shortens: a draft vocabulary can be given to a trained draft (`with_vocabulary`).
-        other_names: of files of weights, safetensors or torch's, beside the usual names.
+        spec: the drafter's spec.
+        layouts: the layouts that `export` can write, out of "official", "sglang" and "speculators";
+            all kinds can also be written for this library (`NATIVE`).
+        whole: whether the files are a complete model, which can also be a target.
+        shortens: whether a trained draft can be given a draft vocabulary (`with_vocabulary`).
+        other_names: additional names of files of weights, in safetensors' or torch's format.
         size_keys: keys of `config.json` with sizes that only this kind has, for descriptions.
-        rotates: has a rotary embedding, whose keys `lacks` looks for.
+        rotates: whether the draft has a rotary embedding, whose keys `lacks` checks.
     """
 
     layouts: ClassVar[tuple[str, ...]] = ("official",)
@@ -83,41 +84,41 @@ class DraftFiles:
     # --- Reading and writing -------------------------------------------------------------------
 
     def recognises(self, settings: Mapping[str, Any], names: Sequence[str]) -> bool:
-        """Whether a directory holds a draft of this kind.
+        """Returns whether a directory holds a draft of this kind.
 
         Args:
-            settings: the keys of its `config.json`.
-            names: of its tensors.
+            settings: the content of its `config.json`.
+            names: names of its tensors.
         """
         del names
         return settings.get(KIND) == self.spec.kind
 
     def shapes(self, config: Any) -> dict[str, Shape]:
-        """The name and the shape of every array that the files hold, by its Flax name."""
+        """Returns the shape of every stored array, by its Flax name."""
         return module_shapes(self.spec.module_class(), config)
 
     def disk_name(self, config: Any, name: str) -> tuple[str, bool]:
-        """The name on disk of a weight, and whether it is transposed there."""
+        """Returns a weight's name on disk, and whether it is transposed there."""
         del config
         return renamed_leaf(name)
 
     def settings(self, config: Any, dtype: str, coverage: float | None = None) -> dict[str, Any]:
-        """The content of `config.json`.
+        """Returns the content of `config.json`.
 
         Args:
-            config: of the draft.
-            dtype: of the weights on disk.
-            coverage: share of the counted tokens that the draft vocabulary has, if it is known.
+            config: the draft's configuration.
+            dtype: dtype of the weights on disk.
+            coverage: share of counted tokens that the draft vocabulary contains, if it is known.
         """
         named = {"architectures": [self.spec.module_class().__name__], KIND: self.spec.kind}
         known = {} if coverage is None else {draft_vocabulary.COVERAGE: coverage}
         return named | dataclasses.asdict(config) | known | {"dtype": dtype, "torch_dtype": dtype}
 
     def tables(self, config: Any, params: Mapping[str, Any]) -> Arrays:
-        """Arrays that are no weights, as the files have them: `d2t` as int64.
+        """Returns the stored arrays that are not weights: `d2t` as int64, if there is one.
 
         Raises:
-            ValueError: `d2t` leaves the vocabulary or repeats a token.
+            ValueError: `d2t` repeats a token or maps an entry to one outside the vocabulary.
         """
         if draft_vocabulary.size_of(config) is None:
             return {}
@@ -132,13 +133,13 @@ class DraftFiles:
         tensors: LazyTensors,
         target: TransformerConfig | None,
     ) -> tuple[Any, LazyTensors]:
-        """Configuration and arrays, by their Flax names.
+        """Returns the configuration, and the arrays by their Flax names.
 
         Args:
-            directory: of the draft, for messages.
-            settings: the keys of `config.json`.
-            tensors: by their names on disk; none has been read.
-            target: the draft's target, if it is known.
+            directory: the draft's directory, for messages.
+            settings: the content of `config.json`.
+            tensors: tensors by their names on disk; none has been read yet.
+            target: the configuration of the draft's target, if it is known.
 
         Raises:
             ValueError: a key or a tensor is missing, unexpected or wrong.
@@ -158,7 +159,7 @@ class DraftFiles:
         """Checks that a draft was made for targets of this size.
 
         Raises:
-            ValueError: names the first field that does not fit, with both values.
+            ValueError: a field does not fit; the message has its name and both values.
         """
         for name, draft in self.sizes(config).items():
             if getattr(target, name) != draft:
@@ -174,12 +175,12 @@ class DraftFiles:
             )
 
     def sizes(self, config: Any) -> dict[str, int]:
-        """What the target's configuration must have, by field."""
+        """Returns the values that the target's configuration must have, by field."""
         sizes = {name: getattr(config, name, None) for name in ("hidden_size", "vocab_size")}
         return {name: size for name, size in sizes.items() if size is not None}
 
     def shares_embedding(self, config: Any) -> bool:
-        """Whether an embedding in the files is only a copy of the target's."""
+        """Returns whether an embedding in the files is only a copy of the target's."""
         del config
         return False
 
@@ -193,15 +194,15 @@ class DraftFiles:
         untied: bool,
         quantised: bool,
     ) -> tuple[Any, Mapping[str, LazyTensor]]:
-        """Configuration and parameters as the module has them when it decodes.
+        """Returns the configuration and the parameters that the module uses for decoding.
 
         Args:
-            config: the draft's configuration, as it was read.
-            params: its parameters, as they were read.
+            config: the draft's configuration, as read from disk.
+            params: its parameters, as read from disk.
             target_config: the target's configuration.
-            target: the target's parameters, as they were read.
-            untied: heads are matrices of their own, which multiply faster on CPUs.
-            quantised: the draft's matrices are going to be stored in eight bits.
+            target: the target's parameters, as read from disk.
+            untied: whether heads are copied out of tied embeddings, which is faster on CPUs.
+            quantised: whether the draft's matrices will be stored in eight bits.
         """
         del target_config, target, untied, quantised
         return config, params
@@ -211,16 +212,16 @@ class DraftFiles:
     def with_vocabulary(
         self, config: Any, params: Mapping[str, Any], offsets: np.ndarray
     ) -> tuple[Any, Mapping[str, Any]]:
-        """The same draft over a part of the target's tokens; of kinds that can be shortened."""
+        """Returns the same draft with a draft vocabulary; only for kinds with `shortens`."""
         raise ValueError(f"draft: kind {self.spec.kind!r} takes no draft vocabulary; train one")
 
     def as_layout(
         self, config: Any, params: Mapping[str, Any], layout: str
     ) -> tuple[Any, Mapping[str, Any]]:
-        """The same draft as a layout can say it.
+        """Returns the same draft in a form that a layout can express.
 
         Raises:
-            ValueError: the layout cannot.
+            ValueError: the layout cannot express it.
         """
         del layout
         return config, params
@@ -228,38 +229,38 @@ class DraftFiles:
     def export_settings(
         self, config: Any, layout: str, dtype: str, target: ExportTarget | None
     ) -> dict[str, Any]:
-        """`config.json` in a layout."""
+        """Returns the content of `config.json` in a layout."""
         del layout, target
         return self.settings(config, dtype)
 
     def export_tensors(
         self, config: Any, params: Mapping[str, Any], layout: str, dtype: str
     ) -> dict[str, Any]:
-        """All tensors by their names in a layout, tables included."""
+        """Returns all tensors, including tables, by their names in a layout."""
         del layout
         return {**files.disk_tensors(config, params, dtype), **self.tables(config, params)}
 
     def export_files(self, layout: str) -> tuple[str, ...]:
-        """The names of the files of weights that a layout's readers look for.
+        """Returns the names of the weight files that readers of a layout open.
 
-        All of them hold the same tensors; those that end in ".bin" are torch's, the others
-        safetensors.
+        All of them hold the same tensors. Names that end in ".bin" are files in torch's format, the
+        others in safetensors.
         """
         del layout
         return ("model.safetensors",)
 
     def embedding(self, config: Any, layout: str) -> Embedding:
-        """What a layout wants of the target's embedding."""
+        """Returns whether a layout has a copy of the target's embedding."""
         del config, layout
         return "none"
 
     def unsaid(self, config: Any, target: TransformerConfig | None) -> list[str]:
-        """Features of a draft that its authors' code does not know, in their own layout."""
+        """Returns the features of a draft that the official code does not support."""
         del config, target
         return []
 
     def describe(self, config: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """What `convert --inspect` says of a draft of this kind beside its sizes."""
+        """Returns what `convert --inspect` prints about a draft of this kind besides its sizes."""
         size = draft_vocabulary.size_of(config)
         if size is None:
             return {}
@@ -275,7 +276,7 @@ class DraftFiles:
     def lacks(
         self, directory: Path, settings: Mapping[str, Any], names: Sequence[str]
     ) -> list[str]:
-        """What others write and a directory has not; a default or the target stands in for it."""
+        """Returns the usual parts that a directory lacks; defaults or the target replace them."""
         del directory, names
         keys = {
             "rope_theta": "rope_theta (the default of its model_type is taken)",
@@ -289,7 +290,7 @@ class DraftFiles:
 
 
 def _fields(cls: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a dataclass's fields among the keys of a JSON file."""
+    """Returns the values of a dataclass's fields from the keys of a JSON object."""
     hints = typing.get_type_hints(cls)
     values = {}
     for field in dataclasses.fields(cls):
@@ -301,7 +302,7 @@ def _fields(cls: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _revived(value: Any, hint: Any) -> Any:
-    """A JSON value as the type of a field: lists are tuples, objects are nested dataclasses."""
+    """Converts a JSON value to a field's type: lists to tuples, objects to dataclasses."""
     if isinstance(value, list):
         return tuple(value)
     if isinstance(value, dict):

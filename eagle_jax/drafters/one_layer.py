@@ -1,4 +1,4 @@
-"""What the files of EAGLE-1 and EAGLE-3 heads share: one decoder layer of Llama's kind."""
+"""Common code for the files of EAGLE-1 and EAGLE-3 heads, which have one Llama decoder layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class OneLayerFiles(DraftFiles):
     """Files of a head with one decoder layer.
 
     Attributes:
-        layer: how the names of the layer's tensors begin in the official layout.
+        layer: prefix of the layer's tensor names in the official layout.
     """
 
     layer: ClassVar[str]
@@ -39,7 +39,7 @@ class OneLayerFiles(DraftFiles):
     ) -> dict[str, Any]:
         settings = self.settings(config, dtype)
         if target is not None:
-            # Without it, serving stacks would cut positions at transformers' default of 2048.
+            # Without this key, serving stacks limit positions to transformers' default of 2048.
             settings["max_position_embeddings"] = target.config.max_position_embeddings
         if config.attention_bias and layout not in ("official", NATIVE):
             settings["attention_bias"] = True
@@ -50,7 +50,7 @@ class OneLayerFiles(DraftFiles):
     ) -> dict[str, Any]:
         tensors = super().export_tensors(config, params, layout, dtype)
         if config.attention_bias and layout not in ("official", NATIVE):
-            # Serving stacks have a bias on every projection of attention, or on none.
+            # Serving stacks have a bias on every attention projection or on none.
             zeros = np.zeros(config.hidden_size, dtype)
             tensors[f"{self.layer}self_attn.o_proj.bias"] = zeros
         return tensors
@@ -65,10 +65,10 @@ class OneLayerFiles(DraftFiles):
         return found
 
     def biases(self, settings: Mapping[str, Any], tensors: LazyTensors) -> dict[str, Any]:
-        """`settings` with `qkv_bias`, from the tensors where no key tells (Qwen's heads).
+        """Returns `settings` with `qkv_bias`, derived from the tensors if the key is missing.
 
-        Serving stacks say `attention_bias` and put a bias on o_proj too; ours has none, and a bias
-        of zeros is dropped from `tensors`.
+        The key is missing in Qwen's heads. Serving stacks use `attention_bias` instead and also
+        have a bias of o_proj. Our layer has none, so a bias of zeros is removed from `tensors`.
         """
         found = f"{self.layer}self_attn.q_proj.bias" in tensors
         own = {key: value for key, value in settings.items() if key != "attention_bias"}
@@ -81,21 +81,21 @@ class OneLayerFiles(DraftFiles):
 
 
 def own_embedding(tensors: Mapping[str, LazyTensor]) -> LazyTensor | None:
-    """The copy of the target's embedding that a draft's file may have."""
+    """Returns the copy of the target's embedding in a draft's file, or None."""
     return tensors.get(EMBEDDING, tensors.get(f"model.{EMBEDDING}"))
 
 
 def same_matrix(own: LazyTensor, embedding: LazyTensor, *, sample: bool = False) -> bool:
-    """Whether a copy is the same matrix, up to the rounding of 16-bit formats.
+    """Returns whether a copy equals a matrix, up to the rounding of 16-bit formats.
 
     Args:
         own: the copy.
         embedding: the matrix.
-        sample: compare a few rows only, without reading the others.
+        sample: whether to compare only a few rows, without reading the others.
     """
     if own.shape != embedding.shape:
         return False
-    rows = 32 if sample else 1024  # wide copies of all rows would take several times more
+    rows = 32 if sample else 1024  # float32 copies of all rows would need too much memory
     starts = range(0, len(own), max(rows, len(own) // 16) if sample else rows)
     for one, two in zip(own.blocks(starts, rows), embedding.blocks(starts, rows), strict=True):
         wide, other = one.astype(np.float32), two.astype(np.float32)

@@ -1,7 +1,7 @@
-"""Every kind of draft that there is: those of this package, installed ones, and registered ones.
+"""The registry of all kinds of drafts: built-in, installed and registered ones.
 
-An installed package adds a drafter through an entry point of the group `eagle_jax.drafters`, whose
-object is a `DrafterSpec`:
+An installed package adds a drafter through an entry point of the group `eagle_jax.drafters`, which
+names a `DrafterSpec`:
 
     [project.entry-points."eagle_jax.drafters"]
     mine = "my_package.drafter:SPEC"
@@ -23,7 +23,7 @@ GROUP = "eagle_jax.drafters"
 """The group of entry points that add drafters."""
 
 _BUILT_IN = ("eagle", "eagle3", "medusa", "model")
-_LAST = "model"  # the kind of whatever files nobody else knows
+_LAST = "model"  # the kind of files that no other drafter recognises
 
 _registered: dict[str, DrafterSpec] = {}
 
@@ -34,7 +34,7 @@ def register(spec: DrafterSpec) -> DrafterSpec:
     Registering the same spec again changes nothing.
 
     Raises:
-        ValueError: another drafter has this kind, or a method of this name.
+        ValueError: another drafter has the same kind, or a method with the same name.
     """
     known = specs()
     if known.get(spec.kind) != spec:
@@ -44,15 +44,15 @@ def register(spec: DrafterSpec) -> DrafterSpec:
 
 
 def specs() -> Mapping[str, DrafterSpec]:
-    """All drafters by kind: built-in, installed, registered."""
+    """Returns all drafters by kind: built-in, installed and registered ones."""
     return {**built_in(), **_installed(), **_registered}
 
 
 def by_kind(kind: str) -> DrafterSpec:
-    """The drafter of a kind.
+    """Returns the drafter of a kind.
 
     Raises:
-        ValueError: there is none; lists those that there are.
+        ValueError: the kind is unknown; the message lists the known ones.
     """
     found = specs().get(kind)
     if found is None:
@@ -64,7 +64,7 @@ def by_kind(kind: str) -> DrafterSpec:
 
 
 def by_config(config: Any) -> DrafterSpec:
-    """The drafter that an architecture's configuration belongs to; a target's is "model".
+    """Returns the drafter of an architecture's configuration ("model" for a target's).
 
     Raises:
         ValueError: its kind is unknown.
@@ -73,7 +73,7 @@ def by_config(config: Any) -> DrafterSpec:
 
 
 def by_objective(settings: Any) -> DrafterSpec:
-    """The drafter that training settings belong to.
+    """Returns the drafter to which training settings belong.
 
     Raises:
         ValueError: no drafter has settings of this type.
@@ -92,14 +92,14 @@ def by_objective(settings: Any) -> DrafterSpec:
 
 
 def recognise(settings: Mapping[str, Any], names: Iterable[str]) -> DrafterSpec:
-    """The drafter whose files these are.
+    """Returns the drafter that recognises the files of a draft.
 
-    The newest registration is asked first, and "model", which takes whatever nobody else does,
-    last.
+    It asks the drafters from the newest registration to the oldest. If none recognises the files,
+    they are taken for a "model".
 
     Args:
-        settings: the keys of `config.json`.
-        names: of the tensors on disk.
+        settings: the content of `config.json`.
+        names: names of the tensors on disk.
     """
     names = list(names)
     for spec in reversed(list(specs().values())):
@@ -109,19 +109,19 @@ def recognise(settings: Mapping[str, Any], names: Iterable[str]) -> DrafterSpec:
 
 
 def methods() -> dict[str, Any]:
-    """References to the default decoding methods of all drafters, by name."""
+    """Returns references to the default decoding methods of all drafters, by name."""
     return {name: method for spec in specs().values() for name, method in spec.methods.items()}
 
 
 @functools.cache
 def built_in() -> dict[str, DrafterSpec]:
-    """The drafters of this package."""
+    """Returns the drafters of this package."""
     return {kind: resolve(f"{__package__}.{kind}:SPEC") for kind in _BUILT_IN}
 
 
 @functools.cache
 def _installed() -> dict[str, DrafterSpec]:
-    """Drafters of entry points. One that cannot be imported is left out, with a warning."""
+    """Returns the drafters of entry points; it warns of those that fail and leaves them out."""
     found: dict[str, DrafterSpec] = {}
     for entry in importlib.metadata.entry_points(group=GROUP):
         try:
@@ -129,7 +129,7 @@ def _installed() -> dict[str, DrafterSpec]:
             if not isinstance(spec, DrafterSpec):
                 raise ValueError(f"is {type(spec).__name__}, not a DrafterSpec")
             _check_new(spec, {**built_in(), **found})
-        except Exception as error:  # whatever a package of others does when it is imported
+        except Exception as error:  # importing another package may raise anything
             warnings.warn(
                 f"drafter {entry.name!r} ({entry.value}) is left out: {error}", stacklevel=2
             )

@@ -1,4 +1,4 @@
-"""Continuous batching: requests come and go between two chunks of the loop."""
+"""Continuous batching: requests enter and leave the batch between two chunks of the loop."""
 
 from types import ModuleType
 

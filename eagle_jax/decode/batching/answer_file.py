@@ -1,8 +1,8 @@
 """Answer a file of prompts in batches: `python -m eagle_jax.decode --input --output`.
 
-Each output line is the conversation with the model's answer in place of whatever followed the last
-user message. Lines are written as answers finish (longest prompts first, so that memory trouble
-shows at once); a run that was stopped goes on where it ended.
+Each output line is the conversation up to its last user message, followed by the model's answer.
+Lines are written as answers finish (longest prompts first, so that a lack of memory shows at once).
+A run that was stopped continues where it ended.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from eagle_jax.params import Params
 from eagle_jax.text import read_requests
 
 Messages = list[dict[str, str]]
-_START = b'{"index": '  # of every line written here
+_START = b'{"index": '  # every line written here starts with this
 # Keys of an input line that an answer replaces or leaves out; all others are kept.
 _OWN_KEYS = {"index", "messages", "finish", "settings", "sampling", "logprobs"}
-# What else of a model's directory decides how text becomes tokens, and where answers end.
+# Files in a model's directory that decide how text becomes tokens and where answers end.
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -54,32 +54,32 @@ def answer_file(
     exact: bool = False,
     **settings: Unpack[Settings],
 ) -> dict[str, Any]:
-    """Answer every conversation of `source` and append to `target`.
+    """Answer every conversation of `source` and append the answers to `target`.
 
     Args:
-        params: of the model.
-        source: conversations, JSONL, plain or gzip. A line may have settings of its own,
-            `"sampling": {"temperature": 0.5}`, which go before those given here.
-        target: receives one line per prompt: `{"index", "messages", "finish", "settings"}`;
-            "finish" is "stop" (an end token or a stop string) or "length"; "settings" are all that
-            the answer depends on besides the model. With `logprobs`, the line has those too.
-            Other keys of the input line, such as an id, are kept.
-        batch_size: rows decoded together; an answer that is finished makes room for a prompt.
-        limit: answer the first so many only.
-        sampling: how tokens are drawn; row i of the file takes the seed plus i, unless the line has
-            a seed of its own, so batching never changes an answer.
+        params: the model.
+        source: conversations in JSONL, plain or gzip. A line may have its own settings,
+            `"sampling": {"temperature": 0.5}`, which override those given here.
+        target: receives one line per prompt: `{"index", "messages", "finish", "settings"}`.
+            "finish" is "stop" (an end token or a stop string) or "length". "settings" holds
+            everything that the answer depends on besides its prompt. With `logprobs`, the line
+            also has the log-probabilities. Other keys of the input line, such as an id, are kept.
+        batch_size: rows decoded together; a waiting prompt takes the row of a finished answer.
+        limit: number of conversations to answer, from the first on; None answers all.
+        sampling: how tokens are drawn; line i of the file uses the seed plus i, unless it sets its
+            own seed, so batching never changes an answer.
         method: as in `generate`.
-        max_new_tokens: longest answer; prompts that leave less room than this are skipped.
-        raw: not allowed here, answers are chat turns.
-        exact: not allowed here.
-        **settings: the fields of `SamplingParams` as keywords, in the place of `sampling`.
+        max_new_tokens: longest answer; prompts that leave less room in the context are skipped.
+        raw: must be False, because answers are chat turns.
+        exact: must be False.
+        **settings: the fields of `SamplingParams` as keywords, instead of `sampling`.
 
     Returns:
-        Counts, seconds and tokens per second, for one JSON line.
+        Counts, seconds and tokens per second, as one JSON object.
 
     Raises:
-        ValueError: a malformed line, with its number; a target that this function did not write
-            for this source.
+        ValueError: a line is malformed (the message has its number), or `target` exists and holds
+            something other than answers to `source` with these settings.
     """
     target = Path(target).expanduser()
     outputs.check_file("output", target)
@@ -95,13 +95,13 @@ def answer_file(
         raise ValueError(
             "exact=True: prompts of a file are prefilled as rows get free; use generate"
         )
-    # One method for all groups of prompts, also where the last has fewer rows.
+    # One method serves all groups of prompts, even if the last group has fewer rows.
     method = check_method(params, method, batch_size, shared.temperature)
     check_whole("max_new_tokens", max_new_tokens)
     context = params.target_config.max_position_embeddings
     if max_new_tokens >= context:
         raise ValueError(f"max_new_tokens={max_new_tokens}: the context is {context}; use less")
-    # What an answer depends on besides its prompt.
+    # Everything that an answer depends on besides its prompt.
     common = {
         "model": model_fingerprint(params),
         "dtype": params.dtype.name,
@@ -119,11 +119,11 @@ def answer_file(
     begin, tokens, rounds = time.perf_counter(), 0, 0
     with _opened(target) as out:
         done = _answered(target, prompts, settings_of)
-        distributed.wait_for_all("answers")  # before the first process writes more
+        distributed.wait_for_all("answers")  # all must have read before the first one writes
         waiting = sorted(set(fitting) - done, key=lambda i: (-len(encoded[i]), i))
         before = len(fitting) - len(waiting)
         with tqdm(total=len(fitting), initial=before, unit="prompt", disable=not waiting) as bar:
-            # One cache size per bucket of prompts: attention reads all of it.
+            # One cache size per bucket of prompt lengths, since attention reads the whole cache.
             for _, group in itertools.groupby(waiting, lambda i: _bucket(encoded[i])):
                 asked = {i: encoded[i] for i in group}
                 for i, ids, text, logprobs, last in _decode(
@@ -157,10 +157,10 @@ def answer_file(
 
 
 def model_fingerprint(params: Params) -> str:
-    """A hash of the target's weights and tokenizer, on which every answer depends.
+    """Returns a hash of the target's weights and tokenizer, on which every answer depends.
 
-    It is that of the files that `params` was loaded from, so that it does not depend on the device
-    nor on the layout in memory; of the arrays, where there are no files.
+    It hashes the files that `params` was loaded from, so it depends neither on the device nor on
+    the memory layout. Without files, it hashes the arrays.
     """
     root = params.directory
     if root is None or not root.is_dir():
@@ -172,13 +172,13 @@ def model_fingerprint(params: Params) -> str:
 
 
 def _target_changes(params: Params, method: str | Method) -> dict[str, Any]:
-    """Settings by which answers are not those of the float target with `Exact`, if any."""
+    """Returns the settings, if any, that change answers: quantisation, and rules but `Exact`."""
     changes: dict[str, Any] = {}
     if params.quantize is not None:
         changes["quantize"] = params.quantize
     rule = getattr(method, "rule", Exact())
     if isinstance(method, Method) and rule != Exact():
-        # The answers then depend on what is drafted, too.
+        # With other rules the answers also depend on what is drafted.
         changes["method"] = spell(method)
         changes["drafts"] = fingerprint.of_params(params.with_draft(method.draft))
     return changes
@@ -186,7 +186,7 @@ def _target_changes(params: Params, method: str | Method) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[IO[str]]:
-    """The file of answers, to append to; locked by the first process, which alone writes."""
+    """Opens the output file to append; only the first process locks it and writes to it."""
     first = distributed.first()
     with outputs.closing(open(path if first else os.devnull, "a", encoding="utf-8"), path) as out:
         error = None
@@ -206,7 +206,7 @@ def _bucket(ids: Sequence[int]) -> int:
 def _settings(
     params: Params, shared: SamplingParams, lines: Sequence[tuple[str, Messages, dict[str, Any]]]
 ) -> list[SamplingParams]:
-    """The settings of every line: those of all, with the line's own in their place."""
+    """Returns the settings of every line: the shared ones, overridden by the line's own."""
     vocabulary, out = Vocabulary.of(params), []
     for i, (where, _, record) in enumerate(lines):
         own = dataclasses.replace(shared, seed=(shared.seed + i) % 2**32)
@@ -227,8 +227,8 @@ def _decode(
     max_new_tokens: int,
     batch_size: int,
 ) -> Iterator[tuple[int, list[int], str, list[Any] | None, Piece]]:
-    """Index, answer, text, log-probabilities and last piece of every prompt, as they finish."""
-    # Rows with stop strings wait for the host, which looks between chunks.
+    """Yields index, tokens, text, log-probabilities and last piece of each prompt that finishes."""
+    # Only the host finds stop strings, between two chunks, so chunks are short if there are any.
     chunk = 16 if any(sampling[i].stop for i in prompts) else max_new_tokens
     batcher = Batcher(
         params,
@@ -254,7 +254,7 @@ def _decode(
 
 
 def _answered(path: Path, prompts: Sequence[Messages], settings: list[dict[str, Any]]) -> set[int]:
-    """Indices of finished lines; a line that a kill cut short is cut away."""
+    """Returns the indices of finished lines and removes an incomplete last line."""
     if not path.exists():
         return set()
     data = path.read_bytes()
@@ -262,7 +262,7 @@ def _answered(path: Path, prompts: Sequence[Messages], settings: list[dict[str, 
     torn = data[len(whole) :]
     try:
         done = {_index(line, prompts, settings) for line in whole.splitlines()}
-        # Nobody else's file is cut: not even one without a line break.
+        # Only a line that this module wrote is removed; any other file stays whole.
         if not (torn.startswith(_START) or _START.startswith(torn)):
             raise ValueError
     except (ValueError, LookupError, TypeError, RecursionError) as error:
@@ -277,18 +277,21 @@ def _answered(path: Path, prompts: Sequence[Messages], settings: list[dict[str, 
 
 
 class _OtherSettings(ValueError):
-    """Says in which settings a finished line differs."""
+    """The error that names the settings in which a finished line differs."""
 
 
 def _index(line: bytes, prompts: Sequence[Messages], settings: list[dict[str, Any]]) -> int:
-    """Which prompt a finished line answers; one beyond the limit is not looked at."""
+    """Returns the index of the prompt that a finished line answers.
+
+    Raises an error if its messages or settings differ; messages beyond the limit are not compared.
+    """
     record = json.loads(line)
     index, asked, found = record["index"], record["messages"][:-1], record["settings"]
     if type(index) is not int or index < 0 or (index < len(prompts) and asked != prompts[index]):
         raise ValueError
     if index < len(settings):
         wanted = settings[index]
-    else:  # its own settings stand in a line that was not read
+    else:  # its input line, which may have its own settings, was not read
         wanted = {**settings[0], "sampling": found.get("sampling")} if settings else found
     if found != wanted:
         names = [name for name in wanted | found if found.get(name) != wanted.get(name)]

@@ -1,4 +1,4 @@
-"""Continuous batching: prompts wait for a row, and get it between two chunks of the loop.
+"""Continuous batching: waiting prompts get free rows between two chunks of the loop.
 
     batcher = Batcher(params, method="eagle", rows=8)
     for question in questions:
@@ -6,11 +6,11 @@
     for piece in batcher.run():
         print(piece.request, piece.text, piece.finish)
 
-The batch has one shape at a time: rows, of which those without a request are done. A new prompt
-runs through a prefill of its own and its state takes the place of a finished row's. With a table
-of methods the batch shrinks and grows with the load (`eagle_jax.decode.batching.schedule`): a
-request moves as a prompt that has its answer so far behind it, since noise is keyed by position.
-So every answer is that of `generate` alone with the same seed, whatever else is decoded.
+The batch has one shape at a time; rows without a request are marked as done. A new prompt is
+prefilled separately, and its state replaces that of a finished row. With a table of methods the
+batch shrinks and grows with the load (`eagle_jax.decode.batching.schedule`): a request moves by
+prefilling its prompt and its answer so far, which changes nothing since noise is keyed by position.
+Every answer therefore equals that of `generate` with the same seed, whatever else is decoded.
 """
 
 from __future__ import annotations
@@ -55,17 +55,16 @@ from eagle_jax.params import Params
 
 
 class Batcher:
-    """A batch of up to `rows` rows in which requests come and go.
+    """A batch of up to `rows` rows that requests enter and leave while others are decoded.
 
-    `submit` and `cancel` may be called from any thread, `step`, `run` and `warm_up` from one at a
-    time.
+    Any thread may call `submit` and `cancel`; only one at a time `step`, `run`, `warm_up`.
 
-    The batch has one of the table's sizes (and that size's method): the smallest that holds all
-    requests there are, else `rows`. It grows at once when prompts wait and no row is free. It
-    shrinks when the smaller size holds everybody and that is worth it: moving prefills each
-    request in a row anew, which counts as 8 passes (`stages.MOVE`). So with n requests in rows the
-    last change must be 8 n passes ago, and one of them must have 8 n tokens left to its limit.
-    An empty batch takes any size at once.
+    The batch has one of the table's sizes, with that size's method: the smallest that holds all
+    requests, or else `rows`. It grows at once when prompts wait and no row is free. It shrinks when
+    a smaller size holds all requests and the change pays off: it prefills each request in a row
+    anew, which counts as 8 passes (`schedule.MOVE`). With n requests in rows, the last change must
+    therefore be at least 8 n passes ago, and one request must have at least 8 n tokens left to its
+    limit. An empty batch changes its size at once.
     """
 
     def __init__(
@@ -81,29 +80,29 @@ class Batcher:
         prefill_rows: int = 1,
         waiting: int = 1024,
     ) -> None:
-        """Allocates the largest batch.
+        """Checks the arguments and allocates the largest batch.
 
         Args:
             params: from `eagle_jax.load`.
             method: as in `generate`, or a table from batch sizes to methods such as `{1: "eagle2",
-                4: "eagle", 8: "vanilla"}`, whose sizes up to `rows` are those that the batch may
-                have. `rows` is one too: without an entry, with the method of the size below. "auto"
-                is the table of what `python -m eagle_jax.tune --batch-size 1 2 4 8` stored; there
-                must be an entry for `rows`.
-            rows: b, requests decoded together at most.
+                4: "eagle", 8: "vanilla"}`. The batch may have any of its sizes up to `rows`, and
+                `rows` itself, which without an entry uses the method of the next smaller size.
+                "auto" is the table that `python -m eagle_jax.tune --batch-size 1 2 4 8` stored; it
+                must have an entry for `rows`.
+            rows: b, the largest number of requests decoded together.
             max_prompt: longest prompt, in tokens. With `max_new_tokens` it sets the cache's size.
             max_new_tokens: longest answer; a request may ask for less.
-            sampling: settings of requests that bring none; by default greedy. Tuned methods are
-                those for its temperature.
-            chunk: rounds between two looks at the batch at most, i.e. how long new text, a new
-                prompt and a cancellation wait. While prompts wait, a row that is done ends a chunk.
-            prefill_rows: p, prompts prefilled together; p rows must then be done to end a chunk.
-                On an accelerator a prefill of several short prompts costs little more than of one.
-                In a batch of b rows at most b - 1.
+            sampling: settings of requests that have none; greedy by default. Its temperature
+                selects the tuned methods of "auto".
+            chunk: most rounds between two checks of the batch by the host; new text, new prompts
+                and cancellations wait that long. While prompts wait, a finished row ends a chunk.
+            prefill_rows: p, prompts prefilled together, at most b - 1 in a batch of b > 1 rows. A
+                chunk then ends only when p rows are done. On an accelerator, prefilling several
+                short prompts costs little more than prefilling one.
             waiting: length of the queue.
 
         Raises:
-            ValueError: a bad argument, as `generate`.
+            ValueError: an argument is invalid, as in `generate`.
         """
         check_params(params)
         executables.check_outside_jit(params)
@@ -124,25 +123,25 @@ class Batcher:
         self._vocabulary, self._capacities = Vocabulary.of(params), Capacities()
         self._vocabulary.resolve(self._default)
         table = methods(params, method, rows, self._default.temperature)
-        self._sampling: Sampling | None = None  # of the rows as they are now
+        self._sampling: Sampling | None = None  # settings of the current rows; None if outdated
         self._context = params.target_config.max_position_embeddings
         self._max_prompt = min(max_prompt, self._context - 1)
         self._max_new_tokens = int(max_new_tokens)
         self._stages = stages(params, table, self._max_prompt, self._max_new_tokens, prefill_rows)
         if self._default.logprobs is not None:
             self._stages = reporting(self._stages)
-        self._params = self._stages[-1].params  # no draft of `params` that nobody uses is kept
+        self._params = self._stages[-1].params  # keeps no draft that is not used
         self._chunk, self._longest_queue = chunk, waiting
         self._clock = executables.Clock()
 
         self._lock = threading.Lock()
         self._ids = itertools.count()
         self._queue: collections.deque[Request] = collections.deque()
-        self._requests: dict[int, Request] = {}  # waiting and in rows
-        self._pieces: collections.deque[Piece] = collections.deque()  # not handed out yet
+        self._requests: dict[int, Request] = {}  # requests in the queue and in rows
+        self._pieces: collections.deque[Piece] = collections.deque()  # pieces to hand out
         self._finished = self._tokens = self._rounds = self._passes = self._moves = 0
-        self._places = 0  # rows of all passes
-        self._enter(self._stages[-1])  # the largest, so that memory trouble shows at once
+        self._places = 0  # sum of the batch sizes of all passes
+        self._enter(self._stages[-1])  # the largest, so that a lack of memory shows at once
 
     def __repr__(self) -> str:
         rows = f"{self._occupied()} of {len(self._rows)} rows occupied"
@@ -150,7 +149,7 @@ class Batcher:
 
     @property
     def method(self) -> Method:
-        """What decodes at the batch size of now."""
+        """The method that decodes at the current batch size."""
         return self._stage.method
 
     def submit(
@@ -162,23 +161,23 @@ class Batcher:
         raw: bool = False,
         seed: int | None = None,
     ) -> int:
-        """Queue a prompt.
+        """Queue a prompt and return the number of the request.
 
         Args:
-            prompt: one, in any form that `generate` takes.
+            prompt: one prompt, in any form that `generate` takes.
             sampling: its settings; by default the batcher's. Requests with different settings
                 share one compiled program. The first request that wants log-probabilities makes the
                 batcher compile programs that report them.
             max_new_tokens: longest answer; by default, and at most, the batcher's.
             raw: as in `generate`.
-            seed: in the place of the settings' own.
+            seed: replaces the seed of the settings.
 
         Returns:
-            The request's number, by which its pieces are known.
+            The request's number, which its pieces carry.
 
         Raises:
-            ValueError: a bad argument, a prompt that is empty or too long.
-            queue.Full: as many prompts as may wait do so; try again after a `step`.
+            ValueError: an argument is invalid, or the prompt is empty or too long.
+            queue.Full: the queue is full; try again after a `step`.
         """
         check_flag("raw", raw)
         ids = encode(self._params, prompt, raw)
@@ -216,10 +215,10 @@ class Batcher:
         return request.id
 
     def cancel(self, request: int) -> bool:
-        """Forget a request: no more of it is handed out, and the next `step` frees its row.
+        """Cancel a request: none of its pieces is handed out, and the next `step` frees its row.
 
         Returns:
-            False if there is no such request, or its last piece was handed out.
+            False if there is no such request, or its last piece was already handed out.
         """
         with self._lock:
             kept = [piece for piece in self._pieces if piece.request != request]
@@ -234,11 +233,11 @@ class Batcher:
         return True
 
     def step(self) -> list[Piece]:
-        """Give free rows to waiting prompts and decode one chunk, in the batch that fits the load.
+        """Give free rows to waiting prompts and decode one chunk, at the size that fits the load.
 
         Returns:
-            What each request in a row got, after the pieces that an unfinished `run` has not
-            handed out; nothing if there is no request.
+            Pieces that an unfinished `run` has not handed out, then the new piece of each request
+            in a row; an empty list if there is no request.
         """
         self._decode_chunk()
         with self._lock:
@@ -247,10 +246,9 @@ class Batcher:
         return pieces
 
     def run(self) -> Generator[Piece]:
-        """Pieces until no request is left; others may be submitted meanwhile.
+        """Yields pieces until no request is left; new requests may be submitted meanwhile.
 
-        A loop over it may stop at any piece: the next `run` or `step` hands out the pieces after
-        it.
+        A loop over it may stop at any piece: the next `run` or `step` hands out those that follow.
         """
         while self._pieces or self._requests:
             if not self._pieces:
@@ -263,7 +261,7 @@ class Batcher:
             return self._pieces.popleft() if self._pieces else None
 
     def _decode_chunk(self) -> None:
-        """One chunk, whose pieces wait in `_pieces`."""
+        """Decodes one chunk and appends its pieces to `_pieces`."""
         self._drop_cancelled()
         left = [request.limit - request.seen for request in self._rows if request]
         here = self._passes - self._entered
@@ -289,14 +287,14 @@ class Batcher:
         self._collect()
 
     def warm_up(self, *sampling: SamplingParams) -> None:
-        """Compile programs now: otherwise the first batch or prompt of a size takes seconds.
+        """Compile programs now; otherwise the first batch or prompt of each size takes seconds.
 
         Args:
-            *sampling: settings that requests will bring. Greedy or not, with filters or without
-                makes four programs of every size; by default those of the batcher's own settings.
+            *sampling: settings that requests will have, besides the batcher's own. Every batch size
+                has up to four programs: greedy or sampling, with or without filters.
         """
         longest = self._max_prompt
-        if len(self._stages) > 1:  # a prefill may be of an answer too
+        if len(self._stages) > 1:  # a request that moves prefills its answer too
             longest = min(longest + self._max_new_tokens, self._context) - 1
         sizes = {min(bucket_prompt(length + 1), longest) for length in range(longest)}
         before, live = self._stage, self._leave()
@@ -314,7 +312,7 @@ class Batcher:
         self._insert_all(live)
 
     def statistics(self) -> BatcherStatistics:
-        """Of everything since this batcher was made."""
+        """Returns the statistics of everything since this batcher was made."""
         return BatcherStatistics(
             waiting=len(self._queue),
             occupied=self._occupied(),
@@ -335,7 +333,7 @@ class Batcher:
         return sum(request is not None for request in self._rows)
 
     def _drop_cancelled(self) -> None:
-        """Frees the rows of cancelled requests, on the device too: the loop waits for all rows."""
+        """Frees the rows of cancelled requests, and marks them as done on the device."""
         rows = [i for i, request in enumerate(self._rows) if request and request.cancelled]
         if not rows:
             return
@@ -350,7 +348,7 @@ class Batcher:
         self._moves += bool(live)
 
     def _report_logprobs(self) -> None:
-        """Goes on with programs that report log-probabilities, once a request wants them."""
+        """Switches to programs that report log-probabilities once a request wants them."""
         with self._lock:
             asked = any(request.sampling.logprobs is not None for request in self._queue)
         if asked and self._stage.program.logprobs is None:
@@ -359,7 +357,7 @@ class Batcher:
             self._move(self._stages[at])
 
     def _arrays(self) -> Sampling:
-        """The settings of the requests in rows."""
+        """Returns the sampling settings of all rows, on the device."""
         if self._sampling is None:
             self._sampling = self._arrays_of(self._rows)
         return self._sampling
@@ -369,7 +367,7 @@ class Batcher:
         return executables.placed(self._params, arrays)
 
     def _leave(self) -> list[Request]:
-        """The requests in rows with all of their text; the batch's memory is free then."""
+        """Returns the requests in rows with their text so far, and frees the batch's memory."""
         tokens, live = jax.device_get(self._state.tokens), []
         for row, request in enumerate(self._rows):
             if request is not None and not request.cancelled:
@@ -379,14 +377,14 @@ class Batcher:
         return live
 
     def _enter(self, stage: Stage) -> None:
-        """A batch of this size, without requests."""
+        """Allocates an empty batch of this size."""
         self._stage, self._entered = stage, self._passes
         self._rows: list[Request | None] = [None] * stage.rows
         self._sampling = None
         self._state = executables.vacant(stage.program, stage.params, stage.rows, self._clock)
 
     def _next_group(self) -> list[Request]:
-        """Up to `prefill_rows` waiting requests, as many as rows are free."""
+        """Takes waiting requests from the queue: one per free row, at most `prefill_rows`."""
         free = len(self._rows) - self._occupied()
         with self._lock:
             count = min(self._stage.prefill_rows, free, len(self._queue))
@@ -424,7 +422,7 @@ class Batcher:
         )
 
     def _collect(self) -> None:
-        """Makes a piece of every row's new tokens; rows that are done become free."""
+        """Makes a piece from every row's new tokens and frees the rows that are done."""
         state, passes, stopped = self._state, 0, []
         read = Read.of(state)
         for row, request in enumerate(self._rows):
@@ -441,7 +439,7 @@ class Batcher:
                 self._rows[row] = self._sampling = None
                 self._finished += 1
             with self._lock:
-                if not request.cancelled:  # another thread may have cancelled it by now
+                if not request.cancelled:  # another thread may have cancelled it meanwhile
                     self._pieces.append(piece)
                 if piece.finish:
                     self._requests.pop(request.id, None)

@@ -1,4 +1,4 @@
-"""What a batcher holds and hands out: requests, pieces of their answers, and its statistics."""
+"""The data types of a batcher: requests, pieces of their answers, and statistics."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from eagle_jax.decode.session import finish_of, run_lengths, token_logprobs
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What a request got in one chunk. Joined, a request's pieces are the whole answer.
+    """The part of an answer that one chunk added; joined, a request's pieces are its answer.
 
     Attributes:
-        request: what `submit` returned.
-        text: the newly certain part of the answer; none without tokenizer.
-        tokens: [n] newly committed ids, the end token included.
+        request: the request's number, which `submit` returned.
+        text: new text of the answer that no stop string can change; None without a tokenizer.
+        tokens: [n] newly committed ids, including the end token.
         finish: "stop" (an end token or a stop string), "length" (the request's limit or the
-            context), or None while the answer goes on.
+            context), or None while the answer is unfinished.
         rounds: target passes of this request so far.
-        logprobs: a `TokenLogprob` per token, where the request's settings ask for them.
+        logprobs: one `TokenLogprob` per token if the request's settings ask for them, else None.
         drafted: [n] bool, whether each token was a draft that the target accepted.
     """
 
@@ -41,19 +41,19 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class BatcherStatistics:
-    """What a batcher has done so far, and what it is at.
+    """The totals of a batcher since it was made, and its current state.
 
     Attributes:
-        waiting, occupied: requests in the queue and in rows, now.
-        rows: of the batch, now.
-        finished: requests answered to their end.
+        waiting, occupied: requests that are now in the queue, and in rows.
+        rows: current batch size.
+        finished: requests whose answers are complete.
         new_tokens: committed tokens of all requests.
-        rounds: passes over a request's tree, of all requests.
-        passes: rounds of the whole batch.
-        moves: changes of the batch size that took requests along.
-        tau: mean acceptance length, `new_tokens` per `rounds`.
-        occupancy: share of a pass's rows that had a request, on average.
-        compile_seconds, prefill_seconds, decode_seconds: wall clock, apart from each other.
+        rounds: target passes, counted once for every request that took part.
+        passes: target passes of the whole batch.
+        moves: changes of the batch size while requests were in rows.
+        tau: acceptance length τ: `new_tokens` divided by `rounds`.
+        occupancy: mean share of the batch's rows that held a request during a pass.
+        compile_seconds, prefill_seconds, decode_seconds: wall-clock time of each phase.
     """
 
     waiting: int
@@ -73,7 +73,7 @@ class BatcherStatistics:
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """What the host reads of the engine's state after a chunk; fields as in `State`."""
+    """The fields of the engine's `State` that the host reads after a chunk."""
 
     tokens: np.ndarray
     length: np.ndarray
@@ -84,27 +84,27 @@ class Read:
 
     @classmethod
     def of(cls, state: State) -> Read:
-        """One transfer from the device."""
+        """Reads the fields in one transfer from the device."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(*jax.device_get([getattr(state, name) for name in names]))
 
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """A request on its way.
+    """A request that waits or is being decoded; lengths are in tokens.
 
     Attributes:
         id: its number.
-        text: [n] what its next prefill takes: the prompt and, in a move, all that was committed.
+        text: [n] tokens for its next prefill: the prompt, and after a move also the answer so far.
         prompt: length of its prompt.
-        limit: length of the text at which it ends.
+        limit: length of prompt and answer at which it ends.
         sampling: its settings, resolved for the model.
         ends: tokens that end its answer.
-        answer: its text so far.
-        seen: length of its text that was handed out.
-        rounds: target passes so far, in all rows that it had.
-        row_rounds: of these, in the row that it has.
-        cancelled: its caller no longer wants it.
+        answer: the decoder of its answer's text.
+        seen: length of the prompt and of the part of the answer that was handed out.
+        rounds: target passes so far, in all rows that it has occupied.
+        row_rounds: target passes so far in its current row.
+        cancelled: whether its caller has cancelled it.
     """
 
     id: int
@@ -120,11 +120,11 @@ class Request:
     cancelled: bool = False
 
     def take(self, row: int, read: Read) -> Piece:
-        """What the chunk added to the answer, up to a stop string."""
+        """Returns the piece that the last chunk added to the answer, up to a stop string."""
         start, end, done = self.seen, int(read.length[row]), bool(read.done[row])
         took = int(read.rounds[row]) - self.row_rounds
         text = self.answer.feed(read.tokens[row, start:end].tolist(), done)
-        if self.answer.stopped:  # rounds behind the stop do not count
+        if self.answer.stopped:  # rounds after the stop do not count
             end = self.prompt + self.answer.tokens
             took = len(run_lengths(read.drafted[row, start:end]))
         place = slice(start, end)
@@ -142,7 +142,7 @@ class Request:
 
 
 def nobody(prompt: int, sampling: SamplingParams | None = None) -> Request:
-    """A request that stands for none."""
+    """Returns a placeholder request with a prompt of `prompt` zeros and no answer to decode."""
     text = np.zeros(prompt, np.int32)
     return Request(-1, text, prompt, prompt, sampling or SamplingParams(), (), Answer(None), prompt)
 
@@ -150,7 +150,7 @@ def nobody(prompt: int, sampling: SamplingParams | None = None) -> Request:
 def sampling_of(
     requests: Sequence[Request | None], rows: int, vocabulary: Vocabulary, capacities: Capacities
 ) -> Sampling:
-    """The settings of `rows` rows, of which the first have these requests, on the host."""
+    """Returns the settings of `rows` rows as host arrays; `requests` occupy the first of them."""
     found = [request or nobody(0) for request in [*requests, *[None] * (rows - len(requests))]]
     settings = [request.sampling for request in found]
     return Sampling.of(settings, vocabulary, [request.prompt for request in found], capacities)

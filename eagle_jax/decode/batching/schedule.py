@@ -1,7 +1,7 @@
-"""Batch sizes of a batcher: what each decodes with, and which one is for how many requests.
+"""Batch sizes of a batcher: the method of each size, and the choice of a size for a given load.
 
-A table from batch sizes to methods makes a stage of each size, e.g. of `{1: "eagle2", 4: "eagle",
-8: "vanilla"}`: the fewer requests share a pass, the more nodes of a tree it has room for.
+Each entry of a table from batch sizes to methods, such as `{1: "eagle2", 4: "eagle",
+8: "vanilla"}`, becomes a stage. The fewer requests share a pass, the larger the trees that pay off.
 """
 
 from __future__ import annotations
@@ -22,23 +22,21 @@ from eagle_jax.params import Params
 
 Table = Mapping[int, str | Method]
 
-# What the prefill of a request that moves counts as, in passes. On two CPU cores the shipped
-# model's took 1 to 9 (100 to 250 tokens), and 1 to 8 here did equally well, by a probe that is not
-# in this repository.
+# Cost of prefilling a request anew when it moves to another batch size, in decoding passes.
 MOVE = 8
-_FOREVER = 2**31 - 1  # rounds
+_FOREVER = 2**31 - 1  # a number of rounds that no chunk reaches
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
-    """A batch size and what decodes there.
+    """A batch size with its method and its compiled loop.
 
     Attributes:
         rows: b, requests decoded together.
         prefill_rows: p, prompts prefilled together; less than b, if b is more than 1.
-        method: of this size.
-        program: its loop.
-        params: of the target and of the method's draft.
+        method: the decoding method of this size.
+        program: the static settings of its loop.
+        params: the target and the method's draft.
     """
 
     rows: int
@@ -51,19 +49,19 @@ class Stage:
 def methods(
     params: Params, method: str | Method | Table, rows: int, temperature: float
 ) -> dict[int, Method]:
-    """Checked methods by batch size, the sizes rising up to `rows`.
+    """Returns the checked methods by batch size, in rising order up to `rows`.
 
     Args:
-        params: of the model.
-        method: one for `rows` alone; a table, of which sizes above `rows` are left out and `rows`
-            itself takes the method of the largest size below, if it has none; or "auto", the table
-            of all tunings that are stored for sizes up to `rows`.
-        rows: the largest batch.
-        temperature: of the requests; a tuning is for 0 or for more.
+        params: the model.
+        method: one method, used for the size `rows` only; or a table from batch sizes to methods,
+            of which sizes above `rows` are ignored, and whose largest remaining entry also serves
+            `rows`; or "auto", the table of all stored tunings for sizes up to `rows`.
+        rows: the largest batch size.
+        temperature: temperature of the requests; tunings for 0 and for more than 0 are separate.
 
     Raises:
-        ValueError: no entry is small enough, a size is no whole number above 0, or what `generate`
-            raises of a method.
+        ValueError: every size in the table is above `rows`, a size is not a whole number above 0,
+            or a method cannot decode this model.
     """
     if isinstance(method, str) and method == AUTO:
         method = tuning_store.table(params, rows, temperature)
@@ -86,7 +84,7 @@ def stages(
     max_new_tokens: int,
     prefill_rows: int,
 ) -> tuple[Stage, ...]:
-    """The stages of what `methods` returned, in its order."""
+    """Returns one stage for each entry of `table`, the result of `methods`, in the same order."""
     return tuple(
         Stage(
             rows,
@@ -100,7 +98,7 @@ def stages(
 
 
 def reporting(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """The same stages with programs that report log-probabilities."""
+    """Returns the same stages with programs that report log-probabilities."""
     return tuple(
         dataclasses.replace(
             stage, program=dataclasses.replace(stage.program, logprobs=MOST_LOGPROBS)
@@ -112,14 +110,14 @@ def reporting(stages: Sequence[Stage]) -> tuple[Stage, ...]:
 def wanted(
     stages: Sequence[Stage], now: Stage, left: Sequence[int], waiting: int, passes: int
 ) -> Stage:
-    """The stage to go on with, by the rule that `Batcher` states.
+    """Returns the stage for the next chunk, by the rule in the docstring of `Batcher`.
 
     Args:
-        stages: all of them, sizes rising.
-        now: where the batch is.
-        left: of each request in a row, the tokens up to its limit.
-        waiting: requests without a row.
-        passes: of the batch since it is there.
+        stages: all stages, in rising order of size.
+        now: the current stage.
+        left: number of tokens up to its limit, for each request in a row.
+        waiting: number of requests without a row.
+        passes: passes of the batch since it entered the current stage.
     """
     load = len(left) + waiting
     stage = next((stage for stage in stages if stage.rows >= load), stages[-1])
@@ -131,17 +129,19 @@ def wanted(
 def pause(
     stages: Sequence[Stage], now: Stage, live: int, waiting: int, passes: int
 ) -> tuple[int, int]:
-    """When to look at the batch again: rounds from now, and rows that are done until then.
+    """Returns after how many rounds, or with how many rows done, the host checks the batch again.
 
-    Arguments are those of `wanted`, with the number of requests in rows, at least 1, for `left`.
+    The arguments are those of `wanted`, but `live`, the number of requests in rows (at least 1),
+    replaces `left`.
     """
     smaller = max((stage.rows for stage in stages if stage.rows < now.rows), default=0)
     free = now.rows - live
     if waiting:
         return _FOREVER, min(free + min(waiting, now.prefill_rows), now.rows)
-    if live > smaller:  # until the batch can shrink, a free row is of no use to anybody
+    if live > smaller:  # nothing waits: free rows are useful only once the batch can shrink
         return _FOREVER, now.rows - smaller
-    # It could already. It may in so many passes, and the sooner, the fewer would move.
+    # The batch fits the smaller size. The rule in `wanted` allows the move after `wait` passes, and
+    # earlier if a request finishes first, because fewer requests then move.
     wait = MOVE * live - passes
     return wait if wait > 0 else _FOREVER, free + 1
 

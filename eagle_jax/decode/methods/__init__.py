@@ -1,1 +1,1 @@
-"""Decoding methods, one file each."""
+"""Decoding methods that do not belong to a single drafter, one file each."""

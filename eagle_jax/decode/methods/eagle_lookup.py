@@ -1,7 +1,8 @@
-"""EAGLE with a lookup switch: where the text repeats itself at length, copying beats the head.
+"""EAGLE that switches to prompt lookup where the text repeats a long passage.
 
-If a long suffix of the committed text has occurred before, its continuation is drafted as a chain;
-otherwise EAGLE's tree is (the idea of SAM decoding, arXiv 2411.10666, with plain matching).
+If a long suffix of the committed text has occurred before, the method drafts its continuation as a
+chain; otherwise it drafts EAGLE's tree. This is the idea of SAM decoding (arXiv 2411.10666), with
+plain matching.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from eagle_jax.params import Params
 
 @dataclasses.dataclass(frozen=True)
 class EagleLookup:
-    """EAGLE, unless the last tokens have stood in the text before.
+    """EAGLE, except in rounds where the last tokens have occurred in the text before.
 
     Attributes:
-        eagle: what drafts by default.
-        lookup: what drafts where it finds a match; its `min_ngram` is the length that counts.
+        eagle: the method that drafts by default.
+        lookup: the method that drafts if it finds a match of at least its `min_ngram` tokens.
     """
 
     eagle: Eagle = Eagle()
@@ -36,7 +37,7 @@ class EagleLookup:
     )
     rule: Rule = dataclasses.field(default=Exact(), init=False)
 
-    wraps: ClassVar[str] = "eagle"  # the field with the method that drafts
+    wraps: ClassVar[str] = "eagle"  # name of the field that holds the wrapped method
 
     def __post_init__(self) -> None:
         for name, kind in (("eagle", Eagle), ("lookup", PromptLookup)):
@@ -87,7 +88,7 @@ class EagleLookup:
             return _pad(self.eagle.grow(models, context, state, feature), self.nodes)
 
         copied, found = _pad(copied, self.nodes), matched > 0
-        # Nobody drafts where every row copies.
+        # If every row has a match, EAGLE's tree is not needed and its drafting is skipped.
         tree = jax.lax.cond(jnp.all(found), lambda: copied, grown)
 
         def choose(a: jax.Array, c: jax.Array) -> jax.Array:
@@ -100,19 +101,22 @@ class EagleLookup:
 
 
 def eagle_lookup() -> EagleLookup:
-    """What `method="eagle_lookup"` stands for."""
+    """Returns the default method for `method="eagle_lookup"`."""
     return EagleLookup(Eagle(default_tree()))
 
 
 def _widen(state: EagleState, rows: int) -> EagleState:
-    """Room for the features of as many tokens as a round can commit here."""
+    """Returns the state with room for the features of `rows` tokens, the most per round."""
     missing = rows - state.features.shape[1]
     features = jnp.pad(state.features, ((0, 0), (0, missing), (0, 0)))
     return dataclasses.replace(state, features=features)
 
 
 def _pad(proposal: Proposal, nodes: int) -> Proposal:
-    """More nodes: children of the root that repeat its token. What is right may be accepted."""
+    """Returns a proposal padded to `nodes` with children of the root that repeat its token.
+
+    A padding node is a valid draft and is accepted if it happens to be right.
+    """
     b, t = proposal.tokens.shape
     more, shape = nodes - t, proposal.shape
     root = jnp.broadcast_to(proposal.tokens[:, :1], (b, more))

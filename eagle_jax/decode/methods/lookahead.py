@@ -1,8 +1,8 @@
 """Lookahead decoding (arXiv 2402.02057): n-grams from Jacobi iteration, no draft model.
 
-Every pass scores two things beside the root: a window of guessed future tokens, whose columns
-yield `window` new n-grams a round, and `guesses` n-grams of the pool that begin with the root's
-token. All of it is one tree, so the engine's acceptance serves as it is.
+Every pass scores the root, a window of guessed future tokens, whose columns yield `window` new
+n-grams per round, and `guesses` n-grams from the pool that begin with the root's token. Together
+they form one tree, so the engine's acceptance needs no change.
 
 The window has N-1 rows of W slots, row-major; slot (0, 0) is the root. Example with N = 4, W = 3,
 G = 1, slots numbered, edges pointing from parent to child:
@@ -12,11 +12,11 @@ G = 1, slots numbered, edges pointing from parent to child:
     row 2    6    7    8
     guess    0 -> 9 -> 10 -> 11
 
-A slot's depth is r + c and its ancestors are row 0 up to column c and column c up to row r: just
-what the paper's mask lets it see. Accepting a path through the window, when the
-trajectory happens to be the target's own text, is therefore as lossless as accepting a guess. The
-paper's verification branch doesn't do this (it is rare outside loops), and its code drops the bonus
-token after a fully accepted guess; both come for free here and only lengthen what is accepted.
+A slot's depth is r + c, and its ancestors are row 0 up to column c and column c up to row r, as in
+the paper's mask. Accepting a path through the window, when the trajectory equals the target's own
+text, is therefore as lossless as accepting a guess. The paper's verification branch does not accept
+such paths (they are rare outside loops), and its code drops the bonus token after a fully accepted
+guess. Here both are accepted at no cost.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from eagle_jax.decode.top_k import argmax
 from eagle_jax.decode.tree import Proposal, Shape
 from eagle_jax.params import Params
 
-_CHUNK = 64  # prompt n-grams inserted at once: work grows with its square, steps with its inverse
+_CHUNK = 64  # prompt n-grams inserted at once: work per step is quadratic, steps are prompt / 64
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """N-grams by first token: for each, the last G distinct ones met, oldest first.
+    """N-grams by their first token: the latest G distinct ones of each token, oldest first.
 
     Attributes:
-        grams: [*b, v, G, N-1] the tokens that followed; zeros from `count` on.
-        count: [*b, v] n-grams of each token.
+        grams: [*b, v, G, N-1] the tokens after the first; zeros from `count` on.
+        count: [*b, v] number of n-grams of each first token.
     """
 
     grams: Int[Array, "*b v G m"]
@@ -56,16 +56,17 @@ class Pool:
 def insert(
     pool: Pool, keys: Int[Array, " i"], grams: Int[Array, "i m"], valid: Bool[Array, " i"]
 ) -> Pool:
-    """Add n-grams in order to one row's pool, all at once.
+    """Returns one row's pool with n-grams added in order, computed in parallel.
 
-    A gram that is there already becomes the newest; where there is no room the oldest one goes. So
-    a key keeps its last G distinct grams, each where it was met last, and neither the order of the
-    writes nor a loop is needed: a gram's place follows from how many distinct ones come after it.
+    An n-gram that is already in the pool becomes the newest; if there is no room, the oldest one is
+    removed. A key thus keeps its last G distinct n-grams, in the order of their latest occurrence.
+    The place of an n-gram is determined by the number of distinct ones after it, so no loop over
+    the n-grams is needed.
 
     Args:
-        pool: of one row.
+        pool: the pool of one row.
         keys, grams: first tokens, and the N-1 tokens after each.
-        valid: which of them to add.
+        valid: which of the n-grams to add.
     """
     vocab, room, _ = pool.grams.shape
     order = jnp.arange(keys.shape[0])
@@ -73,17 +74,17 @@ def insert(
     same_key = (keys[:, None] == keys[None, :]) & valid[None, :]  # [i, j]: j is valid
     same = same_key & jnp.all(grams[:, None] == grams[None, :], axis=-1)
     kept = valid & ~jnp.any(same & later, axis=1)
-    newer = jnp.sum(same_key & later & kept[None, :], axis=1)  # distinct grams after each
+    newer = jnp.sum(same_key & later & kept[None, :], axis=1)  # distinct n-grams after each one
 
-    # What there was under each key, and which of it isn't met again.
+    # The old n-grams of each key, and which of them are not added again.
     old = pool.grams[keys]  # [i, G, m]
     again = jnp.all(old[:, None] == grams[None, :, None], axis=-1) & same_key[:, :, None]
     stays = (jnp.arange(room)[None] < pool.count[keys][:, None]) & ~jnp.any(again, axis=1)
     fresh = jnp.sum(same_key & kept[None, :], axis=1)
-    left = jnp.cumsum(stays[:, ::-1], axis=1)[:, ::-1]  # that stay, from each on
+    left = jnp.cumsum(stays[:, ::-1], axis=1)[:, ::-1]  # number that stay, from each one on
     total = jnp.minimum(fresh + left[:, 0], room)
 
-    # Each key's newest gram writes the old ones; no slot is written twice.
+    # Each key's newest n-gram also writes the old ones, so no slot is written twice.
     newest = kept & (newer == 0)
     age = jnp.concatenate([fresh[:, None] + left - 1, newer[:, None]], axis=1)  # [i, G + 1]
     writes = jnp.concatenate([stays & newest[:, None], kept[:, None]], axis=1) & (age < room)
@@ -101,9 +102,9 @@ class LookaheadState:
     """State between rounds.
 
     Attributes:
-        window: [b, N-1, W] guessed tokens; slot (0, 0) is not read, the root takes its place.
-        pool: of every row.
-        seen: [b] committed tokens whose n-grams are in the pool (with `prompt_pool`).
+        window: [b, N-1, W] guessed tokens; slot (0, 0) is not read, the root replaces it.
+        pool: the n-gram pool of every row.
+        seen: [b] number of committed tokens whose n-grams are in the pool (with `prompt_pool`).
     """
 
     window: Int[Array, "b r w"]
@@ -116,23 +117,24 @@ class Lookahead:
     """Lookahead decoding.
 
     A pass scores (N-1)(W+G) tokens: 56 by default, the authors' setting for 7B models; on an A100
-    the paper uses N = 5 and W = G = 15. The pool takes 4 v G (N-1) bytes a row: 3.4 MiB for a
-    vocabulary of 32000 and the defaults, 29 MiB for 128256 and G = 15.
+    the paper uses N = 5 and W = G = 15. The pool takes 4 v G (N-1) bytes per row: 3.4 MiB for
+    v = 32000 and the defaults, 29 MiB for v = 128256 and G = 15.
 
-    The paper fills the window row by row in N-2 passes before it verifies anything; here all of it
-    starts with tokens of the prompt, which takes as many rounds to be forgotten.
+    The paper fills the window row by row in N-2 passes before it verifies anything. Here the whole
+    window starts with tokens of the prompt, which the same number of rounds replaces.
 
     Attributes:
-        ngram: N, length of an n-gram: up to N-1 guessed tokens and the bonus token a round. With 2
-            the window is its first row alone, plain Jacobi iteration, and guesses have one token.
+        ngram: N, length of an n-gram; a round commits up to N-1 guessed tokens and the bonus token.
+            With N = 2 the window is its first row only (plain Jacobi iteration), and guesses have
+            one token.
         window: W, columns of the window: n-grams found per round.
-        guesses: G, n-grams verified per round, and kept per first token.
-        prompt_pool: put the n-grams of the prompt and of the answer into the pool too, which
-            includes what prompt lookup finds; the authors leave it off by default.
-        coupled: the window goes on with the target's draw under the noise of each slot's position,
-            so that at temperature > 0 the trajectory settles on the text that will be sampled, as
-            long as rounds commit one token each; without it with the likeliest token, as the
-            authors do.
+        guesses: G, n-grams verified per round, and stored per first token.
+        prompt_pool: whether to add the n-grams of the prompt and of the answer to the pool, which
+            then includes the matches of prompt lookup; off by default in the authors' code.
+        coupled: whether new window tokens are the target's draws with the noise of their positions.
+            At temperature > 0 the trajectory then converges to the text that will be sampled, as
+            long as rounds commit one token each. Otherwise they are the likeliest tokens, as in the
+            authors' code.
     """
 
     ngram: int = 5
@@ -155,7 +157,7 @@ class Lookahead:
 
     @property
     def depth(self) -> int:
-        """Of the deepest node, a guess's or the window's last: its draw needs noise as well."""
+        """Depth of the deepest node: the last one of a guess or of the window."""
         return self.ngram - 1 + max(self.window - 2, 0)
 
     @functools.cached_property
@@ -170,7 +172,7 @@ class Lookahead:
 
     @functools.cached_property
     def ancestors(self) -> np.ndarray:
-        """[t, t] which nodes each node sees."""
+        """[t, t] which nodes each node attends to."""
         out = np.eye(self.nodes, dtype=bool)
         for node in range(1, self.nodes):
             out[node] |= out[self.parents[node]]
@@ -185,11 +187,11 @@ class Lookahead:
         del params
 
     def init(self, models: Models, prompt: Prompt, slots: int) -> LookaheadState:
-        """Tokens of the prompt in the window, and its n-grams in the pool."""
+        """Returns a window of tokens from the prompt, and a pool with the prompt's n-grams."""
         del slots
         b = prompt.tokens.shape[0]
         rows, vocab = self.ngram - 1, models.target.embed_tokens.embedding[...].shape[0]
-        # Fibonacci hashing: scattered over the prompt, and the same in every run.
+        # Fibonacci hashing spreads the choice over the prompt and is the same in every run.
         scattered = np.arange(1, rows * self.window + 1, dtype=np.uint64) * 2654435769 % 2**32
         index = jnp.asarray(scattered >> 8, jnp.int32)[None] % prompt.length[:, None]
         window = jnp.take_along_axis(prompt.tokens, index, axis=1)
@@ -211,16 +213,16 @@ class Lookahead:
             )
             state = dataclasses.replace(state, pool=pool, seen=context.length)
         window = state.window.reshape(b, -1).at[:, 0].set(root)
-        # Slots without an n-gram hold zeros. A token like any other: right if it is the target's.
+        # Empty slots of the pool hold token 0, a valid draft that is accepted if it is right.
         guesses = jax.vmap(lambda grams, root: grams[root])(state.pool.grams, root)
         tokens = jnp.concatenate([window, guesses.reshape(b, -1)], axis=1)
         return Proposal(tokens, self._shape(b)), state
 
     def update(self, models: Models, state: LookaheadState, verified: Verified) -> LookaheadState:
-        """Every column of the window gives an n-gram; the window moves on by one position.
+        """Adds the n-gram of every column to the pool and moves the window by one position.
 
-        By one even where more tokens were committed, as the authors do: moving on by all of them
-        keeps positions right but loses columns, and found fewer n-grams when we tried it.
+        The window moves by one even if more tokens were committed, as in the authors' code. Moving
+        it by all of them would keep the positions right but lose columns and find fewer n-grams.
         """
         del models
         rows, w = self.ngram - 1, self.window
@@ -231,7 +233,7 @@ class Lookahead:
         window = jnp.concatenate([window, new[:, None]], axis=1)  # [b, N, W]
         grams = jnp.swapaxes(window[:, 1:], 1, 2)
         pool = jax.vmap(insert)(state.pool, window[:, 0], grams, jnp.ones((b, w), bool))
-        # Row 1 without its first column becomes the trajectory, whose first slot is the root's.
+        # Row 1 becomes the trajectory; its first slot is then replaced by the root.
         return dataclasses.replace(state, window=window[:, 1:], pool=pool)
 
     def _insert_prompt(self, pool: Pool, tokens: Int[Array, " t"], length: Int[Array, ""]) -> Pool:
@@ -248,9 +250,9 @@ class Lookahead:
         length: Int[Array, ""],
         count: int,
     ) -> Pool:
-        """Add the n-grams of one row's text that end at position `seen` or later.
+        """Adds the n-grams of one row's text that end at position `seen` or later.
 
-        `count` of them at most: the first ones.
+        It adds the first `count` of them at most.
         """
         first = seen + 1 - self.ngram + jnp.arange(count, dtype=jnp.int32)
         index = first[:, None] + jnp.arange(self.ngram, dtype=jnp.int32)[None]

@@ -1,7 +1,8 @@
-"""Prompt lookup (Saxena, 2023): what followed the same words before is the draft.
+"""Prompt lookup (Saxena, 2023): drafts the tokens that followed the same words before.
 
-The last few committed tokens are looked up in the committed text itself, prompt included, and the
-tokens after the match are drafted as a chain. No model drafts, so a round costs one target pass.
+The method searches the committed text, prompt included, for an earlier occurrence of its last few
+tokens, and drafts the tokens after the match as a chain. There is no draft model, so a round costs
+one target pass.
 """
 
 from __future__ import annotations
@@ -27,32 +28,32 @@ def suffix_match(
     needed: int = 1,
     latest: bool = False,
 ) -> tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]]:
-    """Where else the text holds its own last tokens: one row, `max_ngram` passes over it.
+    """Finds an earlier occurrence of the last tokens of one row's text.
 
-    The longest suffix of at most `max_ngram` tokens wins that occurs earlier with a long enough
-    continuation; occurrence and suffix may overlap.
+    It takes the longest suffix of at most `max_ngram` tokens that occurs earlier with a long enough
+    continuation. The occurrence and the suffix may overlap.
 
-        a b c d a b c | ?      the suffix `a b c` stands at 0: start 3, matched 3, available 4
+        a b c d a b c | ?      the suffix `a b c` occurs at 0: start 3, matched 3, available 4
               ^ start
 
     Args:
         tokens: committed tokens; entries from `length` on are not read.
-        length: how many are committed, at least 1.
-        max_ngram, min_ngram: longest and shortest suffix looked for, in tokens.
-        needed: matches with fewer tokens after them are passed over.
-        latest: of several matches take the last one, not the first.
+        length: number of committed tokens, at least 1.
+        max_ngram, min_ngram: longest and shortest suffix to search for, in tokens.
+        needed: matches followed by fewer tokens are ignored.
+        latest: whether to take the last of several matches instead of the first.
 
     Returns:
-        Start of the continuation, length of the matched suffix, and how many tokens there are from
-        the start to the end of the text. Without a match: `length - 1`, 0 and 0.
+        The start of the continuation, the length of the matched suffix, and the number of tokens
+        from that start to the end of the text. Without a match: `length - 1`, 0 and 0.
     """
-    place = jnp.arange(tokens.shape[0], dtype=jnp.int32)  # of a match's last token
+    place = jnp.arange(tokens.shape[0], dtype=jnp.int32)  # position of a match's last token
     equal = length - 1 - place >= max(needed, 1)
     matched = jnp.zeros_like(place)
     for back in range(max_ngram):
         own = jnp.take(tokens, length - 1 - back, mode="clip")
-        # Rolling wraps around, and a suffix longer than the text does not exist: `place >= back`
-        # excludes both, as a match ends before the suffix does.
+        # `place >= back` excludes what `roll` wraps around and suffixes longer than the text, as a
+        # match ends before the suffix does.
         equal &= (jnp.roll(tokens, back) == own) & (place >= back)
         matched += equal.astype(jnp.int32)
     best = jnp.max(matched)
@@ -72,17 +73,17 @@ def lookup(
     latest: bool = False,
     truncate: bool = False,
 ) -> tuple[Int[Array, "b k"], Int[Array, " b"]]:
-    """The `count` tokens that followed the longest match, and the match's length, of every row.
+    """Returns the `count` tokens after the longest match, and its length, for every row.
 
-    A truncated continuation goes on as if the text from the match on repeated itself, which is
-    right for loops. Rows without a match (length 0) get their last token over and over.
+    A continuation that ends too early is repeated from its start, which is right for text in a
+    loop. Rows without a match (length 0) get their last token repeated.
 
     Args:
         tokens: committed tokens; entries from `length` on are not read.
-        length: how many are committed, at least 1.
+        length: number of committed tokens, at least 1.
         count: k, tokens to draft.
         max_ngram, min_ngram, latest: as in `suffix_match`.
-        truncate: accept continuations shorter than `count`.
+        truncate: whether to accept continuations shorter than `count`.
     """
 
     def one_row(tokens: Int[Array, " c"], length: Int[Array, ""]):
@@ -99,15 +100,16 @@ def lookup(
 class PromptLookup:
     """Prompt lookup decoding with a chain of `length` drafted tokens.
 
-    The defaults are the published variant. Others differ in which match they take and in what they
-    do near the end of the text, which changes the acceptance: name the variant with any figure.
+    The defaults are the published variant. Other variants choose another match or treat matches
+    near the end of the text differently, which changes τ; name the variant when you report a
+    figure.
 
     Attributes:
-        max_ngram, min_ngram: longest and shortest suffix looked for, in tokens.
-        length: drafted tokens.
-        latest: of several matches take the last one, not the first.
-        truncate: accept matches with fewer than `length` tokens after them; else they are passed
-            over.
+        max_ngram, min_ngram: longest and shortest suffix to search for, in tokens.
+        length: number of drafted tokens.
+        latest: whether to take the last of several matches instead of the first.
+        truncate: whether to accept matches with fewer than `length` tokens after them; otherwise
+            they are ignored.
     """
 
     max_ngram: int = 3

@@ -1,8 +1,9 @@
-"""Token recycling (arXiv 2408.08696): the candidates of earlier passes are the draft.
+"""Token recycling (arXiv 2408.08696): drafts from the candidates of earlier target passes.
 
-Every pass computes the likeliest next tokens of every node and throws all but one away. A matrix
-keeps them, `width` per token of the vocabulary, and the next tree is read from it level by level:
-the child of rank r is the r-th best token that last followed its parent's token. No model drafts.
+Every pass computes the likeliest next tokens of every node and uses only one of them. A matrix
+stores the others too, `width` per token of the vocabulary, and the next tree is read from it level
+by level: the child of rank r is the r-th likeliest token in the latest candidates for its parent's
+token. There is no draft model.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from eagle_jax.decode.top_k import top_k
 from eagle_jax.decode.tree import Proposal, StaticTree, best_tree, check_levels, check_tree
 from eagle_jax.params import Params
 
-# A model, no measurement: the best candidate is right 0.45 of the time, each lower rank half as
-# often as the one before, at every depth. The last of 60 drafted nodes adds 0.01 tokens a round.
+# An assumption, not a measurement: at every depth the best candidate is right with probability
+# 0.45, and each lower rank half as often as the one before. The last of 60 drafted nodes then adds
+# 0.01 tokens per round.
 ACCURACY = (tuple(0.45 * 0.5**rank for rank in range(8)),) * 6
 _TREE = best_tree(ACCURACY, 60)
 
@@ -30,11 +32,11 @@ _TREE = best_tree(ACCURACY, 60)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RecyclingState:
-    """The matrix of each row.
+    """The candidate matrix of each row.
 
     Attributes:
         tokens: [b, v, width] likeliest tokens after each token, best first; zeros at the start.
-        logits: [b, v, width] their logits, if drafting is coupled.
+        logits: [b, v, width] their logits, or None without noise coupling.
     """
 
     tokens: Int[Array, "b v width"]
@@ -43,16 +45,16 @@ class RecyclingState:
 
 @dataclasses.dataclass(frozen=True)
 class Recycling:
-    """Token recycling with a static tree, from an empty matrix for every prompt ("cold").
+    """Token recycling with a static tree; the matrix starts empty for every prompt ("cold").
 
-    The prompt's pass computes no vocabulary head, so the matrix fills from the first round on. It
-    takes 4 v width bytes a row, twice that if coupled: 2 MiB for a vocabulary of 32000.
+    The prefill computes no vocabulary head, so the matrix fills from the first round on. It takes
+    4 v width bytes per row, and twice that with noise coupling: 2 MiB for v = 32000.
 
     Attributes:
-        tree: rank paths.
-        width: candidates kept per token; bounds the tree's ranks.
-        coupled: keep the logits too and rank children under the noise that the target will draw
-            with, which changes nothing when greedy; without it by the stored order alone.
+        tree: the static tree.
+        width: candidates stored per token; the ranks of the tree must be smaller.
+        coupled: whether to store the logits too and rank children with the noise that the target
+            will draw with (no effect in greedy decoding); otherwise the stored order decides.
     """
 
     tree: StaticTree = _TREE
@@ -107,7 +109,7 @@ class Recycling:
         return Proposal(tokens, tree.shape(tokens.shape[0])), state
 
     def update(self, models: Models, state: RecyclingState, verified: Verified) -> RecyclingState:
-        """Every node, accepted or not, says anew what follows its token."""
+        """Returns the matrix updated at the token of every node, accepted or not."""
         del models
         tokens = verified.proposal.tokens
         logits, best = top_k(verified.logits, self.width)
@@ -119,7 +121,7 @@ class Recycling:
     def _candidates(
         self, context: Context, state: RecyclingState, parents: Int[Array, "b m"], depth: int
     ) -> Int[Array, "b m width"]:
-        """The stored successors of tokens whose children lie at `depth`, best first."""
+        """Returns the stored candidates of tokens whose children are at `depth`, best first."""
         gather = jax.vmap(lambda matrix, tokens: matrix[tokens])
         found = gather(state.tokens, parents)
         if state.logits is None or context.noise is None:
@@ -135,9 +137,10 @@ def store(
     tokens: Int[Array, "b t"],
     values: Shaped[Array, "b t width"],
 ) -> Shaped[Array, "b v width"]:
-    """`matrix[tokens[i]] = values[i]` in every row; of equal tokens the last one counts.
+    """Returns `matrix` with `matrix[tokens[i]] = values[i]` in every row.
 
-    Left to the scatter, that would be whichever thread of a GPU comes last.
+    If a token occurs more than once, its last occurrence counts. A plain scatter would leave the
+    order to the threads of a GPU.
     """
     t = tokens.shape[1]
     same = tokens[:, :, None] == tokens[:, None, :]

@@ -1,4 +1,4 @@
-"""Vanilla decoding: the tree of one node. The baseline of every speedup in this project."""
+"""Vanilla decoding: a tree of one node, the baseline for every speedup in this project."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eagle_jax.params import Params
 
 @dataclasses.dataclass(frozen=True)
 class Vanilla:
-    """One token a pass."""
+    """Vanilla autoregressive decoding: one token per target pass."""
 
     nodes: int = dataclasses.field(default=1, init=False)
     depth: int = dataclasses.field(default=0, init=False)

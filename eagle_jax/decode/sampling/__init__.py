@@ -1,4 +1,4 @@
-"""Sampling: what a user sets (`SamplingParams`), its arrays (`Sampling`), filters, and noise."""
+"""Sampling: the user's settings (`SamplingParams`), their arrays (`Sampling`), filters, noise."""
 
 from eagle_jax.decode.sampling.filters import FILTERS, Capacities, Filter
 from eagle_jax.decode.sampling.noise import draft_noise, position_noise, position_uniform

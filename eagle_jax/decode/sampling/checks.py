@@ -1,6 +1,6 @@
 """Checks of single sampling fields: each returns the value in its stored form, or raises.
 
-Every check takes the field's name and what the user gave. A `ValueError` is one line that names the
+Every check takes the field's name and the user's value. A `ValueError` is one line that names the
 field, the value and the remedy.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from eagle_jax.checks import check_flag, short
 
-TINY = 1e-30  # beyond 1e-30 and 1e30, quotients and sums leave float32's range
+TINY = 1e-30  # outside 1e-30 to 1e30, quotients and sums would leave the range of float32
 MOST_LOGPROBS = 20
 _LARGEST_INT = 2**31 - 1
 
@@ -23,7 +23,7 @@ Check = Callable[[str, Any], Any]
 
 
 def number(name: str, value: Any) -> float:
-    """Any real number as a float."""
+    """Checks a real number and returns it as a float."""
     if not isinstance(value, int | float | np.number) or isinstance(value, bool):
         raise ValueError(f"{name}={value!r}: must be a number")
     try:
@@ -33,7 +33,7 @@ def number(name: str, value: Any) -> float:
 
 
 def between(low: float, high: float, says: str) -> Check:
-    """A check for numbers from `low` to `high`; the message ends with what `says` states."""
+    """Returns a check for numbers from `low` to `high`; its error message ends with `says`."""
 
     def check(name: str, value: Any) -> float:
         found = number(name, value)
@@ -55,7 +55,7 @@ def temperature(name: str, value: Any) -> float:
 
 
 def count(most: int | None = None, says: str = "0 or a positive whole number") -> Check:
-    """A check for whole numbers from 0 to `most`."""
+    """Returns a check for whole numbers from 0 to `most`."""
 
     def check(name: str, value: Any) -> int:
         found = number(name, value)
@@ -67,7 +67,7 @@ def count(most: int | None = None, says: str = "0 or a positive whole number") -
 
 
 def seed(name: str, value: Any) -> int:
-    """Checks a seed: a whole number of 32 bits."""
+    """Checks a seed: a whole number from 0 to 2**32 - 1."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ValueError(f"{name}={value!r}: give a whole number")
     found = operator.index(value)
@@ -77,23 +77,23 @@ def seed(name: str, value: Any) -> int:
 
 
 def switch(name: str, value: Any) -> bool:
-    """Checks True or False."""
+    """Checks a value that must be True or False."""
     check_flag(name, value)
     return value
 
 
 def optional(check: Check) -> Check:
-    """A check that also accepts None."""
+    """Returns a version of `check` that also accepts None."""
     return lambda name, value: None if value is None else check(name, value)
 
 
 def token_ids(name: str, value: Any) -> tuple[int, ...]:
-    """Token ids, sorted, each once."""
+    """Checks token ids and returns them sorted and without duplicates."""
     return tuple(sorted({_token_id(name, x) for x in _items(name, value, "token ids")}))
 
 
 def some_token_ids(name: str, value: Any) -> tuple[int, ...]:
-    """Checks token ids as `token_ids` does, and that there is at least one."""
+    """Checks token ids like `token_ids`, and that there is at least one."""
     found = token_ids(name, value)
     if not found:
         raise ValueError(f"{name}={value!r}: allows nothing; give at least one token id, or None")
@@ -101,7 +101,7 @@ def some_token_ids(name: str, value: Any) -> tuple[int, ...]:
 
 
 def texts(name: str, value: Any) -> tuple[str, ...]:
-    """A string or several, none of them empty."""
+    """Checks one string or several, none of which may be empty."""
     found = (value,) if isinstance(value, str) else tuple(_items(name, value, "strings"))
     for text in found:
         if not isinstance(text, str) or not text:
@@ -110,7 +110,7 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
 
 
 def words(name: str, value: Any) -> tuple[str | tuple[int, ...], ...]:
-    """Strings, or sequences of token ids."""
+    """Checks words, each of which is a string or a sequence of token ids."""
     found = (value,) if isinstance(value, str) else _items(name, value, "strings or token ids")
     out: list[str | tuple[int, ...]] = []
     for word in found:
@@ -125,7 +125,7 @@ def words(name: str, value: Any) -> tuple[str | tuple[int, ...], ...]:
 
 
 def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
-    """Pairs of a token id and what is added to its logit, sorted by id."""
+    """Checks logit biases and returns pairs of a token id and its bias, sorted by id."""
     pairs = (
         value.items()
         if isinstance(value, Mapping)

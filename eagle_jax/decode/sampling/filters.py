@@ -1,7 +1,8 @@
-"""Filters of the target's logits, one class each; `FILTERS` is their order.
+"""Filters of the target's logits, one class each; `FILTERS` lists them in order of application.
 
 A filter holds arrays with one entry per row, so that rows with different settings share one
-compiled program. To add one: a field in `SamplingParams`, a class here, and its place in `FILTERS`.
+compiled program. To add one, add a field to `SamplingParams`, a class here, and an entry in
+`FILTERS`.
 """
 
 from __future__ import annotations
@@ -23,39 +24,39 @@ from eagle_jax.decode.sampling.vocabulary import Vocabulary
 from eagle_jax.types import Logits
 
 T = TypeVar("T")
-_WORD = 32  # bits of a word of a mask
-_ANY = -2  # a token of a pattern that every text matches
+_WORD = 32  # bits per word of a mask
+_ANY = -2  # wildcard in a pattern of tokens; every token matches it
 
 
 class Capacities:
-    """Sizes of arrays whose content varies in length: powers of two that only grow.
+    """Sizes of padded arrays: powers of two that never shrink.
 
-    A batcher keeps one for its life, so that few sizes are ever compiled.
+    A batcher uses one instance for its whole life, so that few sizes are compiled.
     """
 
     def __init__(self) -> None:
         self._sizes: dict[str, int] = {}
 
     def fit(self, name: str, needed: int, least: int) -> int:
-        """The size of array `name`, at least `needed`, `least`, and what it was before."""
+        """Returns a size for array `name`: at least `needed`, `least` and its last size."""
         size = max(needed, least, self._sizes.get(name, 1))
         self._sizes[name] = 1 << (size - 1).bit_length()
         return self._sizes[name]
 
     def padded(self, name: str, rows: Sequence[Sequence[Any]], pad: Any, least: int) -> np.ndarray:
-        """Lists of different lengths as one array, filled up with `pad`."""
+        """Returns lists of different lengths as one array, padded with `pad`."""
         size = self.fit(name, max(map(len, rows), default=0), least)
         return np.array([[*row, *[pad] * (size - len(row))] for row in rows])
 
 
 @dataclasses.dataclass(frozen=True)
 class Filter(abc.ABC):
-    """What all filters have.
+    """Base class of all filters.
 
     Attributes:
-        used: [b] whether each row has set this filter.
-        truncates: class attribute; the filter cuts the distribution after the temperature, reads
-            nothing but logits, and also shapes the distributions that drafts are drawn from.
+        used: [b] whether each row uses this filter.
+        truncates: class attribute; True for a filter that truncates the distribution after the
+            temperature. It depends on the logits alone and also applies to the draft's logits.
     """
 
     used: Bool[Array, " b"]
@@ -66,12 +67,15 @@ class Filter(abc.ABC):
     def of(
         cls, rows: Sequence[SamplingParams], vocabulary: Vocabulary, capacities: Capacities
     ) -> Filter:
-        """The filter's arrays for these rows."""
+        """Returns the filter with its arrays for these rows."""
         used: Any = np.array([cls.uses(row) for row in rows])
         return cls(used, **cls.arrays(rows, vocabulary, capacities))
 
     def __call__(self, logits: Float[Array, "b *t v"], path: Path | None) -> Float[Array, "b *t v"]:
-        """The filtered logits of the rows that use it; costs next to nothing if no row does."""
+        """Returns the logits, filtered in the rows that use this filter.
+
+        The filter is skipped at run time if no row uses it.
+        """
 
         def filtered(logits: Float[Array, "b *t v"]) -> Float[Array, "b *t v"]:
             out = self.apply(logits, path)
@@ -82,20 +86,23 @@ class Filter(abc.ABC):
     @staticmethod
     @abc.abstractmethod
     def uses(row: SamplingParams) -> bool:
-        """Whether these settings need the filter."""
+        """Returns whether these settings need the filter."""
 
     @classmethod
     def arrays(
         cls, rows: Sequence[SamplingParams], vocabulary: Vocabulary, capacities: Capacities
     ) -> dict[str, np.ndarray]:
-        """The filter's own fields; of a number that a field of the same name sets by default."""
+        """Returns the arrays of the filter's own fields.
+
+        By default each holds, per row, the number in the field of `SamplingParams` with its name.
+        """
         del vocabulary, capacities
         names = [field.name for field in dataclasses.fields(cls) if field.name != "used"]
         return {name: np.array([getattr(r, name) for r in rows], np.float32) for name in names}
 
     @abc.abstractmethod
     def apply(self, logits: Any, path: Any) -> Any:
-        """The filtered logits of all rows. `path` is None where `truncates`."""
+        """Returns the filtered logits of all rows; `path` is None if `truncates`."""
 
 
 def _filter(cls: type[T]) -> type[T]:
@@ -103,13 +110,13 @@ def _filter(cls: type[T]) -> type[T]:
 
 
 def per_row(values: Any, like: Array) -> Array:
-    """`values` [b] with as many axes as `like`, for arithmetic with it."""
+    """Returns `values` [b] with as many axes as `like`, so that the two broadcast."""
     return jnp.reshape(values, (-1, *[1] * (like.ndim - 1)))
 
 
 @_filter
 class LogitBias(Filter):
-    """Adds numbers to the logits of chosen tokens."""
+    """Adds a bias to the logits of given tokens."""
 
     ids: Int[Array, "b m"]
     bias: Float[Array, "b m"]
@@ -135,7 +142,7 @@ class LogitBias(Filter):
 
 @_filter
 class AllowedTokenIds(Filter):
-    """Excludes every token that is not allowed; the mask has 32 tokens in a word."""
+    """Excludes every token that is not allowed; each word of the mask holds 32 tokens."""
 
     mask: UInt32[Array, "b w"]
 
@@ -164,9 +171,9 @@ class AllowedTokenIds(Filter):
 
 @_filter
 class BadWords(Filter):
-    """Excludes the last token of a bad word where a node's text ends with the tokens before it.
+    """Excludes the last token of a bad word wherever the text ends with the word's other tokens.
 
-    Equals transformers' `NoBadWordsLogitsProcessor`.
+    It gives the same result as transformers' `NoBadWordsLogitsProcessor`.
     """
 
     before: Int[Array, "b w m"]
@@ -186,7 +193,7 @@ class BadWords(Filter):
         for i, row in enumerate(words):
             for j, word in enumerate(row):
                 *first, last[i, j] = word
-                before[i, j, : len(first)] = first[::-1]  # newest first, as `Path.recent` has it
+                before[i, j, : len(first)] = first[::-1]  # newest first, like `Path.recent`
         return {"before": before.astype(np.int32), "last": last.astype(np.int32)}
 
     def apply(self, logits: Logits, path: Path) -> Logits:
@@ -199,7 +206,7 @@ class BadWords(Filter):
 
 @_filter
 class MinTokens(Filter):
-    """Excludes the end tokens of an answer that is too short yet."""
+    """Excludes end tokens while an answer is shorter than its minimum."""
 
     min_tokens: Int[Array, " b"]
     ends: Int[Array, "b m"]
@@ -224,9 +231,10 @@ class MinTokens(Filter):
 
 @_filter
 class RepetitionPenalty(Filter):
-    """Divides positive logits, and multiplies negative ones, of tokens of prompt and answer.
+    """Lowers the logits of tokens that occur in the prompt or the answer.
 
-    The penalty of CTRL (arXiv 1909.05858, section 4.1), as transformers has it.
+    It divides positive logits and multiplies negative ones: the penalty of CTRL (arXiv 1909.05858,
+    section 4.1) as transformers implements it.
     """
 
     repetition_penalty: Float[Array, " b"]
@@ -247,7 +255,7 @@ class RepetitionPenalty(Filter):
 
 @_filter
 class PresencePenalty(Filter):
-    """Subtracts a number from the logit of every token that stands in the answer."""
+    """Subtracts a number from the logit of every token that occurs in the answer."""
 
     presence_penalty: Float[Array, " b"]
 
@@ -262,7 +270,7 @@ class PresencePenalty(Filter):
 
 @_filter
 class FrequencyPenalty(Filter):
-    """Subtracts a number for every time that the token stands in the answer."""
+    """Subtracts a number from a token's logit once per occurrence in the answer."""
 
     frequency_penalty: Float[Array, " b"]
 
@@ -313,7 +321,7 @@ class TopP(Filter):
     def apply(self, logits: Float[Array, "b *t v"], path: None) -> Float[Array, "b *t v"]:
         del path
         probs = jax.nn.softmax(logits, axis=-1)
-        # Rounding may leave the whole at less than a top-p near one: all of it is then enough.
+        # Rounding may leave the total below a top-p near 1; keeping all tokens is then enough.
         wanted = jnp.minimum(per_row(self.top_p, logits[..., 0]), jnp.sum(probs, axis=-1))
         return _keep(
             logits, probs, lambda kept: jnp.sum(jnp.where(kept, probs, 0), axis=-1) >= wanted
@@ -363,18 +371,18 @@ def _keep(
     values: Float[Array, "*lead v"],
     enough: Callable[[Bool[Array, "*lead v"]], Bool[Array, "*lead"]],
 ) -> Float[Array, "*lead v"]:
-    """`scaled` where `values` are among the largest that together are `enough`, -inf elsewhere.
+    """Returns `scaled` for the fewest largest `values` that are `enough`, and -inf elsewhere.
 
-    Tokens that tie with the last one kept stay, so that nothing depends on a sort's tie order. The
-    threshold is found by bisection over the bits of a float, 32 passes over the vocabulary: a sort
-    of every node's logits costs several times that, on CPUs more than the target itself.
+    Tokens that tie with the last one kept are kept too, so that the result does not depend on a
+    sort's order of ties. The threshold is found by bisection over the bits of a float, in 32 passes
+    over the vocabulary; sorting every node's logits costs several times as much.
     """
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
     order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the floats
 
     def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds  # `low` keeps enough, `high` keeps too few
-        middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, computed without overflow
         good = enough(order >= middle[..., None])
         return jnp.where(good, middle, low), jnp.where(good, high, middle)
 

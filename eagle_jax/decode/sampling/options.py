@@ -1,4 +1,4 @@
-"""`SamplingParams` as options of a command line, one per field: `--top-p 0.9 --stop END`."""
+"""Command-line options for `SamplingParams`, one per field: `--top-p 0.9 --stop END`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from eagle_jax.decode.sampling.params import SamplingParams
 
 
 def ids(text: str) -> list[int]:
-    """Reads token ids between commas."""
+    """Parses token ids that are separated by commas."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
@@ -18,7 +18,7 @@ def ids(text: str) -> list[int]:
 
 
 def bias(text: str) -> list[tuple[int, float]]:
-    """Reads ID=VALUE."""
+    """Parses ID=VALUE into one pair of a token id and its bias."""
     token, _, value = text.partition("=")
     try:
         return [(int(token), float(value))]
@@ -26,7 +26,7 @@ def bias(text: str) -> list[tuple[int, float]]:
         raise argparse.ArgumentTypeError(f"{text!r}: write ID=VALUE, e.g. 42=-1.5") from error
 
 
-# Options that may be repeated: how their values are shown and read.
+# Options that may be repeated, each with its metavar and its parser.
 _SEVERAL: dict[str, tuple[str, Any]] = {
     "allowed_token_ids": ("ID,ID,...", ids),
     "bad_words": ("TEXT", lambda text: [text]),
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """Adds an option for every field of `SamplingParams`.
 
     Args:
-        parser: of the command.
-        **defaults: fields whose default in this command is another one.
+        parser: the command's parser.
+        **defaults: defaults of this command that differ from those of `SamplingParams`.
     """
     group = parser.add_argument_group("sampling")
     for field in dataclasses.fields(SamplingParams):
@@ -61,10 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
 
 
 def sampling_of(args: argparse.Namespace) -> SamplingParams:
-    """Returns the settings that parsed options say.
+    """Returns the sampling settings that parsed options describe.
 
     Raises:
-        ValueError: a value that cannot be; one line.
+        ValueError: a value is invalid; one line.
     """
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingParams)}
     return SamplingParams(**{name: value for name, value in given.items() if value is not None})

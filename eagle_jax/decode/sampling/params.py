@@ -1,7 +1,8 @@
-"""`SamplingParams`: everything a user sets about how the tokens of one answer are drawn.
+"""`SamplingParams`: the settings that decide how the tokens of one answer are drawn.
 
-Command-line options (`eagle_jax.decode.sampling.options`) and JSON follow from the fields below: a
-new setting is one field here, and its filter in `eagle_jax.decode.sampling.filters`.
+Command-line options (`eagle_jax.decode.sampling.options`) and JSON are derived from the fields
+below. To add a setting, add one field here and its filter in
+`eagle_jax.decode.sampling.filters`.
 """
 
 from __future__ import annotations
@@ -14,44 +15,46 @@ from eagle_jax.decode.sampling import checks
 
 
 def _field(default: Any, check: checks.Check, help: str) -> Any:
-    """A field with its default, its check and the help text of its command-line option."""
+    """Returns a field with its default, its check and the help text of its option."""
     return dataclasses.field(default=default, metadata={"check": check, "help": help})
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of one answer are drawn. The defaults are greedy decoding.
+    """Settings that decide how the tokens of one answer are drawn; the default is greedy.
 
     Settings act on the target's logits in this order: `logit_bias`, `allowed_token_ids`,
     `bad_words`, `min_tokens`; the three penalties; `temperature`; `top_k`; `top_p`; `min_p`. They
-    hold for every method alike, so in float32 one seed gives one text whatever the method. Greedy
-    decoding (temperature 0) takes the likeliest token after the penalties.
+    apply to every method in the same way, so in float32 a seed gives the same text with every
+    method. Greedy decoding (temperature 0) takes the likeliest token after the penalties.
 
     Attributes:
         temperature: divides the logits; 0 is greedy.
         top_k: keep the k likeliest tokens; 0 is off.
         top_p: keep the smallest set of likeliest tokens with at least this probability; 1 is off.
         min_p: keep tokens with at least this share of the likeliest token's probability; 0 is off.
-        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that
-            stand in the prompt or the answer; 1 is off.
-        presence_penalty: subtracted from the logit of every token that stands in the answer.
-        frequency_penalty: subtracted once for every time that the token stands in the answer.
-        logit_bias: numbers that are added to the logits of token ids: a mapping, or pairs.
+        repetition_penalty: for every token that occurs in the prompt or the answer, divides its
+            logit if that is positive and multiplies it if that is negative; 1 is off.
+        presence_penalty: subtracted from the logit of every token that occurs in the answer.
+        frequency_penalty: subtracted from a token's logit once per occurrence in the answer.
+        logit_bias: biases to add to the logits: a mapping from token id to bias, or pairs.
         allowed_token_ids: the only tokens that may be drawn; None allows all.
-        bad_words: what the answer must not contain: strings (spelled as the tokenizer encodes them,
-            at the start of a text and after a blank) or sequences of token ids.
-        min_tokens: no end token and no stop string before the answer has so many tokens.
-        stop: a string or several at which the answer ends; its text excludes them. Special tokens
-            have no text: use `stop_token_ids` for those.
+        bad_words: text that the answer must not contain: strings (excluded in the two forms that
+            the tokenizer gives them, at the start of a text and after a blank) or sequences of
+            token ids.
+        min_tokens: minimum length of the answer in tokens; end tokens are excluded, and stop
+            strings ignored, before it.
+        stop: one or several strings at which the answer ends; its text excludes them. Special
+            tokens have no text: use `stop_token_ids` for those.
         stop_token_ids: tokens that end the answer, besides the model's own end tokens.
-        ignore_eos: the model's own end tokens do not end the answer.
-        seed: of the sampling noise; the same seed gives the same text.
-        logprobs: report the log-probability of every token of the answer, and those of so many of
-            the likeliest tokens in its place; None is off. They are the target's own, before any of
-            these settings.
+        ignore_eos: if True, the model's own end tokens do not end the answer.
+        seed: seed of the sampling noise; the same seed gives the same text.
+        logprobs: number of alternatives to report at every position, with their log-probabilities
+            and that of the answer's own token; None reports nothing. They come from the target's
+            raw logits, before any of these settings.
 
     Raises:
-        ValueError: a value of the wrong type or range; one line.
+        ValueError: a value has the wrong type or is out of range; one line.
     """
 
     temperature: float = _field(0.0, checks.temperature, "0 is greedy (default)")
@@ -119,7 +122,7 @@ class SamplingParams:
             object.__setattr__(self, field.name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what differs from the defaults, as JSON has it."""
+        """Returns the fields that differ from the defaults, as a JSON object."""
         out: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -134,17 +137,17 @@ class SamplingParams:
 
     @classmethod
     def from_dict(cls, values: Any) -> SamplingParams:
-        """Returns the settings that `to_dict` wrote, or that a user wrote as a JSON object.
+        """Returns the settings of a JSON object, written by `to_dict` or by a user.
 
         Raises:
-            ValueError: no object, an unknown key, or a value of the wrong type; one line.
+            ValueError: not an object, an unknown key, or a value of the wrong type; one line.
         """
         return cls().override(values)
 
     def override(self, values: Any) -> SamplingParams:
-        """Returns these settings, overridden by those of a JSON object.
+        """Returns a copy of these settings in which the fields of a JSON object replace their own.
 
-        Raises what `from_dict` raises.
+        It raises the errors of `from_dict`.
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"sampling={values!r}: must be an object of settings")
@@ -186,12 +189,12 @@ def rows_of(
     """Returns the settings of every row of a call.
 
     Args:
-        rows: prompts of the call.
-        sampling: of all rows, of which row i then takes `seed + i`; or a list with one per row.
-        settings: the fields as keywords, in the place of `sampling`.
+        rows: number of prompts.
+        sampling: settings of all rows (row i then uses `seed + i`), or a list with one per row.
+        settings: the fields as keywords, instead of `sampling`.
 
     Raises:
-        ValueError: both are given, or a list of another length.
+        ValueError: both are given, or the list does not have `rows` entries.
         TypeError: an unknown keyword.
     """
     settings = dict(settings or {})
@@ -216,7 +219,7 @@ def rows_of(
 
 
 def seeds_of(seed: Any, rows: int) -> list[int]:
-    """Returns one checked seed per row: those of a list, or `seed + i` for row i."""
+    """Returns one checked seed per row: the given list, or `seed + i` for row i."""
     if hasattr(seed, "__len__") and not isinstance(seed, str):
         seeds = list(seed)
         if len(seeds) != rows:

@@ -1,4 +1,4 @@
-"""`Path`: the text before every node of a tree, which is what penalties and bad words look at."""
+"""`Path`: the text that leads to every node of a tree; penalties and bad words depend on it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 from eagle_jax.decode.tree import Shape
 from eagle_jax.types import Logits
 
-ABSENT = -1  # stands where a text has no token
-_UNROLL = 16  # steps along a path that are compiled one by one; longer paths take a loop
+ABSENT = -1  # marks positions before the start of a text
+_UNROLL = 16  # steps along a path that are unrolled; longer paths run in a loop
 
-# (logits, whether each token stands in the prompt, how often it stands in the answer) -> logits.
+# (logits, whether each token occurs in the prompt, its count in the answer) -> logits.
 Rule = Callable[
     [Float[Array, "b t x"], Bool[Array, "b _ x"], Int[Array, "b _ x"]], Float[Array, "b t x"]
 ]
@@ -24,17 +24,18 @@ Rule = Callable[
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """For every node of each row's tree, the text that ends with the node.
+    """The text that ends at each node of each row's tree.
 
-    That is the committed text, whose last token is the root, and the node's ancestors below it.
+    It consists of the committed text, whose last token is the root, followed by the drafted tokens
+    on the path from the root to the node.
 
     Attributes:
         tokens: [b, c] committed tokens, prompt included; entries from `length` on are meaningless.
         length: [b] committed tokens.
-        prompt: [b] tokens of the prompt.
+        prompt: [b] length of the prompt in tokens.
         drafted: [b, t] the nodes' tokens, root first.
-        shape: of the trees.
-        longest: n, nodes of the longest path, root included; static.
+        shape: the form of the trees.
+        longest: n, nodes on the longest path, including the root; static.
     """
 
     tokens: Int[Array, "b c"]
@@ -45,11 +46,11 @@ class Path:
     longest: int = dataclasses.field(metadata={"static": True})
 
     def answered(self) -> Int[Array, "b t"]:
-        """How many tokens of the answer each node's text has."""
+        """Returns how many answer tokens the text of each node has."""
         return (self.length - self.prompt)[:, None] + self.shape.depth
 
     def recent(self, count: int) -> Int[Array, "b t {count}"]:
-        """The last `count` tokens of each node's text, newest first; `ABSENT` before its start."""
+        """Returns the last `count` tokens of each node's text, newest first, or `ABSENT`."""
         b, t = self.drafted.shape
 
         def step(node: Int[Array, "b t"], back: Int[Array, ""]) -> tuple[Array, Array]:
@@ -66,11 +67,12 @@ class Path:
         return jnp.moveaxis(found, 0, 2)
 
     def penalise(self, logits: Logits, rule: Rule) -> Logits:
-        """Apply a rule that looks at how often each token stands in a node's text.
+        """Apply a rule that depends on how often each token occurs in a node's text.
 
-        All nodes of a row share the committed text, so its counts serve the whole [b, t, v] at
-        once. The few tokens of a node's own drafted path are then computed again with their own
-        counts; writing a token twice writes equal values.
+        All nodes of a row share the committed text, so the rule first runs on the whole [b, t, v]
+        with the counts of that text. It then runs again for the few tokens on each node's drafted
+        path, with the counts that include this path. A token that occurs twice on the path is
+        written twice with the same value.
         """
         vocab, deep = logits.shape[-1], self.longest - 1
         in_prompt, count = self._committed(vocab)
@@ -97,7 +99,7 @@ class Path:
         return put(out, jnp.where(own, ids, vocab), new)
 
     def _committed(self, vocab: int) -> tuple[Bool[Array, "b v"], Int[Array, "b v"]]:
-        """Which tokens the prompt has, and how often the committed answer has each."""
+        """Returns which tokens the prompt contains, and each token's count in the answer."""
         place = jnp.arange(self.tokens.shape[1], dtype=jnp.int32)[None]
         prompt = place < self.prompt[:, None]
         answer = (place < self.length[:, None]) & ~prompt
@@ -113,6 +115,6 @@ class Path:
 
 
 def put(logits: Logits, ids: Int[Array, "b t m"], values: Float[Array, "b t m"]) -> Logits:
-    """`logits` with `values` at the token `ids` of every node; ids of v or more are dropped."""
+    """Returns `logits` with `values` at the token `ids` of each node; ids >= v are dropped."""
     write = jax.vmap(jax.vmap(lambda row, i, x: row.at[i].set(x, mode="drop")))
     return write(logits, ids, values)

@@ -1,4 +1,4 @@
-"""`Answer`: the text of one answer as its tokens come, up to the first stop string."""
+"""`Answer`: decodes the text of one answer incrementally, up to the first stop string."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from eagle_jax.text import StreamDecoder, Tokenizer
 class Answer:
     """Decodes an answer token by token and ends it at a stop string.
 
-    The answer ends with the first token whose text completes a stop string, wherever chunks of
-    tokens begin and end. Text that may be the beginning of a stop string is held back.
+    The answer ends with the first token whose text completes a stop string; the split of the tokens
+    into chunks has no influence. Text that may be the beginning of a stop string is held back.
 
     Attributes:
-        tokens: how many tokens the answer has, the one that completed a stop string included.
-        stopped: a stop string has ended the answer.
+        tokens: number of tokens, including the one that completed a stop string.
+        stopped: whether a stop string has ended the answer.
     """
 
     def __init__(
         self, tokenizer: Tokenizer | None, stop: Sequence[str] = (), min_tokens: int = 0
     ) -> None:
-        """An empty answer.
+        """Creates an empty answer.
 
         Args:
-            tokenizer: of the model; without it the answer has no text, and `stop` must be empty.
+            tokenizer: the model's; if None, the answer has no text and `stop` must be empty.
             stop: stop strings.
-            min_tokens: stop strings that are complete before so many tokens are ignored.
+            min_tokens: stop strings that end before this many tokens are ignored.
         """
         assert tokenizer is not None or not stop
         self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
         self._stop, self._min_tokens = tuple(stop), min_tokens
         self._longest = max(map(len, self._stop), default=0)
-        self._held = ""  # decoded, not handed out
+        self._held = ""  # decoded text that `feed` has not returned yet
         self.tokens, self.stopped = 0, False
 
     def feed(self, tokens: Sequence[int], last: bool = False) -> str | None:
-        """Add tokens; returns the text that became certain, or None without tokenizer.
+        """Add tokens and return the text that can be handed out, or None without a tokenizer.
 
         Args:
-            tokens: those after a stop string are ignored.
-            last: the answer ends here, so that nothing is held back any more.
+            tokens: new tokens; those after a stop string are ignored.
+            last: whether the answer ends here, so that no text is held back any more.
         """
         if self._decoder is None:
             self.tokens += len(tokens)
@@ -70,7 +70,7 @@ class Answer:
             self._held, self.stopped = self._held[: min(found)], True
 
     def _possible(self) -> int:
-        """Length of the longest end of the text that may be the beginning of a stop string."""
+        """Returns the length of the longest suffix that may be the beginning of a stop string."""
         for size in range(min(self._longest - 1, len(self._held)), 0, -1):
             tail = self._held[-size:]
             if any(len(stop) > size and stop.startswith(tail) for stop in self._stop):

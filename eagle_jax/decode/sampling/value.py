@@ -1,4 +1,4 @@
-"""`Sampling`: the settings of all rows as arrays, and the way from logits to scores."""
+"""`Sampling`: the settings of all rows as arrays, and the functions that apply them to logits."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from eagle_jax.decode.sampling.vocabulary import Vocabulary
 from eagle_jax.types import Logits
 
 T = TypeVar("T")
-NOBODY = -1  # pads end tokens
+NOBODY = -1  # padding in arrays of end tokens; no token has this id
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How each row's tokens are drawn. Values are traced: other values compile nothing new.
+    """The sampling settings of every row, as traced arrays: new values need no new compilation.
 
-    Static is only what saves time where it is absent. A program without filters has none of them; a
-    program with filters has all, and skips at run time those that no row uses.
+    Only two choices are static, because each saves time: whether any row samples, and whether any
+    row uses a filter. A program with filters contains all of them and skips at run time those that
+    no row uses.
 
     Attributes:
-        temperature: [b] divides the logits; a row of 0 is greedy.
+        temperature: [b] divides the logits; 0 makes a row greedy.
         ends: [b, m] tokens that end a row's answer, padded with `NOBODY`.
-        prompt: [b] tokens of each row's prompt: what follows is the answer.
-        filters: in their order; empty if no row uses any.
-        greedy: static; no row samples, so that no noise is computed.
+        prompt: [b] length of each row's prompt in tokens; the answer follows it.
+        filters: the filters in the order of `FILTERS`; empty if no row uses any.
+        greedy: static; whether all rows are greedy, so that no noise is computed.
     """
 
     temperature: Float[Array, " b"]
@@ -52,13 +53,13 @@ class Sampling:
         prompts: Sequence[int] | None = None,
         capacities: Capacities | None = None,
     ) -> Sampling:
-        """The arrays of these rows, on the host.
+        """Returns the settings of these rows as host arrays.
 
         Args:
-            rows: what `Vocabulary.resolve` returned for each row.
-            vocabulary: of the model.
-            prompts: length of each row's prompt; without it 0.
-            capacities: sizes of arrays; by default those that fit.
+            rows: the settings that `Vocabulary.resolve` returned for each row.
+            vocabulary: the model's vocabulary.
+            prompts: length of each row's prompt; 0 by default.
+            capacities: sizes of the padded arrays; by default the smallest that fit.
         """
         capacities = capacities or Capacities()
         greedy = all(row.temperature == 0 for row in rows)
@@ -78,15 +79,15 @@ class Sampling:
 
     @property
     def sampled(self) -> Bool[Array, " b"]:
-        """Which rows draw with noise."""
+        """Whether each row samples, i.e. draws with noise."""
         return jnp.asarray(self.temperature) > 0
 
     def noise(
         self, seeds: UInt32[Array, " b"], first: Int[Array, " b"], count: int, vocab: int
     ) -> Float[Array, "b n v"] | None:
-        """Returns Gumbel noise of `count` positions from `first` on, or None if no row samples.
+        """Returns the Gumbel noise of `count` positions from `first` on.
 
-        Greedy rows get 0.
+        The noise of greedy rows is 0. Returns None if all rows are greedy.
         """
         if self.greedy:
             return None
@@ -94,7 +95,7 @@ class Sampling:
         return jnp.where(per_row(self.sampled, noise), noise, 0.0)
 
     def choose(self, sampled: T, greedy: T) -> T:
-        """`sampled` for the rows that draw with noise, `greedy` for the others."""
+        """Returns `sampled` for the rows that sample and `greedy` for the other rows."""
 
         def one(a: Array, c: Array) -> Array:
             return jnp.where(per_row(self.sampled, a), a, c)
@@ -102,14 +103,15 @@ class Sampling:
         return jax.tree.map(one, sampled, greedy)
 
     def scaled(self, logits: Float[Array, "b *t v"]) -> Float[Array, "b *t v"]:
-        """The logits over each row's temperature; those of greedy rows as they are."""
+        """Returns the logits divided by each row's temperature; greedy rows are unchanged."""
         temperature = jnp.where(self.sampled, self.temperature, 1.0)
         return logits / per_row(temperature, logits).astype(logits.dtype)
 
     def process(self, logits: Logits, path: Path) -> Logits:
-        """The target's logits after all filters and the temperature: excluded tokens get -inf.
+        """Returns the target's logits after all filters and the temperature.
 
-        A function of the text before each node only, whatever the tree.
+        Excluded tokens get -inf. The result at a node depends only on the text that ends there, not
+        on the rest of the tree.
         """
         for one in self.filters:
             if not one.truncates:
@@ -120,7 +122,7 @@ class Sampling:
 def process(logits: Float[Array, "b *t v"], settings: Sampling) -> Float[Array, "b *t v"]:
     """Applies temperature, then top-k, top-p and min-p.
 
-    Drafts are drawn from the result. This is the last part of `Sampling.process`.
+    Drafts are drawn from the result. `Sampling.process` ends with this step.
     """
     if settings.greedy:
         return logits
@@ -134,9 +136,10 @@ def process(logits: Float[Array, "b *t v"], settings: Sampling) -> Float[Array, 
 def perturb(
     logits: Float[Array, "b *t v"], noise: Float[Array, "b *t v"] | None, settings: Sampling
 ) -> Float[Array, "b *t v"]:
-    """Scores whose argmax is a draft's token: processed logits plus noise, or the logits if greedy.
+    """Returns the scores whose argmax is the drafted token.
 
-    The noise of greedy rows must be 0 (see `Sampling.noise`).
+    They are the processed logits plus noise, or the logits if all rows are greedy. The noise of
+    greedy rows must be 0 (see `Sampling.noise`).
     """
     if settings.greedy:
         return logits

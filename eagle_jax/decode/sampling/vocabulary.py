@@ -1,4 +1,4 @@
-"""`Vocabulary`: what settings need to know of a model before they become arrays."""
+"""`Vocabulary`: a model's token ids, against which sampling settings are checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Vocabulary:
     Attributes:
         size: v, number of ids.
         eos: ids that end an answer.
-        encode: token ids of a text, or None without tokenizer.
+        encode: returns the token ids of a text; None if the model has no tokenizer.
     """
 
     size: int
@@ -25,14 +25,14 @@ class Vocabulary:
 
     @classmethod
     def of(cls, params: Params) -> Vocabulary:
-        """The vocabulary of a model."""
+        """Returns the vocabulary of a model."""
         size, tokenizer = params.target_config.vocab_size, params.tokenizer
         if tokenizer is None:
             return cls(size)
         return cls(size, tokenizer.eos_ids, tokenizer.encode)
 
     def ends(self, params: SamplingParams) -> tuple[int, ...]:
-        """The tokens that end an answer with these settings."""
+        """Returns the tokens that end an answer with these settings."""
         return (*(() if params.ignore_eos else self.eos), *params.stop_token_ids)
 
     def resolve(self, params: SamplingParams) -> SamplingParams:
@@ -71,7 +71,7 @@ class Vocabulary:
         return dataclasses.replace(params, bad_words=tuple(words))
 
     def _spellings(self, word: str | Sequence[int]) -> list[tuple[int, ...]]:
-        """Token ids of a bad word, at the start of a text and after a blank."""
+        """Returns the token ids of a bad word at the start of a text and after a blank."""
         if not isinstance(word, str):
             return [tuple(word)]
         if self.encode is None:

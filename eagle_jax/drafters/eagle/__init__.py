@@ -1,4 +1,4 @@
-"""EAGLE-1 and EAGLE-2 (arXiv 2401.15077, 2406.16858): one head, static or dynamic trees."""
+"""EAGLE-1 and EAGLE-2 (arXiv 2401.15077, 2406.16858): one head with static or dynamic trees."""
 
 from eagle_jax.drafters.spec import DrafterSpec
 

@@ -1,8 +1,8 @@
-"""Files of EAGLE-1 heads: `fc`, one decoder layer without input norm, perhaps an embedding.
+"""Files of EAGLE-1 heads: `fc`, one decoder layer without input norm, optionally an embedding.
 
-The embedding is a frozen copy of the target's, which is ignored. A draft vocabulary is this
-library's own: its `d2t` lies beside the weights, and the head is columns of the target's head,
-which no file holds.
+The embedding is a frozen copy of the target's and is ignored. A draft vocabulary is an extension of
+this library: its `d2t` is stored with the weights. Its head consists of columns of the target's
+head and is not stored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from eagle_jax.drafters.one_layer import OneLayerFiles
 
 
 class EagleFiles(OneLayerFiles):
-    """Files of EAGLE-1 heads; EAGLE-2 has the same."""
+    """Files of EAGLE-1 heads, which EAGLE-2 also uses."""
 
     layouts = ("official", "sglang")
     shortens = True
@@ -41,7 +41,7 @@ class EagleFiles(OneLayerFiles):
 
     def shapes(self, config: EagleConfig) -> dict[str, Shape]:
         found = super().shapes(config)
-        found.pop("lm_head.kernel", None)  # columns of the target's
+        found.pop("lm_head.kernel", None)  # not stored: columns of the target's head
         return found
 
     def settings(
@@ -83,10 +83,10 @@ class EagleFiles(OneLayerFiles):
         untied: bool,
         quantised: bool,
     ) -> tuple[EagleConfig, Mapping[str, LazyTensor]]:
-        """With a draft vocabulary, the columns of the target's head that it takes.
+        """Adds the draft vocabulary's columns of the target's head, if there is a draft vocabulary.
 
-        They are gathered when they are read. A quantised draft takes all columns, since its copy
-        of the head is stored otherwise than the target's.
+        They are gathered when they are read. A quantised draft without a draft vocabulary gets all
+        columns, since the format of its head differs from that of the target's.
         """
         del untied
         if quantised and config.draft_vocab_size is None:
@@ -113,7 +113,7 @@ class EagleFiles(OneLayerFiles):
             config = dataclasses.replace(config, draft_vocab_size=None)
             params = {name: array for name, array in params.items() if name != "d2t"}
         if layout == "sglang" and not config.bias:
-            # SGLang always makes one, and leaves it random where the file has none.
+            # SGLang always creates this bias and leaves it random if the file has none.
             bias = np.zeros(config.hidden_size, lazily(params["fc.kernel"]).dtype)
             return dataclasses.replace(config, bias=True), {**params, "fc.bias": bias}
         return config, params
@@ -124,12 +124,12 @@ class EagleFiles(OneLayerFiles):
         settings = super().export_settings(config, layout, dtype, target)
         if layout != "sglang":
             return settings
-        # There `bias` means one on the projections of attention; `fc` has one always.
+        # In SGLang `bias` means a bias of the attention projections; its `fc` always has a bias.
         del settings["bias"]
         return settings | {"architectures": ["LlamaForCausalLMEagle"]}
 
     def export_files(self, layout: str) -> tuple[str, ...]:
-        # The first version of the official code opens torch's file alone.
+        # The first version of the official code opens only torch's file.
         official = ("model.safetensors", "pytorch_model.bin")
         return official if layout == "official" else super().export_files(layout)
 

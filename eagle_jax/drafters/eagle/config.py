@@ -16,12 +16,12 @@ class EagleConfig:
     Attributes:
         hidden_size: width of the features, equal to the target's.
         intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rope_theta,
-            rms_norm_eps, attention_bias, rope_scaling: of its decoder layer, as in
+            rms_norm_eps, attention_bias, rope_scaling: settings of its decoder layer, as in
             `TransformerConfig`.
-        vocab_size: the target's; the embedding and the head are the target's own, frozen.
-        bias: `fc` has a bias (the published default; Llama-3 heads have none).
-        draft_vocab_size: how many of the target's tokens are drafted, through columns of its head;
-            `d2t` maps them to the target's. None: all.
+        vocab_size: the target's vocabulary size; embedding and head are the target's own, frozen.
+        bias: whether `fc` has a bias (the published default; Llama-3 heads have none).
+        draft_vocab_size: number of the target's tokens that can be drafted, through columns of its
+            head; `d2t` maps entries to tokens. None allows all tokens.
     """
 
     vocab_size: int
@@ -55,19 +55,19 @@ class EagleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureRegression:
-    """Objective of EAGLE-1 (paper section 4.2): features by smooth L1, tokens by distillation.
+    """Settings of EAGLE-1's objective (paper section 4.2): smooth L1 and distillation.
 
     Attributes:
         draft: the architecture to train from random weights.
         target: a directory that `eagle_jax.load` reads, or the name of a shipped pair.
-        feature_weight: weight of smooth L1 between predicted and real features.
-        token_weight: weight of the loss of tokens through the target's head.
-        loss: of tokens: soft cross-entropy ("kl"), or the acceptance rate itself ("lk": arXiv
-            2602.23881's hybrid of KL and total variation).
-        noise: half-width of the uniform noise added to input features, as the paper has it.
-        features: a directory that `python -m eagle_jax.train.features` wrote: the target's features
-            are read from it, and of the target only embedding, final norm and head are loaded;
-            empty: the target runs in every step.
+        feature_weight: weight of the smooth L1 loss between predicted and real features.
+        token_weight: weight of the token loss, computed through the target's head.
+        loss: the token loss: soft cross-entropy ("kl"), or a hybrid of KL and total variation that
+            optimises the acceptance rate ("lk", arXiv 2602.23881).
+        noise: half-width of the uniform noise added to input features, as in the paper.
+        features: a directory that `python -m eagle_jax.train.features` wrote. The target's features
+            are then read from it, and only the target's embedding, final norm and head are loaded.
+            If empty, the target runs in every step.
     """
 
     draft: EagleConfig

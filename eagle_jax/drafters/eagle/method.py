@@ -1,14 +1,15 @@
 """EAGLE: drafts extrapolated from the target's features, verified as a token tree.
 
-One method for three papers: EAGLE-1 (arXiv 2401.15077) is its head with a static tree, EAGLE-2
-(2406.16858) the same head with a dynamic tree, EAGLE-3 (2503.01840) another head. A round:
+One method serves three papers: EAGLE-1 (arXiv 2401.15077) uses its head with a static tree, EAGLE-2
+(2406.16858) the same head with a dynamic tree, and EAGLE-3 (2503.01840) another head. A round has
+two steps:
 
 1. catch-up: the draft reads the pairs (feature, next token) that the last round committed, with
    the target's own features, and appends their keys and values to its cache;
 2. tree: level by level, each expanded node reads its parent's *predicted* state and its own token;
-   those keys and values live for this round only.
+   these keys and values are dropped after the round.
 
-So extrapolated states never outlive a round.
+The cache therefore never contains predicted states.
 """
 
 from __future__ import annotations
@@ -42,25 +43,25 @@ from eagle_jax.models.transformer import packed_mask
 from eagle_jax.params import Params
 from eagle_jax.types import Hidden, KeyValue, Tokens
 
-_LARGEST = 1000.0  # factor of scores, and one over the smallest
+_LARGEST = 1000.0  # largest factor of scores; the smallest is 1 / _LARGEST
 
-# One level wide on CPUs, where every draft step costs a third of a target pass and every verified
-# token costs arithmetic (python -m eagle_jax.evaluate compares); the paper's tree elsewhere.
+# The default on CPUs has one level, because draft steps and verified tokens are expensive there.
+# Other devices use the paper's tree. `python -m eagle_jax.evaluate` compares trees.
 _CPU_TREE = static_tree([[0], [1], [2]])
 
 
 def default_tree() -> StaticTree:
-    """The tree that `method="eagle"` uses on this backend."""
+    """Returns the tree that `method="eagle"` uses on this backend."""
     return _CPU_TREE if jax.default_backend() == "cpu" else MC_SIM_7B_63
 
 
 def eagle() -> Eagle:
-    """What `method="eagle"` stands for: EAGLE-1."""
+    """Returns the default method for `method="eagle"`: EAGLE-1."""
     return Eagle(default_tree())
 
 
 def eagle2() -> Eagle:
-    """What `method="eagle2"` stands for: the same head with a dynamic tree."""
+    """Returns the default method for `method="eagle2"`: EAGLE-1's head with a dynamic tree."""
     return Eagle(DynamicTree())
 
 
@@ -70,9 +71,9 @@ class EagleState:
     """Draft state between rounds.
 
     Attributes:
-        cache: keys and values of pairs whose features are the target's own.
-        features: [b, n, a] features of the tokens committed last, not yet fed to the draft.
-        count: [b] how many of them are valid.
+        cache: the draft's KV cache, computed from the target's own features.
+        features: [b, n, a] target features of the last round's tokens, for the next catch-up.
+        count: [b] number of valid entries in `features`.
     """
 
     cache: KeyValue
@@ -82,19 +83,20 @@ class EagleState:
 
 @dataclasses.dataclass(frozen=True)
 class Eagle:
-    """EAGLE-1, EAGLE-2 and EAGLE-3.
+    """Decoding with EAGLE-1, EAGLE-2 and EAGLE-3.
 
     Attributes:
-        tree: rank paths (a chain is a tree too), or the envelope of a dynamic tree.
-        head: the kind of draft: "eagle" (of EAGLE-1 and EAGLE-2), "eagle3", or any other whose
+        tree: a static tree (also a chain), or the size of a dynamic tree.
+        head: the kind of draft: "eagle" (EAGLE-1 and EAGLE-2), "eagle3", or any other kind whose
             module has the methods of `EagleDraft`.
-        coupled: rank children under the noise that the target will draw with, so that at
-            temperature > 0 the draft follows the target's draw; without it by likelihood alone, at
-            temperature 1, as EAGLE-2 and EAGLE-3 do (EAGLE-1 draws children from its law).
-        confidence: factor of the draft's processed logits before noise is added. A draft that is
-            trained to cover whatever the target may say is too modest about what it will say.
-        sharpness: how much a dynamic tree trusts a lead under noise: a child's score is its share
-            in the softmax of `sharpness` times the perturbed logits.
+        coupled: whether to rank children with the noise that the target will draw with, so that at
+            temperature > 0 the draft follows the target's draw (noise coupling). Otherwise children
+            are ranked by likelihood at temperature 1, as in EAGLE-2 and EAGLE-3 (EAGLE-1 samples
+            children from the draft's distribution).
+        confidence: factor of the draft's processed logits before noise is added. Values above 1
+            sharpen the draft's distribution, which is flatter than the target's.
+        sharpness: sharpens the scores of a dynamic tree under noise: a child's score is the log of
+            its share in the softmax of `sharpness` times the perturbed logits.
     """
 
     tree: StaticTree | DynamicTree = MC_SIM_7B_63
@@ -137,7 +139,7 @@ class Eagle:
             raise ValueError(f"tree rank {widest}: the draft knows {vocab} tokens; use lower ranks")
 
     def init(self, models: Models, prompt: Prompt, slots: int) -> EagleState:
-        """Run the draft over the prompt: pair i is (feature i, token i+1)."""
+        """Runs the draft over the prompt, where pair i is (feature i, token i+1)."""
         features = prompt.features
         assert features is not None
 
@@ -150,13 +152,13 @@ class Eagle:
             )
             return (), (block,)
 
-        following = jnp.roll(prompt.tokens, -1, axis=1)  # the last pair is rewritten by catch-up
+        following = jnp.roll(prompt.tokens, -1, axis=1)  # the catch-up rewrites the last pair
         _, (cache,) = fill(run, (following, features), slots)
-        # Pair length-2 (the newest: its token is the root) is read by the first catch-up.
+        # The first catch-up reads pair length-2, the newest one, whose token is the root.
         newest = jnp.maximum(prompt.length - 2, 0)[:, None, None]
         features = jnp.take_along_axis(features, newest, axis=1, mode="clip")
         padding = jnp.zeros((len(newest), self.depth, features.shape[-1]), features.dtype)
-        count = jnp.minimum(prompt.length - 1, 1)  # a prompt of one token leaves no pair at all
+        count = jnp.minimum(prompt.length - 1, 1)  # a prompt of one token has no pair
         return EagleState(cache, jnp.concatenate([features, padding], axis=1), count)
 
     def propose(
@@ -173,7 +175,7 @@ class Eagle:
     def catch_up(
         self, models: Models, context: Context, state: EagleState
     ) -> tuple[Hidden, EagleState]:
-        """Feed the newly committed pairs; returns the predicted state of the root, [b, 1, d]."""
+        """Runs the draft on newly committed pairs; returns the root's predicted state [b, 1, d]."""
         b, n, _ = state.features.shape
         start = context.length - 1 - state.count
         step = jnp.arange(n, dtype=jnp.int32)[None]
@@ -186,7 +188,7 @@ class Eagle:
             prefix=state.cache,
             lengths=start,
         )
-        # Entries past `count` are garbage; the next catch-up starts right where they begin.
+        # Entries past `count` are meaningless; the next catch-up overwrites them.
         (cache,) = caches.write((state.cache,), (block,), start)
         last = jnp.maximum(state.count - 1, 0)[:, None, None]
         feature = jnp.take_along_axis(output, last, axis=1, mode="clip")
@@ -199,7 +201,7 @@ class Eagle:
         state: EagleState,
         feature: Float[Array, "b 1 d"],
     ) -> Proposal:
-        """Draft a tree below the root, whose predicted state is `feature` [b, 1, d]."""
+        """Drafts a tree below the root, whose predicted state is `feature` [b, 1, d]."""
         if isinstance(self.tree, DynamicTree):
             pool = self.pool(self.tree, models, context, state, feature)
             return rerank(*pool, context.root(), self.tree)
@@ -214,11 +216,11 @@ class Eagle:
         state: EagleState,
         feature: Float[Array, "b 1 d"],
     ) -> Tokens:
-        """Fill the tree level by level."""
+        """Drafts the tokens of a static tree, level by level."""
         b = feature.shape[0]
         tokens = [context.root()[:, None]]
-        expanded: list[int] = []  # nodes fed to the draft so far, in block order
-        parents = np.array([0])  # nodes whose predicted state is in `feature`, in its order
+        expanded: list[int] = []  # nodes that the draft has read so far, in block order
+        parents = np.array([0])  # nodes whose predicted states are in `feature`, in this order
         before: KeyValue | None = None
         for depth in range(1, tree.depth + 1):
             level = np.flatnonzero(tree.depths == depth)
@@ -253,13 +255,13 @@ class Eagle:
         state: EagleState,
         feature: Float[Array, "b 1 d"],
     ) -> tuple[Int[Array, "b p"], Float[Array, "b p"], Int[Array, "b p"]]:
-        """Tokens, scores and parents of the candidates found from a frontier of the k best."""
+        """Returns tokens, scores and parents of all candidates that a dynamic tree expands."""
         b, k = feature.shape[0], tree.k
         own = jnp.broadcast_to(jnp.eye(k, dtype=bool)[None], (b, k, k))
         scores, tokens = self._likeliest(models, context, feature, 1)
         scores, tokens = scores[:, 0], tokens[:, 0]
         pool = [(tokens, scores, jnp.zeros((b, k), jnp.int32))]
-        # Of the frontier: index in the pool, and which earlier frontier nodes are its ancestors.
+        # `index`: the frontier's indices in the pool. `seen`: its ancestors in earlier frontiers.
         index = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32)[None], (b, k))
         feature = jnp.broadcast_to(feature, (b, k, feature.shape[-1]))
         seen, before = own, None
@@ -292,7 +294,7 @@ class Eagle:
         mask: Bool[Array, "b m u"],
         before: KeyValue | None,
     ) -> tuple[Hidden, KeyValue]:
-        """Run the draft on nodes of one depth; `feature` is their parents' predicted state."""
+        """Runs the draft on nodes of one depth, given their parents' predicted states."""
         b, m = tokens.shape
         position = context.length[:, None] + jnp.full((b, m), depth - 2, jnp.int32)
         feature, block = models.draft(
@@ -311,7 +313,7 @@ class Eagle:
     def _scores(
         self, models: Models, context: Context, feature: Hidden, depth: int
     ) -> Float[Array, "b m v"]:
-        """Scores of children at `depth` over the draft's vocabulary, given their parents' state."""
+        """Returns scores of children at `depth` over the draft's vocabulary, from their parents."""
         scores = models.draft.logits(feature, models.target)
         if self.coupled and context.noise is not None:
             noise = context.noise[:, depth - 1]
@@ -325,10 +327,10 @@ class Eagle:
     def _likeliest(
         self, models: Models, context: Context, feature: Hidden, depth: int
     ) -> tuple[Float[Array, "b m k"], Int[Array, "b m k"]]:
-        """Returns the k likeliest children of every node, and the log of each one's probability.
+        """Returns the log-probabilities and the tokens of the k likeliest children of every node.
 
-        Children are tokens of the target. Logs are never positive and never NaN, which `rerank`
-        relies on.
+        Tokens are the target's. Log-probabilities are never positive and never NaN, as `rerank`
+        requires.
         """
         assert isinstance(self.tree, DynamicTree)
         scores = self._scores(models, context, feature, depth)
@@ -338,6 +340,6 @@ class Eagle:
         return log, self._known(models, index)
 
     def _known(self, models: Models, index: Int[Array, "b m r"]) -> Int[Array, "b m r"]:
-        """The target's tokens of entries of the draft's vocabulary."""
+        """Returns the target's tokens for entries of the draft's vocabulary."""
         ids = models.draft.tokens()
         return index if ids is None else ids[index]

@@ -1,12 +1,12 @@
 """The EAGLE-1 draft, the FeatExtrapolator (arXiv 2401.15077 section 4.1, figure 6).
 
-It reads pairs (feature of token i, embedding of token i+1), the token one step ahead of the
-feature, and predicts the feature of token i+1; the target's own frozen head turns that into a
+It reads pairs (feature of token i, embedding of token i+1), in which the token is one step ahead of
+the feature, and predicts the feature of token i+1. The target's frozen head turns this into a
 distribution of token i+2. Embedding and head are the target's: this module holds only `fc` and
 one decoder layer without input norm.
 
-The head is most of what a level costs where the vocabulary is large. With a draft vocabulary (the
-idea of FR-Spec, arXiv 2502.14856) the module also holds the head's columns of frequent tokens, and
+If the vocabulary is large, most of the cost of a level is the head. With a draft vocabulary (the
+idea of FR-Spec, arXiv 2502.14856) the module also holds the head's columns for frequent tokens and
 scores only these; entry i is the target's token `i + d2t[i]`.
 """
 
@@ -28,7 +28,7 @@ from eagle_jax.types import Hidden, KeyValue, Logits
 
 
 class EagleDraft(nnx.Module):
-    """`layer(fc([embedding(t_{i+1}) ; f_i]))`, embedding first, as published heads have it."""
+    """Computes `layer(fc([embedding(t_{i+1}) ; f_i]))`, embedding first as in published heads."""
 
     def __init__(self, config: EagleConfig, layout: Layout = PLAIN, *, rngs: nnx.Rngs) -> None:
         d, quantization = config.hidden_size, layout.quantize
@@ -55,11 +55,12 @@ class EagleDraft(nnx.Module):
         """Predict the next features.
 
         Args:
-            embeddings: of t_{i+1}, from the target's embedding.
-            features: f_i: real ones (catch-up, training) or this module's own output (a tree).
+            embeddings: embeddings of t_{i+1}, from the target.
+            features: f_i: the target's (catch-up, training) or this module's own output (a tree).
             positions: i, the position of the feature (not of the token).
-            mask: block visibility, `before` first.
-            prefix, lengths: the draft cache, which holds only positions fed with real features.
+            mask: attention mask of the block; the columns of `before` come first.
+            prefix, lengths: the draft's KV cache, computed from the target's features only, and
+                the number of valid entries.
             before: keys and values of the levels drafted earlier in this round.
 
         Returns:
@@ -81,28 +82,28 @@ class EagleDraft(nnx.Module):
         )
 
     def features(self, output: Output) -> Hidden:
-        """What is kept of a target pass: its features."""
+        """Returns the part of the target's output that the draft reads: the features."""
         return output.features
 
     def fuse(self, features: Hidden) -> Hidden:
-        """The draft's input at positions whose features are the target's own: these."""
+        """Returns the draft's input for the target's features, which are used unchanged."""
         return features
 
     def embed(self, tokens: Int[Array, "b t"], target: Transformer) -> Hidden:
-        """Embeddings of tokens: the target's."""
+        """Returns the target's embeddings of tokens."""
         return target.embed_tokens(tokens)
 
     def logits(self, state: Hidden, target: Transformer) -> Logits:
-        """Scores of predicted features through the target's head, or its columns that are here."""
+        """Returns the logits of predicted features by the target's head, or by columns of it."""
         if self.lm_head is None:
             return target.logits(state)
         return target.finish(vocabulary_head(self.lm_head, state))
 
     def tokens(self) -> Int[Array, " v"] | None:
-        """The target's token of every entry of the draft vocabulary; None where that is its own."""
+        """Returns the target's token of every draft vocabulary entry; None without such a table."""
         return None if self.d2t is None else target_tokens(self.d2t[...])
 
 
 def target_tokens(offsets: Int[Array, " v"]) -> Int[Array, " v"]:
-    """The target's token of every entry of a draft vocabulary, from `d2t`."""
+    """Returns the target's token of every entry of a draft vocabulary, given `d2t`."""
     return jax.lax.iota(jnp.int32, offsets.shape[0]) + offsets

@@ -41,12 +41,12 @@ from eagle_jax.types import Hidden, ParamDict
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureRegressionObjective:
-    """EAGLE-1: smooth L1 to the target's features, distillation through its head.
+    """EAGLE-1's objective: smooth L1 to the target's features, and distillation through its head.
 
-    Noise is uniform, on input features only, fresh in every step.
+    Every step draws new uniform noise and adds it to the input features only.
 
     Attributes:
-        settings: weights, noise, and the draft's architecture.
+        settings: loss weights, noise, and the draft's architecture.
         target_config, target: the frozen target.
         kernel, remat: as in `TrainConfig` (`attention`, `remat`).
     """
@@ -111,21 +111,21 @@ class FeatureRegressionObjective:
         shapes = jax.eval_shape(lambda: init_params(EagleDraft, self.settings.draft, 0))
         draft = 2.0 * matrices(shapes) + attention_flops(layer, sequence_length)
         body, head = target.flops(self.settings, self.target_config, sequence_length)
-        # Target and its head forward; the draft forward and backward; the frozen head once more
-        # forward on predicted features, and backward to them only.
+        # The target and its head run forward; the draft forward and backward; the frozen head runs
+        # again on the predicted features, forward and backward to its input.
         return body + head + 3.0 * draft + 2.0 * head
 
     def export(
         self, directory: Path, params: Mapping[str, Any], dtype: str, tokenizer: Path
     ) -> None:
-        del tokenizer  # the target has it
+        del tokenizer  # it belongs to the target
         hf.save_draft(directory, self.settings.draft, params, dtype)
 
 
 def _regression_rows(
     loss: str, predicted: Hidden, real: Hidden, head: Float[Array, "d v"]
 ) -> dict[str, Float[Array, "b t"]]:
-    """Both losses and the agreement of every row, float32."""
+    """Returns both losses and the top-1 and top-3 agreement of every row; losses are float32."""
     error = jnp.abs(predicted.astype(jnp.float32) - real.astype(jnp.float32))
     smooth = jnp.where(error < 1.0, 0.5 * error * error, error - 0.5)
     target_logits, draft_logits = project(real, head), project(predicted, head)
@@ -152,7 +152,7 @@ def build(
     target_params: Mapping[str, Any],
     vocabulary: Vocabulary,
 ) -> FeatureRegressionObjective:
-    """The objective of a run.
+    """Returns the objective of a training run.
 
     Raises:
         ValueError: the draft does not fit the target or the text.

@@ -1,4 +1,4 @@
-"""How EAGLE heads are tuned: one wide dynamic tree tells what any tree would get accepted."""
+"""Tuning of EAGLE heads: the record of one wide dynamic tree predicts τ for every other tree."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from eagle_jax.tune.acceptance import Pools, Record, Recorder, empty_record, not
 from eagle_jax.tune.drafts import DraftTuning, fitted
 from eagle_jax.tune.predict import Evidence, Prediction, Steps, copier, copy_lengths
 
-_CHAIN = 3  # tokens of the chain that tells what a draft's step costs
+_CHAIN = 3  # length of the chain that measures the cost of a draft step
 
 
 @dataclasses.dataclass(frozen=True)
 class PoolRecorder(Recorder):
-    """EAGLE with a dynamic tree, and a record of accepted candidates and of the pool's scores.
+    """EAGLE with a dynamic tree that records accepted candidates and the scores of the pool.
 
-    Nodes of the record are indices into the pool.
+    The nodes in the record are indices into the pool.
 
     Attributes:
         inner: an `Eagle` with a `DynamicTree`.
@@ -69,7 +69,7 @@ class PoolRecorder(Recorder):
 
 
 def widths(tree: StaticTree | DynamicTree) -> list[int]:
-    """Nodes that each step of an EAGLE draft reads; the first is the root's."""
+    """Returns the number of nodes that each draft step reads; the first step reads the root."""
     if isinstance(tree, DynamicTree):
         return [1] + [tree.k] * (tree.depth - 1)
     parents = {path[:-1] for path in tree.paths}
@@ -78,17 +78,17 @@ def widths(tree: StaticTree | DynamicTree) -> list[int]:
 
 
 class EagleTuning(DraftTuning):
-    """Tuning of EAGLE heads, alone and beside the lookup in the text.
+    """Tuning of EAGLE heads, alone and combined with prompt lookup.
 
     Attributes:
-        deepest: levels of the tree that is recorded, where the device is fast.
+        deepest: depth of the recorded tree on fast devices.
     """
 
     deepest: ClassVar[int] = 6
 
     def probe(self, config: Any, most: int, rounds: int) -> Method:
         drafted = max(most - 1, 7)
-        # Compiling takes time with every level, on CPUs most of all.
+        # Every level adds compile time, most of all on CPUs.
         slow = most < 32 or jax.default_backend() == "cpu"
         depth, k = (4, 4) if slow else (self.deepest, 10)
         tree = DynamicTree(depth, k, min(drafted, 59, k + (depth - 1) * k * k))
@@ -142,7 +142,7 @@ class EagleTuning(DraftTuning):
         ]
         copying, others = (sum(counts) for counts in zip(*walks, strict=True))
         shared, steps = evidence.verifying(method), evidence.steps[self.spec.kind]
-        # The first step catches up with what was committed, whoever drafts.
+        # The catch-up step runs in every round, also when the lookup drafts.
         seconds = copying * (shared + steps.of([1]))
         seconds += others * (shared + steps.of(widths(method.eagle.tree)))
         rounds = max(copying + others, 1)

@@ -1,6 +1,7 @@
-"""EAGLE-3 (arXiv 2503.01840): fused features of three layers, a head and a vocabulary of its own.
+"""EAGLE-3 (arXiv 2503.01840): a draft that fuses features of three layers and has its own head.
 
-It decodes with the method of EAGLE-1 and EAGLE-2 (`eagle_jax.drafters.eagle.method`).
+The head scores a draft vocabulary. Decoding uses the method of EAGLE-1 and EAGLE-2
+(`eagle_jax.drafters.eagle.method`).
 """
 
 from eagle_jax.drafters.spec import DrafterSpec

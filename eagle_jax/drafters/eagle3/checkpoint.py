@@ -1,8 +1,8 @@
 """Files of EAGLE-3 heads, as the authors publish them and as serving stacks read them.
 
-Stacks disagree about the numbers of the fused layers (`AUX`): vLLM counts the layers that the
-residual streams enter, as we do, and SGLang those that they leave. The authors' files name none:
-their code fuses `official_layers` of whatever target it runs.
+Serving stacks number the fused layers (`AUX`) differently: vLLM and this library use the layers
+that the residual streams enter, and SGLang the layers that they leave. The authors' files have no
+numbers: their code fuses `official_layers` of the target that it runs.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from eagle_jax.drafters.files import EMBEDDING, NATIVE, Embedding, ExportTarget
 from eagle_jax.drafters.one_layer import OneLayerFiles
 
 AUX = "eagle_aux_hidden_state_layer_ids"
-"""Key of the layers whose residual streams are fused."""
+"""Key, in `config.json`, of the layers whose residual streams are fused."""
 
-# vLLM's names of the tables.
+# vLLM's names for the tables.
 _ALIASES = {"draft_id_to_target_id": "d2t"}
 
-_FUSED = 3  # layers of the official rule
+_FUSED = 3  # number of layers that official heads fuse
 
-# How many tokens vLLM drafts ahead unless told otherwise.
+# Number of tokens that vLLM drafts by default.
 _SPECULATIVE_TOKENS = 5
 
 
@@ -48,7 +48,7 @@ class Eagle3Files(OneLayerFiles):
         tables = any(name in ("d2t", "t2d") for name in names)
         if "draft_vocab_size" not in settings and not tables:
             return False
-        # EAGLE-1 has no head of its own, whatever it drafts.
+        # EAGLE-1 has no head of its own, also with a draft vocabulary.
         eagle = any(name.startswith(("fc.", "layers.0.")) for name in names)
         return not eagle or any(name.endswith("lm_head.weight") for name in names)
 
@@ -61,14 +61,14 @@ class Eagle3Files(OneLayerFiles):
             "fc_norm": config.fc_norm,
             "norm_output": config.norm_output,
         }
-        # Where this key is, the official code takes the embedding from the draft's file, and
+        # If this key is present, the official code takes the embedding from the draft's file, and
         # leaves it random if the file has none.
         if config.target_hidden_size is not None:
             settings["target_hidden_size"] = config.target_hidden_size
         return settings
 
     def tables(self, config: Eagle3Config, params: Mapping[str, Any]) -> Arrays:
-        """`d2t`, and `t2d`: which of the target's tokens have an entry."""
+        """Returns `d2t`, and `t2d`, which marks the target's tokens that have an entry."""
         result = super().tables(config, params)
         tokens = np.arange(config.draft_vocab_size) + result["d2t"]
         return result | {"t2d": np.isin(np.arange(config.vocab_size), tokens)}
@@ -80,7 +80,10 @@ class Eagle3Files(OneLayerFiles):
         tensors: LazyTensors,
         target: TransformerConfig | None,
     ) -> tuple[Eagle3Config, LazyTensors]:
-        """As `DraftFiles.read`; an embedding as wide as the target's is a copy, and ignored."""
+        """Reads a draft as `DraftFiles.read` does; ignores an embedding as wide as the target's.
+
+        Such an embedding is a copy of the target's.
+        """
         path = directory / "config.json"
         tensors = {_official(name): array for name, array in tensors.items()}
         settings = self.biases(settings, tensors)
@@ -123,7 +126,7 @@ class Eagle3Files(OneLayerFiles):
         self, config: Eagle3Config, layout: str, dtype: str, target: ExportTarget | None
     ) -> dict[str, Any]:
         settings = super().export_settings(config, layout, dtype, target)
-        # What is not said is taken as true by vLLM.
+        # vLLM takes a missing key as true.
         settings["norm_before_residual"] = False
         if layout in ("official", NATIVE):
             return settings
@@ -174,17 +177,17 @@ class Eagle3Files(OneLayerFiles):
 
 
 def official_layers(target: TransformerConfig) -> tuple[int, ...]:
-    """The layers that official EAGLE-3 heads fuse, by the layer that the streams enter.
+    """Returns the layers that official EAGLE-3 heads fuse, by the layer that the streams enter.
 
-    Its code walks through the target's L layers and keeps the stream that enters layer 2, L // 2
-    or L - 3: each once, in ascending order. Below 7 layers some coincide or do not exist.
+    The official code goes through the target's L layers and keeps the streams that enter layers 2,
+    L // 2 and L - 3, each once, in ascending order. If L < 7, some coincide or do not exist.
     """
     layers = target.num_hidden_layers
     return tuple(sorted({2, layers // 2, layers - 3} & set(range(layers))))
 
 
 def _official(name: str) -> str:
-    """The official name of a tensor, from that or from those that serving stacks give."""
+    """Returns the official name of a tensor, given that name or the one of a serving stack."""
     name = name.removeprefix("model.")
     return re.sub(r"^layers\.0\.", "midlayer.", _ALIASES.get(name, name))
 
@@ -192,11 +195,11 @@ def _official(name: str) -> str:
 def _aux_layers(
     path: Path, settings: Mapping[str, Any], target: TransformerConfig | None
 ) -> tuple[int, ...]:
-    """The fused layers, by the layer that their residual streams enter."""
+    """Returns the fused layers, by the layer that their residual streams enter."""
     nested = settings.get("eagle_config")
     nested = nested.get(AUX) if isinstance(nested, dict) else None
-    # At the top the numbers are those of vLLM: the layers entered. SGLang, which reads
-    # `eagle_config`, numbers the layers left.
+    # The top-level key has vLLM's numbers (the layers that streams enter). `eagle_config` has
+    # SGLang's numbers (the layers that streams leave).
     ids, shift = (settings[AUX], 0) if AUX in settings else (nested, 1)
     if ids:
         if not isinstance(ids, list) or any(type(index) is not int for index in ids):

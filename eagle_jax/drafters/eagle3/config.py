@@ -14,19 +14,19 @@ class Eagle3Config:
     """The EAGLE-3 draft (arXiv 2503.01840): fused target layers, own head over a draft vocabulary.
 
     Attributes:
-        vocab_size: the target's; the embedding is the target's own, frozen.
-        draft_vocab_size: rows of the draft's own head; `d2t` maps them to the target's tokens.
+        vocab_size: the target's vocabulary size; the embedding is the target's own, frozen.
+        draft_vocab_size: entries of the draft's own head; `d2t` maps them to the target's tokens.
         hidden_size: width `d` of the draft.
         intermediate_size, num_attention_heads, num_key_value_heads, head_dim, rope_theta,
-            rms_norm_eps, attention_bias, rope_scaling: of its decoder layer, as in
+            rms_norm_eps, attention_bias, rope_scaling: settings of its decoder layer, as in
             `TransformerConfig`.
-        aux_layers: which residual streams are fused, by the layer they enter; the number of the
-            target's layers means the one that leaves the last. The official rule for L >= 7
-            layers is 2, L // 2, L - 3.
-        fc_norm: an RMSNorm on each of them before they are fused (EAGLE-3.1).
-        norm_output: the state fed back to the next draft step is the normed one (EAGLE-3.1).
-        target_hidden_size: the target's width where it is not the draft's; such a draft has an
-            embedding of its own.
+        aux_layers: the residual streams to fuse, by the layer that each enters; the number of the
+            target's layers stands for the stream that leaves the last layer. The official rule for
+            L >= 7 layers is 2, L // 2, L - 3.
+        fc_norm: whether each stream passes an RMSNorm before they are fused (EAGLE-3.1).
+        norm_output: whether the next draft step reads the normed state (EAGLE-3.1).
+        target_hidden_size: the target's width if it differs from the draft's; such a draft has its
+            own embedding.
     """
 
     vocab_size: int
@@ -77,14 +77,15 @@ class Eagle3Config:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingTimeTest:
-    """Objective of EAGLE-3 (section 3.1): several draft steps on the draft's own states.
+    """Settings of EAGLE-3's objective (section 3.1): draft steps on the draft's own states.
 
     Attributes:
         draft: the architecture to train from random weights.
         target: as in `FeatureRegression`.
         steps: draft steps per position.
         decay: step i has weight `decay ** i`.
-        mean: over the rows that count ("masked"), or over all rows, as the official code divides.
+        mean: whether the loss is averaged over the rows with a label ("masked") or over all rows
+            ("all"), as in the official code.
         loss: as in `FeatureRegression`, over the draft vocabulary.
         features: as in `FeatureRegression`.
     """

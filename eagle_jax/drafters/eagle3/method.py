@@ -1,4 +1,4 @@
-"""EAGLE-3's default: the EAGLE method with this head and a deeper dynamic tree."""
+"""EAGLE-3's default method: `Eagle` with the EAGLE-3 head and a deeper dynamic tree."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from eagle_jax.drafters.eagle.method import Eagle
 
 
 def eagle3() -> Eagle:
-    """What `method="eagle3"` stands for."""
+    """Returns the default method for `method="eagle3"`."""
     return Eagle(DynamicTree(depth=8), head="eagle3")

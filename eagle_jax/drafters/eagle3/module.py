@@ -1,8 +1,8 @@
-"""The EAGLE-3 draft (arXiv 2503.01840 section 3.2), as its published code and heads have it.
+"""The EAGLE-3 draft (arXiv 2503.01840 section 3.2), compatible with the published code and heads.
 
-Residual streams of three target layers are fused into one state by `fc`; from then on the draft
-feeds on its own states. One decoder layer reads the token's embedding beside the state, each
-normed; its own head scores a draft vocabulary, whose entry i is the target's token `i + d2t[i]`.
+`fc` fuses the residual streams of three target layers into one state; later draft steps read the
+draft's own states. One decoder layer reads the token's embedding and the state, each normed. Its
+own head scores a draft vocabulary, whose entry i is the target's token `i + d2t[i]`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from eagle_jax.types import Hidden, KeyValue
 
 
 class Eagle3Layer(nnx.Module):
-    """The decoder layer: attention reads [embedding ; state], each with a norm of its own."""
+    """The decoder layer, whose attention reads [embedding ; state], each with its own norm."""
 
     def __init__(self, config: Eagle3Config, layout: Layout = PLAIN, *, rngs: nnx.Rngs) -> None:
         d, eps, layer = config.hidden_size, config.rms_norm_eps, config.layer()
@@ -36,17 +36,17 @@ class Eagle3Layer(nnx.Module):
         self.mlp = MLP(layer, layout, rngs=rngs)
 
     def read(self, embeddings: Hidden, state: Hidden) -> Float[Array, "b t d2"]:
-        """What attention projects."""
+        """Returns the input of the attention projections: normed embedding and normed state."""
         return jnp.concatenate([self.input_layernorm(embeddings), self.hidden_norm(state)], axis=-1)
 
     def leave(self, state: Hidden, mixed: Product) -> Hidden:
-        """Returns the layer's output, given what attention adds to the state as it came."""
+        """Returns the layer's output, given its input state and the output of attention."""
         state, normed = add_norm(state, mixed, self.post_attention_layernorm)
         return state + as_array(self.mlp(normed))
 
 
 class Eagle3Draft(nnx.Module):
-    """`fc`, one layer, norm and head; `d2t` is a table of int32 offsets, not a weight."""
+    """The draft: `fc`, one layer, norm and head; `d2t` is an int32 table of offsets, no weight."""
 
     def __init__(self, config: Eagle3Config, layout: Layout = PLAIN, *, rngs: nnx.Rngs) -> None:
         d, eps, fused = config.hidden_size, config.rms_norm_eps, len(config.aux_layers)
@@ -66,16 +66,16 @@ class Eagle3Draft(nnx.Module):
         self.norm_output = config.norm_output
 
     def features(self, output: Output) -> Float[Array, "b t a"]:
-        """What is kept of a target pass: the chosen residual streams side by side."""
+        """Returns the part of the target's output that the draft reads: concatenated streams."""
         return jnp.concatenate([output.residuals[i] for i in self.aux_layers], axis=-1)
 
     def embed(self, tokens: Int[Array, "b t"], target: Transformer) -> Hidden:
-        """Embeddings of tokens: the target's, where they are as wide as the draft."""
+        """Returns embeddings of tokens: the target's, unless the draft has its own embedding."""
         own = self.embed_tokens
         return target.embed_tokens(tokens) if own is None else own(tokens)
 
     def fuse(self, features: Float[Array, "b t a"]) -> Hidden:
-        """The state at positions whose features are the target's own."""
+        """Returns the states that the draft reads for the target's features."""
         if self.fc_norm is not None:
             parts = jnp.split(features, len(self.fc_norm), axis=-1)
             pairs = zip(self.fc_norm, parts, strict=True)
@@ -98,7 +98,7 @@ class Eagle3Draft(nnx.Module):
         before: KeyValue | None = None,
         kernel: AttentionKernel = "xla",
     ) -> tuple[Hidden, KeyValue]:
-        """The next state [b, t, d], and the block's keys and values; arguments as `EagleDraft`."""
+        """Returns the next states [b, t, d] and the block's KV; arguments as in `EagleDraft`."""
 
         def run(own, embeddings, state, positions, mask, prefix, lengths, before):
             cached = {"prefix": prefix, "lengths": lengths, "before": before, "kernel": kernel}
@@ -118,15 +118,15 @@ class Eagle3Draft(nnx.Module):
         return self.feed_back(state), block
 
     def feed_back(self, state: Hidden) -> Hidden:
-        """The state as the next draft step reads it."""
+        """Returns the state in the form that the next draft step reads."""
         return self.norm(state) if self.norm_output else state
 
     def logits(self, state: Hidden, target: Transformer | None = None) -> Float[Array, "b t v"]:
-        """Scores over the draft vocabulary, float32, of states as `__call__` returns them."""
+        """Returns float32 logits over the draft vocabulary for states that `__call__` returned."""
         del target
         normed = state if self.norm_output else self.norm(state)
         return vocabulary_head(self.lm_head, normed)
 
     def tokens(self) -> Int[Array, " v"]:
-        """The target's token of every entry of the draft vocabulary."""
+        """Returns the target's token of every entry of the draft vocabulary."""
         return target_tokens(self.d2t[...])

@@ -1,9 +1,9 @@
 """Training-time test (EAGLE-3, arXiv 2503.01840 section 3.1): a draft learns on its own states.
 
-Each row drafts a chain of its own, on the text's tokens. Row t at step j reads token t + 1 + j and
-the state that step j - 1 left at row t (at step 0 the fused features of the target), at rotary
-position t + j, and predicts token t + 2 + j: its label is the target's distribution at row
-t + 1 + j. `ttt_attention.py` has the attention.
+Each row drafts its own chain along the tokens of the text. At step j, row t reads token t + 1 + j
+and the state of row t after step j - 1 (at step 0 the fused features of the target), at rotary
+position t + j. It predicts token t + 2 + j; its label is the target's distribution at row
+t + 1 + j. `ttt_attention.py` implements the attention.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ from eagle_jax.types import Hidden, KeyValue, ParamDict
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """What the target says at every row, over the draft vocabulary.
+    """The labels of every row: the target's distribution over the draft vocabulary.
 
     Attributes:
-        probs: its distribution, renormalised over the draft vocabulary.
-        mass: the probability of the draft vocabulary.
-        entropy: of `probs`.
-        best: draft id of its most likely token, or `OUTSIDE`.
+        probs: the distribution, renormalised over the draft vocabulary.
+        mass: total probability of the draft vocabulary before renormalisation.
+        entropy: entropy of `probs`.
+        best: draft id of the target's most likely token, or `OUTSIDE`.
     """
 
     probs: Float[Array, "b t v"]
@@ -69,7 +69,7 @@ class Labels:
     best: Int[Array, "b t"]
 
     def ahead(self, by: int) -> Labels:
-        """The labels `by` rows further on."""
+        """Returns the labels shifted so that each row has those of the row `by` places later."""
         return jax.tree.map(lambda x: shift(x, by), self)
 
 
@@ -78,20 +78,21 @@ OUTSIDE = -1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainingTimeTestObjective:
-    """EAGLE-3: distillation over several draft steps.
+    """EAGLE-3's objective: distillation over several draft steps.
 
-    Metrics: `top1` and `top3` are agreement of step 0 with the target's most likely token,
-    `top1_last` of the last step; a token outside the draft vocabulary is a miss.
+    Metrics: `top1` and `top3` measure how often step 0 agrees with the target's most likely token,
+    and `top1_last` measures the last step. A token outside the draft vocabulary is a miss.
 
     Attributes:
         settings: steps, weights, loss, and the draft's architecture.
         target_config, target: the frozen target.
         d2t: int32 [draft vocabulary]; see `eagle_jax.vocabulary`.
         coverage: share of the training text inside the draft vocabulary.
-        kernel: of the target's pass; `ttt_attention.causal` says why not of the draft's.
-        remat: as in `TrainConfig`: also of the draft's products and of the logits of all steps
-            (float32, steps x tokens x draft vocabulary), which are kept otherwise.
-        chunk: queries whose attention scores are held at once.
+        kernel: attention kernel of the target's pass; `ttt_attention.causal` explains why the
+            draft cannot use it.
+        remat: as in `TrainConfig`. It also recomputes the draft's products and the logits of all
+            steps (float32, steps x tokens x draft vocabulary), which are otherwise stored.
+        chunk: number of queries whose attention scores are in memory at once.
     """
 
     settings: TrainingTimeTest
@@ -108,11 +109,11 @@ class TrainingTimeTestObjective:
         return self.target_config.vocab_size
 
     def _tokens(self) -> np.ndarray:
-        """The target's token of every entry of the draft vocabulary."""
+        """Returns the target's token of every entry of the draft vocabulary."""
         return np.arange(len(self.d2t)) + self.d2t
 
     def init(self, seed: int, frozen: Mapping[str, Any]) -> ParamDict:
-        """Random, but for norm and head: the target's, at the rows of the draft vocabulary."""
+        """Returns initial parameters: norm and head from the target, the others random."""
         tokens = self._tokens()
         ends = target.ends(frozen)
         scale = ends["norm.scale"].astype(jnp.float32)
@@ -131,10 +132,10 @@ class TrainingTimeTestObjective:
     def loss(
         self, trainable: ParamDict, frozen: ParamDict, batch: Batch, key: jax.Array | None
     ) -> tuple[jax.Array, Sums]:
-        """The decayed sum of the steps' losses.
+        """Returns the sum of the steps' losses, weighted by `decay`, and the metrics' sums.
 
-        Steps have different numbers of rows that count. `sums` are those of step 0, and other
-        means are scaled to its count.
+        The number of rows that count differs between steps. The sums are those of step 0, and the
+        means of other steps are scaled to its count.
         """
         del key
         frozen = jax.lax.stop_gradient(frozen)
@@ -142,9 +143,9 @@ class TrainingTimeTestObjective:
         *streams, last = target.features(self.target_config, layers, frozen, batch, self.kernel)
         labels = self._labels(last, head_kernel(self.target_config, frozen))
         state = self._draft(trainable).fuse(jnp.concatenate(streams, axis=-1))
-        # Scores of attention of all steps at once would not fit: they are computed again. Of a
-        # step's layer the backward pass keeps what it read and its attention's result, and results
-        # of products where there is room.
+        # The attention scores of all steps would not fit in memory, so they are recomputed. For the
+        # backward pass each step stores its inputs and its attention's result and, without
+        # `remat`, the results of matrix products.
         keep = jax.checkpoint_policies.save_only_these_names(ttt_attention.SAVED)
         if not self.remat:
             products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -198,7 +199,7 @@ class TrainingTimeTestObjective:
         pairs: tuple[KeyValue, ...],
         batch: Batch,
     ) -> tuple[Hidden, KeyValue]:
-        """What the layer makes of the states, and this step's keys and values."""
+        """Returns the layer's output for the states, and this step's keys and values."""
         draft = self._draft(params)
         layer = draft.midlayer
         embed = draft.embed_tokens or target.embedding(self.target_config, frozen)
@@ -215,9 +216,9 @@ class TrainingTimeTestObjective:
     def _measure(
         self, j: int, params: ParamDict, left: Hidden, labels: Labels, batch: Batch
     ) -> Sums:
-        """Sums over rows: those that are marked, and of these those with a label ("rows")."""
+        """Returns sums over rows: "count" of marked rows, "rows" of those with a label, metrics."""
         labels, marked = labels.ahead(j + 1), next_weights(batch, j + 2)
-        # `Eagle3Draft.logits`, with the cheaper gradient of `project`.
+        # The same as `Eagle3Draft.logits`, with the cheaper gradient of `project`.
         logits = project(self._draft(params).norm(left), params["lm_head.kernel"])
         weights = jnp.where(labels.best == OUTSIDE, 0.0, marked)
         place = rank(logits, jnp.maximum(labels.best, 0))
@@ -244,17 +245,17 @@ class TrainingTimeTestObjective:
         fuse = float(2 * shapes["fc.kernel"].size)
         attention = attention_flops(draft.layer(), sequence_length)
         step = 2.0 * matrices(shapes) - fuse + attention
-        # A product with the row's own key and one with its value per earlier drafted step.
+        # For every earlier drafted step: one product with the row's own key, one with its value.
         pairs = settings.steps * (settings.steps - 1) / 2
         own = 4.0 * draft.num_attention_heads * draft.head_dim * pairs
-        # Target and its head forward; the draft's steps forward and backward.
+        # The target and its head run forward; the draft's steps run forward and backward.
         frozen = sum(target.flops(self.settings, self.target_config, sequence_length))
         return frozen + 3.0 * (fuse + settings.steps * step + own)
 
     def export(
         self, directory: Path, params: Mapping[str, Any], dtype: str, tokenizer: Path
     ) -> None:
-        del tokenizer  # the target has it
+        del tokenizer  # it belongs to the target
         params = {**params, "d2t": np.asarray(self.d2t)}
         hf.save_draft(directory, self.settings.draft, params, dtype, coverage=self.coverage)
 
@@ -265,7 +266,7 @@ def build(
     target_params: Mapping[str, Any],
     vocabulary: Vocabulary,
 ) -> TrainingTimeTestObjective:
-    """The objective of a run.
+    """Returns the objective of a training run.
 
     Raises:
         ValueError: the draft does not fit the target or the text.

@@ -1,16 +1,16 @@
-"""Attention of the training-time test: real rows in common, and a chain of drafted ones per row.
+"""Attention of the training-time test: shared real rows, and one chain of drafted rows per row.
 
-At step j, row t sees the real rows up to t of its segment (keys of step 0) and its own keys of
-steps 1..j, which nobody else sees. Keys of 3 rows at step 2:
+At step j, row t attends to the real rows up to t of its segment (keys of step 0) and to its own
+keys of steps 1..j, to which no other row attends. Keys of 3 rows at step 2:
 
               step 0     step 1     step 2
     row 0     x          x          x
     row 1     x x          x          x
     row 2     x x x          x          x
 
-The right part is diagonal: one score per row and step. `causal` does the left part alone and also
-returns the logarithm of its softmax denominator; `attend` then takes one softmax over that number
-and the diagonal scores. No array has more than a chunk of queries by all keys.
+The right part is diagonal: one score per row and step. `causal` computes the left part and also
+returns the logarithm of its softmax denominator. `attend` then takes one softmax over that number
+and the diagonal scores. The largest array is one chunk of queries by all keys.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from jaxtyping import Array, Bool, Float, Int
 from eagle_jax.types import KeyValue
 
 CHUNK = 256
-_GROUPS = 8  # of chunks, each with the keys up to its end: 9/16 of the scores there would be
-# What the backward pass keeps of `causal`, for `jax.checkpoint_policies.save_only_these_names`.
+_GROUPS = 8  # groups of chunks; each reads the keys up to its end, so 9/16 of all scores remain
+# The name, for `jax.checkpoint_policies.save_only_these_names`, of the results of `causal`.
 SAVED = "causal"
 
 Queries = Float[Array, "b k g t e"]
@@ -42,14 +42,14 @@ def attend(
     segments: Int[Array, "b t"],
     chunk: int = CHUNK,
 ) -> Float[Array, "b t h e"]:
-    """Attention of one draft step of every row.
+    """Returns the attention output of one draft step for every row.
 
     Args:
-        query: of the rows at this step.
+        query: queries of the rows at this step.
         real: keys and values [b, k, t, e] of step 0.
-        chain: keys and values of steps 1..j, each seen by its own row only.
-        segments: as in a packed batch.
-        chunk: queries whose scores are held at once.
+        chain: keys and values of steps 1..j; each row attends only to its own.
+        segments: segment ids, as in a packed batch.
+        chunk: number of queries whose scores are in memory at once.
     """
     b, t, h, e = query.shape
     k = real[0].shape[1]
@@ -59,7 +59,7 @@ def attend(
     mixed, total = both
     if chain:
         own = [jnp.sum(_wide(rows) * _wide(keys)[:, :, None], axis=-1) for keys, _ in chain]
-        # Column 0 stands for all real rows.
+        # Column 0 is the total score of all real rows.
         share = jax.nn.softmax(jnp.stack([total, *own], axis=-1), axis=-1)[..., None, :]
         mixed = share[..., 0] * mixed
         for i, (_, values) in enumerate(chain, start=1):
@@ -79,11 +79,12 @@ def causal(
     segments: Int[Array, "b t"],
     chunk: int,
 ) -> tuple[Queries, PerQuery]:
-    """Causal attention within segments, and its log-sum-exp, float32; scaled queries.
+    """Returns causal attention within segments, and its log-sum-exp, float32, for scaled queries.
 
-    Written by hand because the gradient has to come through the log-sum-exp as well: jax's cuDNN
-    attention drops that part (0.10.2 to 0.11.2), and rounds the number itself to bfloat16. Scores
-    are recomputed backward; products run in the dtype of the inputs and add up in float32.
+    The gradient must also flow through the log-sum-exp. JAX's cuDNN attention ignores that part
+    (0.10.2 to 0.11.2) and rounds the log-sum-exp to bfloat16, so this module has its own code. The
+    backward pass recomputes the scores. Products have the dtype of the inputs and accumulate in
+    float32.
     """
     return _forward(query, keys, values, segments, chunk)
 
@@ -98,7 +99,7 @@ def _forward(
     ) -> tuple[Array, Array]:
         query, own, index = inputs
         scores = _scores(query, keys, _visible(own, segments, index))
-        top = jnp.max(scores, axis=-1, keepdims=True)  # finite: a row sees itself
+        top = jnp.max(scores, axis=-1, keepdims=True)  # finite, since a row attends to itself
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         mixed = _product("bkgts,bkse->bkgte", weights.astype(values.dtype), values)
@@ -130,7 +131,8 @@ def _causal_backward(
 ) -> tuple[Array, Array, Array, None]:
     query, keys, values, segments, mixed, total = saved
     d_mixed, d_total = gradients
-    # d softmax: weights * (their gradient - its mean); the log-sum-exp adds weights * d_total.
+    # The gradient of softmax is weights * (d_weights - their weighted mean); the log-sum-exp adds
+    # weights * d_total.
     offset = jnp.sum(d_mixed * mixed, axis=-1) - d_total
 
     def part(
@@ -153,13 +155,13 @@ def _causal_backward(
         )
         return sums, _product("bkgts,bkse->bkgte", d_scores, keys).astype(query.dtype)
 
-    # From the last group to the first: keys behind a group's end have got all they get.
+    # Groups run from last to first, so that the gradients of keys after a group's end are complete.
     t = query.shape[3]
     sums = jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
     d_query, d_keys, d_values = [], [], []
     for first, end in reversed(_groups(t, chunk)):
         seen = keys[:, :, :end], values[:, :, :end], segments[:, :end]
-        # Rows that only fill the last chunk up repeat the last row, with no gradient.
+        # The padding of the last chunk repeats the last row, with a gradient of zero.
         repeated = (_cut(x[:, :, :, first:end], 3, chunk) for x in (query, total))
         zeroed = (_cut(x[:, :, :, first:end], 3, chunk, "constant") for x in (d_mixed, offset))
         rows = _rows(segments, first, end, chunk)
@@ -197,7 +199,7 @@ def _visible(
 
 
 def _groups(length: int, chunk: int) -> list[tuple[int, int]]:
-    """First query and end of each group of whole chunks; the last one may be shorter."""
+    """Returns first query and end of each group of chunks; the last group may be shorter."""
     size = -(-length // (chunk * _GROUPS)) * chunk
     return [(first, min(first + size, length)) for first in range(0, length, size)]
 
@@ -205,14 +207,14 @@ def _groups(length: int, chunk: int) -> list[tuple[int, int]]:
 def _rows(
     segments: Int[Array, "b t"], first: int, end: int, chunk: int
 ) -> tuple[Int[Array, "n b c"], Int[Array, "n c"]]:
-    """Segments and places of the queries of each chunk."""
+    """Returns the segments and the positions of the queries of each chunk."""
     own = _cut(segments[:, first:end], 1, chunk)
     count, _, size = own.shape
     return own, first + jnp.arange(count * size).reshape(count, size)
 
 
 def _cut(x: Array, axis: int, chunk: int, mode: str = "edge") -> Array:
-    """`axis` in chunks, which come first: [chunks, ..., chunk, ...]; the last one filled up."""
+    """Splits `axis` into padded chunks along a new first axis: [chunks, ..., chunk, ...]."""
     length = x.shape[axis]
     chunk = min(chunk, length)
     widths = [(0, 0)] * x.ndim

@@ -1,4 +1,4 @@
-"""Medusa (arXiv 2401.10774): heads on one feature, each for a later token."""
+"""Medusa (arXiv 2401.10774): several heads on one feature, each of which predicts a later token."""
 
 from eagle_jax.drafters.spec import DrafterSpec
 

@@ -1,6 +1,6 @@
-"""Files of Medusa heads: head by head, block by block, then the head's vocabulary matrix.
+"""Files of Medusa heads: for each head its residual blocks, then its vocabulary matrix.
 
-Published heads name no sizes in `config.json`; these follow from the tensors.
+The `config.json` of published heads has no sizes; they are derived from the tensors.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _BLOCK = re.compile(rf"({re.escape(_PREFIX)})?\d+\.\d+\.linear\.(weight|bias)")
 class MedusaFiles(DraftFiles):
     """Files of Medusa heads."""
 
-    other_names = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")  # of its training program
+    other_names = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")  # the official code's names
     size_keys = ("medusa_num_heads", "medusa_num_layers")
 
     def recognises(self, settings: Mapping[str, Any], names: Sequence[str]) -> bool:
         return "medusa_num_heads" in settings or any(_BLOCK.fullmatch(name) for name in names)
 
     def disk_name(self, config: MedusaConfig, name: str) -> tuple[str, bool]:
-        """One list per head: its blocks by number, then its vocabulary matrix as the next."""
+        """Returns a name in one list per head: its blocks by number, then its vocabulary matrix."""
         disk, transposed = super().disk_name(config, name)
         disk = disk.removeprefix("heads.").replace(".lm_head.", f".{config.num_layers}.")
         return disk.replace(".blocks.", "."), transposed

@@ -13,13 +13,13 @@ class MedusaConfig:
     """Medusa heads (arXiv 2401.10774): head i predicts the token i + 2 places after its feature.
 
     Attributes:
-        vocab_size, hidden_size: the target's.
-        num_heads: tokens drafted ahead.
+        vocab_size, hidden_size: sizes of the target.
+        num_heads: number of heads, i.e. of tokens drafted ahead.
         num_layers: residual blocks of each head.
-        tie_lm_head: every head has a square matrix of its own before the target's frozen head;
-            otherwise its own vocabulary head, as published heads do. (Without that matrix a head
-            would hardly do: a residual block cannot take away what its input says of the token
-            that comes first.)
+        tie_lm_head: whether the heads share the target's frozen vocabulary head, each after its own
+            square matrix; otherwise every head has its own vocabulary head, as in published heads.
+            (The square matrix is needed because a residual block cannot remove what its input
+            encodes about the token right after the feature.)
     """
 
     vocab_size: int
@@ -39,13 +39,13 @@ class MedusaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MedusaTraining:
-    """Objective of Medusa-1 (section 2.2): each head by cross-entropy to the text.
+    """Settings of Medusa-1's objective (section 2.2): cross-entropy of every head.
 
     Attributes:
         draft: the heads to train.
         target: as in `FeatureRegression`.
         decay: head i (from 0) has weight `decay ** i`.
-        labels: the text's own tokens ("hard"), or the target's distribution ("soft").
+        labels: the tokens of the text ("hard"), or the target's distribution ("soft").
         features: as in `FeatureRegression`.
     """
 

@@ -17,8 +17,8 @@ from eagle_jax.decode.tree import Proposal, StaticTree, best_tree, check_tree
 from eagle_jax.drafters.medusa.config import MedusaConfig
 from eagle_jax.params import Params
 
-# How often the candidate of rank 0, 1, ... of each head is the token that greedy decoding puts
-# there: heads of the "tiny" target, 80 Alpaca questions (train/medusa_tree.py measures it).
+# For each head, how often its candidate of rank 0, 1, ... is the token that greedy decoding emits,
+# measured by train/medusa_tree.py with the heads of the "tiny" target on 80 Alpaca questions.
 ACCURACY = (
     (0.216, 0.081, 0.049, 0.037, 0.029, 0.030, 0.022, 0.021, 0.017, 0.015),
     (0.134, 0.060, 0.040, 0.033, 0.028, 0.023, 0.022, 0.015, 0.013, 0.015),
@@ -29,12 +29,12 @@ TREE = best_tree(ACCURACY, 63)
 
 @dataclasses.dataclass(frozen=True)
 class Medusa:
-    """Medusa-1.
+    """Decoding with Medusa-1 heads.
 
     Attributes:
-        tree: rank paths; its depth is at most the number of heads.
-        coupled: rank candidates under the noise that the target will draw with.
-        rule: `Exact`, or `Typical` (the paper's at temperature > 0: lossy).
+        tree: a static tree; its depth is at most the number of heads.
+        coupled: whether to rank candidates with the noise that the target will draw with.
+        rule: `Exact`, or `Typical`, the paper's rule for temperature > 0, which is lossy.
     """
 
     tree: StaticTree = TREE
@@ -74,7 +74,7 @@ class Medusa:
             raise ValueError(f"tree rank {widest}: the vocabulary has {config.vocab_size} tokens")
 
     def init(self, models: Models, prompt: Prompt, slots: int) -> Float[Array, "b d"]:
-        """The state is the feature of the token before the root; zeros if there is none."""
+        """Returns the feature of the token before the root; zeros if there is no such token."""
         del models, slots
         assert prompt.features is not None
         before = jnp.maximum(prompt.length - 2, 0)[:, None, None]

@@ -1,7 +1,7 @@
-"""Medusa heads (arXiv 2401.10774 section 2.1): several tokens ahead from one feature.
+"""Medusa heads (arXiv 2401.10774 section 2.1), which predict several tokens from one feature.
 
-Head i turns the target's feature at token t into a distribution of token t + 2 + i: residual
-blocks `h + silu(W h + b)`, then a vocabulary head, its own or (factored) the target's.
+Head i maps the target's feature at token t to a distribution of token t + 2 + i. It has residual
+blocks `h + silu(W h + b)` and then a vocabulary head: its own, or a square matrix and the target's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from eagle_jax.types import Hidden
 
 
 class ResidualBlock(nnx.Module):
-    """`h + silu(linear(h))`; starts as the identity."""
+    """Computes `h + silu(linear(h))`; it is initialised as the identity."""
 
     def __init__(self, width: int, **more: Any) -> None:
         self.linear = Linear(width, width, bias=True, zero=True, **more)
@@ -32,7 +32,7 @@ class ResidualBlock(nnx.Module):
 
 
 class MedusaHead(nnx.Module):
-    """Residual blocks, then a vocabulary head, or a square matrix before the target's."""
+    """One head: residual blocks, then its vocabulary head, or a matrix before the target's head."""
 
     def __init__(self, config: MedusaConfig, layout: Layout = PLAIN, *, rngs: nnx.Rngs) -> None:
         d, v = config.hidden_size, config.vocab_size
@@ -42,7 +42,7 @@ class MedusaHead(nnx.Module):
         self.lm_head = None if tied else Linear(d, v, **more)
         self.lm_proj = Linear(d, d, **more) if tied else None
         if self.lm_proj is not None and layout.quantize is None:
-            self.lm_proj.kernel = nnx.Param(jnp.eye(d))  # at first, every head is the target's
+            self.lm_proj.kernel = nnx.Param(jnp.eye(d))  # training starts from the target's head
 
     def __call__(self, x: Hidden) -> Hidden:
         for block in self.blocks:
@@ -51,7 +51,7 @@ class MedusaHead(nnx.Module):
 
 
 class MedusaHeads(nnx.Module):
-    """All heads over the same feature."""
+    """All Medusa heads, which read the same feature."""
 
     def __init__(self, config: MedusaConfig, layout: Layout = PLAIN, *, rngs: nnx.Rngs) -> None:
         self.heads = nnx.List(
@@ -59,7 +59,7 @@ class MedusaHeads(nnx.Module):
         )
 
     def __call__(self, features: Hidden) -> list[Hidden]:
-        """What each head's vocabulary matrix reads, [b, t, d] per head."""
+        """Returns the input of each head's vocabulary matrix, [b, t, d] per head."""
 
         def run(own, features):
             return [head(features) for head in own["heads"]]
@@ -67,11 +67,11 @@ class MedusaHeads(nnx.Module):
         return per_device(run, {"heads": self.heads}, (features,), (ROWS,))
 
     def features(self, output: Output) -> Hidden:
-        """What is read of a target pass: its features."""
+        """Returns the part of the target's output that the heads read: the features."""
         return output.features
 
     def logits(self, features: Hidden, target: Transformer) -> list[Float[Array, "b t v"]]:
-        """Scores of every head, float32."""
+        """Returns the float32 logits of every head."""
         scores = []
         for head, hidden in zip(self.heads, self(features), strict=True):
             if head.lm_head is None:

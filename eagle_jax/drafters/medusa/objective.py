@@ -1,4 +1,4 @@
-"""Medusa-1 (arXiv 2401.10774 section 2.2.1): heads on the frozen target's features.
+"""Medusa-1's objective (arXiv 2401.10774 section 2.2.1): heads on the frozen target's features.
 
 Head i at row t predicts token t + 2 + i.
 """
@@ -47,13 +47,13 @@ from eagle_jax.types import Hidden, ParamDict
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MedusaObjective:
-    """Cross-entropy of every head, to the text or to the target's distribution.
+    """The cross-entropy of every head to the text or to the target's distribution.
 
-    Metrics: `top1` and `top3` are agreement of head 0 with the label (the text's token, or the
-    target's most likely one), `top1_h1`, ... of the later heads.
+    Metrics: `top1` and `top3` measure how often head 0 agrees with the label (the text's token, or
+    the target's most likely one); `top1_h1`, ... measure the later heads.
 
     Attributes:
-        settings: the heads, their weights, and what the labels are.
+        settings: the heads, their loss weights, and the kind of labels.
         target_config, target: the frozen target.
         kernel: as in `TrainConfig` (`attention`).
     """
@@ -68,13 +68,13 @@ class MedusaObjective:
         return self.target_config.vocab_size
 
     def init(self, seed: int, frozen: Mapping[str, Any]) -> ParamDict:
-        """Residual blocks are the identity, and own vocabulary heads copies of the target's."""
+        """Returns initial parameters: identity blocks, and copies of the target's head."""
         params = init_params(MedusaHeads, self.settings.draft, seed)
         if self.settings.draft.tie_lm_head:
             return params
         head = head_kernel(self.target_config, target.ends(frozen)).astype(jnp.float32)
         return {
-            # A copy each: the optimizer's step consumes its arrays.
+            # Every head needs its own copy, since the optimizer's step donates its arrays.
             name: jnp.array(head) if name.endswith("lm_head.kernel") else value
             for name, value in params.items()
         }
@@ -85,10 +85,10 @@ class MedusaObjective:
     def loss(
         self, trainable: ParamDict, frozen: ParamDict, batch: Batch, key: jax.Array | None
     ) -> tuple[jax.Array, Sums]:
-        """The decayed sum of the heads' losses.
+        """Returns the sum of the heads' losses, weighted by `decay`, and the metrics' sums.
 
-        Heads have different numbers of rows that count. `sums` are those of head 0, and other
-        means are scaled to its count.
+        The number of rows that count differs between heads. The sums are those of head 0, and the
+        means of other heads are scaled to its count.
         """
         del key
         frozen = jax.lax.stop_gradient(frozen)
@@ -110,7 +110,7 @@ class MedusaObjective:
             return weighted_sums(next_weights(batch, 2 + i), rows)
 
         heads = bind(MedusaHeads, self.settings.draft, trainable)
-        # Logits of all heads at once would not fit.
+        # The logits of all heads would not fit in memory, so each head's are recomputed.
         sums_of = jax.checkpoint(sums_of, static_argnums=0)
         measured = []
         for i, hidden in enumerate(heads(features)):
@@ -132,8 +132,8 @@ class MedusaObjective:
         draft = self.settings.draft
         shapes = jax.eval_shape(lambda: init_params(MedusaHeads, draft, 0))
         body, head = target.flops(self.settings, self.target_config, sequence_length)
-        # The target, and its head for soft labels, forward; the heads forward and backward; a
-        # shared frozen vocabulary head backward to its input only.
+        # The target, and its head for soft labels, run forward; the heads run forward and backward;
+        # a shared frozen vocabulary head runs backward to its input only.
         labels = head if self.settings.labels == "soft" else 0.0
         shared = 2.0 * head * draft.num_heads if draft.tie_lm_head else 0.0
         return body + labels + 6.0 * matrices(shapes) + shared
@@ -141,7 +141,7 @@ class MedusaObjective:
     def export(
         self, directory: Path, params: Mapping[str, Any], dtype: str, tokenizer: Path
     ) -> None:
-        del tokenizer  # the target has it
+        del tokenizer  # it belongs to the target
         hf.save_draft(directory, self.settings.draft, params, dtype)
 
 
@@ -151,7 +151,7 @@ def build(
     target_params: Mapping[str, Any],
     vocabulary: Vocabulary,
 ) -> MedusaObjective:
-    """The objective of a run.
+    """Returns the objective of a training run.
 
     Raises:
         ValueError: the draft does not fit the target or the text.

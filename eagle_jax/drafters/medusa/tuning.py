@@ -1,4 +1,4 @@
-"""How Medusa heads are tuned: the ranks of accepted candidates tell the best trees."""
+"""Tuning of Medusa heads: the ranks of accepted candidates determine the best trees."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eagle_jax.tune.predict import Evidence
 
 
 class MedusaTuning(DraftTuning):
-    """Tuning of Medusa heads; all of them run in every round, whatever the tree."""
+    """Tuning of Medusa heads; all of them run in every round, so drafting costs the same."""
 
     def probe(self, config: Any, most: int, rounds: int) -> Method:
         tree = best_tree(ACCURACY[: config.num_heads], min(max(most - 1, 7), 63))

@@ -1,6 +1,6 @@
-"""An independent small model (speculative sampling, arXiv 2211.17192, 2302.01318).
+"""An independent small draft model (speculative sampling, arXiv 2211.17192, 2302.01318).
 
-Its architecture, module and files are those of targets.
+It has the same architecture, module and file format as targets.
 """
 
 from eagle_jax.drafters.spec import DrafterSpec

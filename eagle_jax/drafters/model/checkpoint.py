@@ -1,4 +1,4 @@
-"""Files of an independent draft model: those of a target."""
+"""Files of an independent draft model, which have the format of a target's files."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from eagle_jax.drafters.files import DraftFiles
 
 
 class ModelFiles(DraftFiles):
-    """Files of a whole model."""
+    """Files of a complete model."""
 
     layouts = ()
     whole = True
     rotates = True
 
     def recognises(self, settings: Mapping[str, Any], names: Sequence[str]) -> bool:
-        """Always: it is asked last, and what is no head is taken for a model."""
+        """Returns True: this drafter is asked last, for files that no other one recognises."""
         del settings, names
         return True
 
@@ -49,7 +49,7 @@ class ModelFiles(DraftFiles):
         return targets.read(directory, settings, tensors)
 
     def sizes(self, config: TransformerConfig) -> dict[str, int]:
-        return {"vocab_size": config.vocab_size}  # its width is its own
+        return {"vocab_size": config.vocab_size}  # its width may differ from the target's
 
     def for_decoding(
         self,

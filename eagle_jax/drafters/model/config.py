@@ -1,4 +1,4 @@
-"""Training of an independent draft model; its architecture is `TransformerConfig`."""
+"""Training settings of an independent draft model; its architecture is a `TransformerConfig`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from eagle_jax.config import TransformerConfig
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """Objective of an independent draft model: the target's distribution by soft cross-entropy.
+    """Settings of distillation: soft cross-entropy to the target's distribution.
 
     Attributes:
-        draft: the small model to train from random weights; shares the target's tokenizer.
+        draft: the small model to train from random weights; it shares the target's tokenizer.
         target, features: as in `FeatureRegression`.
     """
 

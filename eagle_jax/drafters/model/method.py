@@ -21,14 +21,14 @@ from eagle_jax.params import Params
 
 @dataclasses.dataclass(frozen=True)
 class Speculative:
-    """A chain of `length` tokens by a draft model that shares the target's tokenizer.
+    """Speculative sampling: a draft model with the target's tokenizer drafts a chain.
 
     Attributes:
-        length: drafted tokens a round (gamma).
-        coupled: draw drafts with the noise that the target will draw with; without it the draft
-            takes its likeliest token.
-        rule: `Exact`, or `Rejection`, the papers' rule, for which drafts are drawn with noise of
-            their own.
+        length: drafted tokens per round (the papers' gamma).
+        coupled: whether to draw drafts with the noise that the target will draw with; otherwise the
+            draft takes its likeliest token.
+        rule: `Exact`, or `Rejection`, the papers' rule; drafts are then drawn with independent
+            noise.
     """
 
     length: int = 5
@@ -52,7 +52,7 @@ class Speculative:
         check_flag("coupled", self.coupled)
 
     def init(self, models: Models, prompt: Prompt, slots: int) -> Cache:
-        """The state is the draft's cache: valid up to the last token but two."""
+        """Returns the draft's KV cache, of which rounds use the first `length - 2` entries."""
 
         def run(tokens, positions, mask, cache, lengths):
             return (), models.draft(tokens, positions, mask, cache=cache, lengths=lengths).block
@@ -61,12 +61,12 @@ class Speculative:
 
     def propose(self, models: Models, context: Context, state: Cache) -> tuple[Proposal, Cache]:
         b = context.length.shape[0]
-        own = None  # the draft's own noise
+        own = None  # noise that is independent of the target's
         if isinstance(self.rule, Rejection) and not context.sampling.greedy:
             vocab = models.target.embed_tokens.embedding[...].shape[0]
             own = draft_noise(context.seeds, context.length, self.length, vocab)
-        # The last two tokens first: after a round that took every draft, the last draft's keys and
-        # values are missing. Then one token at a time.
+        # The first step reads the last two tokens, because the cache lacks the last draft's keys
+        # and values after a round that accepted every draft. Later steps read one token each.
         start = jnp.maximum(context.length - 2, 0)
         width = 2
         step = jnp.arange(width, dtype=jnp.int32)[None]

@@ -39,10 +39,10 @@ from eagle_jax.types import Hidden, ParamDict
 class DistillationObjective:
     """Soft cross-entropy at every row that predicts an assistant token.
 
-    Metrics: `top1` and `top3` are agreement with the target's most likely token.
+    Metrics: `top1` and `top3` measure agreement with the target's most likely token.
 
     Attributes:
-        settings: the small model.
+        settings: the small model's architecture.
         target_config, target: the frozen target.
         kernel, remat: as in `TrainConfig` (`attention`, `remat`).
     """
@@ -88,7 +88,7 @@ class DistillationObjective:
     def export(
         self, directory: Path, params: Mapping[str, Any], dtype: str, tokenizer: Path
     ) -> None:
-        del tokenizer  # the target has it
+        del tokenizer  # it belongs to the target
         hf.save_draft(directory, self.settings.draft, params, dtype)
 
 
@@ -109,7 +109,7 @@ def build(
     target_params: Mapping[str, Any],
     vocabulary: Vocabulary,
 ) -> DistillationObjective:
-    """The objective of a run.
+    """Returns the objective of a training run.
 
     Raises:
         ValueError: the draft does not fit the target or the text.

@@ -1,4 +1,4 @@
-"""How a small draft model is tuned: one chain tells what shorter ones would get accepted."""
+"""Tuning of a small draft model: the record of one chain predicts τ for all shorter chains."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from eagle_jax.tune.acceptance import Recorder
 from eagle_jax.tune.drafts import DraftTuning
 from eagle_jax.tune.predict import Evidence, Steps
 
-_LENGTH = 6  # of the chain that is recorded
+_LENGTH = 6  # length of the recorded chain
 
 
 class ModelTuning(DraftTuning):
-    """Tuning of speculative sampling: every drafted token costs a step of the small model."""
+    """Tuning of speculative sampling, where every drafted token costs a step of the draft model."""
 
     family = "speculative"
 
