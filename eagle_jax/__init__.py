@@ -38,11 +38,11 @@ def __dir__() -> list[str]:
     return sorted({*lazy.names(__name__), *_HOME})
 
 
-if sys.argv[:1] == ["-m"]:
-    # `python -m eagle_jax.decode` imports this package before it runs the module. Ctrl-C during
-    # these imports must not print a traceback.
+if sys.argv[:1] == ["-m"] or sys.argv[:1] and sys.argv[0].endswith("eagle-jax"):
+    # `python -m eagle_jax.decode` and the command eagle-jax import this package before they run.
+    # Ctrl-C during these imports must not print a traceback.
     _words = sys.orig_argv
-    if _words[_words.index("-m") + 1].split(".")[0] == __name__:
+    if "-m" not in _words or _words[_words.index("-m") + 1].split(".")[0] == __name__:
         from eagle_jax import interrupts
 
         interrupts.end_quietly()

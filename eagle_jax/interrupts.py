@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import NoReturn
 
 STATUS = 130  # 128 + SIGINT, as shells report it
@@ -60,6 +61,7 @@ class Watch:
         self._lock = threading.Lock()
         self._seen = 0
         self._allowed = 0
+        self._announced = False  # read and written by the main thread only
         self._pipe: tuple[int, int] | None = None
 
     def interrupted(self, timeout: float = 0.0) -> bool:
@@ -70,11 +72,13 @@ class Watch:
         """Announces that the caller handles the next Ctrl-C itself."""
         with self._lock:
             self._allowed = self._seen + 1
+        self._announced = True
 
     def disallow(self) -> None:
         """Revokes `allow_one`; call it if no Ctrl-C came."""
         with self._lock:
             self._allowed = min(self._allowed, self._seen)
+        self._announced = False
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -82,17 +86,28 @@ class Watch:
 
         Does nothing outside the main thread, or if SIGINT is ignored or has another handler.
         """
-        ours = (signal.default_int_handler, _end_now)
+        ours = (signal.default_int_handler, _end_now, self._raise)
         in_main = threading.current_thread() is threading.main_thread()
         if not in_main or signal.getsignal(signal.SIGINT) not in ours:
             yield
             return
         before = signal.set_wakeup_fd(self._open(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, self._raise)
         try:
             yield
         finally:
             signal.set_wakeup_fd(before)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        """Raises KeyboardInterrupt, except inside an import, where the process ends at once.
+
+        Modules written in C++ abort the process, or end in a traceback of their own, if an
+        exception reaches them while they are imported.
+        """
+        announced, self._announced = self._announced, False
+        if not announced and _importing(frame):
+            end()
+        raise KeyboardInterrupt
 
     def _open(self) -> int:
         """Returns the write end of the pipe; the first call starts the thread that reads."""
@@ -119,6 +134,15 @@ class Watch:
             if self._seen > self._allowed:
                 self._interrupted.set()
             return self._interrupted.is_set()
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Returns whether a module is being imported at this point of the program."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _forget_pipe() -> None:

@@ -102,7 +102,9 @@ class Params:
 
     def __repr__(self) -> str:
         name = self.target_config.model_type or "transformer"
-        text = f"{name} {_size(self.target)} {self._dtypes()}{_stored(self.layout)}"
+        # A copy of a tied embedding as head counts too: it is in memory.
+        text = f"{name}, {_size(self.target)} weights in memory, {self._dtypes()}"
+        text += _stored(self.layout)
         drafts = [
             f"{kind} {_size(draft.params)}{_stored(draft.layout)}"
             for kind, draft in self.drafts.items()

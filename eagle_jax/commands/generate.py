@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> None:
 
     distributed.join(args)
     compilation_cache.enable()
+    if args.logprobs is not None and not args.json:
+        raise ValueError(f"logprobs={args.logprobs}: only --json shows them; add --json")
     if args.json:
         progress.show(False)
         if args.color:
