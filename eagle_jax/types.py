@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import jax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 # Parameters of one model: dotted module path -> array. Flat, as names are in checkpoints.
 ParamDict = Mapping[str, jax.Array]
@@ -29,7 +29,6 @@ ParamDict = Mapping[str, jax.Array]
 Tokens = Int[Array, "b t"]
 Hidden = Float[Array, "b t d"]
 Logits = Float[Array, "b t v"]
-Mask = Bool[Array, "b t u"]
 
 # Keys and values of one layer for one block of tokens or one cache.
 # Their length has no letter, because functions take caches (s), blocks (t) and several blocks (u).

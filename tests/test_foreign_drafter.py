@@ -34,7 +34,7 @@ from eagle_jax.layout import PLAIN, Layout
 from eagle_jax.models import Output, bind, init_params
 from eagle_jax.models.linear import Linear
 from eagle_jax.params import Params, load
-from eagle_jax.train import loop, metrics
+from eagle_jax.train import loop, metrics, objectives
 from eagle_jax.train.objectives import means, target
 from eagle_jax.train.objectives.base import (
     head_kernel,
@@ -45,7 +45,6 @@ from eagle_jax.train.objectives.base import (
     transformer_flops,
     weighted_sums,
 )
-from eagle_jax.train.objectives.checks import check_length
 from eagle_jax.tune import tune
 
 # --- The drafter -----------------------------------------------------------------------------
@@ -132,7 +131,6 @@ class RecurrentObjective:
 
 def build(config: TrainConfig, target_config, target_params, vocabulary) -> RecurrentObjective:
     """The objective of a run."""
-    check_length("objective.target", target_config, config)
     hf.check_fit(target_config, config.objective.draft)  # pyright: ignore
     return RecurrentObjective(config.objective, target_config, target_params)  # pyright: ignore
 
@@ -241,6 +239,14 @@ def test_config_files_and_overrides(trained):
     assert changed.objective.draft.width == 7
     text = message(settings.override, trained, ["objective.draft.widht=7"])
     assert "did you mean 'width'?" in text
+
+
+def test_sequences_fit_the_target(trained, tmp_path):
+    """Catches a check that every drafter has to call for itself."""
+    longer = dataclasses.replace(trained.data, sequence_length=10**6)
+    config = dataclasses.replace(trained, output_dir=str(tmp_path), data=longer)
+    text = message(objectives.build, config)
+    assert "longer than objective.target's max_position_embeddings" in text
 
 
 def test_the_drafts_text_is_vanillas(pair):

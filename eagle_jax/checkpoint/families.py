@@ -217,7 +217,11 @@ FAMILIES = {
         windows=_all_but_every_sixth,
     ),
 }
-"""Every `model_type` that can be read."""
+"""Every `model_type` that can be read.
+
+A model that names none of them, such as one that was trained here, is written as the first that
+fits (`family_of`). So a new family stands at the end: in front, it would take the place of another.
+"""
 
 # Fields of a decoder layer that have the same key in every family and in one-layer drafts.
 LAYER = {

@@ -75,14 +75,16 @@ def batches(method: Method | str, rows: list[SamplingParams]) -> list[Answer]:
     """The answers to `ROWS`' settings, four rows of different settings at a time."""
     out: list[Answer] = []
     for first in range(0, len(rows), 4):
+        four = rows[first : first + 4]
         found = generate(
             decoding.lettered_pair(),
             [prompt(i) for i in range(first, first + 4)],
-            sampling=rows[first : first + 4],
+            sampling=[*four, *[SamplingParams()] * (4 - len(four))],  # one program for all
             method=method,
             max_new_tokens=decoding.NEW,
         )
-        out += zip(decoding.lists(found.tokens), found.text, found.finish, strict=True)
+        answers = zip(decoding.lists(found.tokens), found.text, found.finish, strict=True)
+        out += list(answers)[: len(four)]
     return out
 
 

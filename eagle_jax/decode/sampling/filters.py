@@ -1,8 +1,8 @@
 """Filters of the target's logits, one class each; `FILTERS` lists them in order of application.
 
 A filter holds arrays with one entry per row, so that rows with different settings share one
-compiled program. To add one, add a field to `SamplingParams`, a class here, and an entry in
-`FILTERS`.
+compiled program. To add one, add a field to `SamplingParams` and to `Settings`, a class here, and
+an entry in `FILTERS`.
 """
 
 from __future__ import annotations

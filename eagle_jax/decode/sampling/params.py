@@ -1,8 +1,8 @@
 """`SamplingParams`: the settings that decide how the tokens of one answer are drawn.
 
 Command-line options (`eagle_jax.decode.sampling.options`) and JSON are derived from the fields
-below. To add a setting, add one field here and its filter in
-`eagle_jax.decode.sampling.filters`.
+below. To add a setting, add one field here, its name in `Settings`, and its
+filter in `eagle_jax.decode.sampling.filters`.
 """
 
 from __future__ import annotations

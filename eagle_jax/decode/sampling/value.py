@@ -120,7 +120,7 @@ class Sampling:
 
 
 def process(logits: Float[Array, "b *t v"], settings: Sampling) -> Float[Array, "b *t v"]:
-    """Applies temperature, then top-k, top-p and min-p.
+    """Applies the temperature, then the filters that truncate, in their order.
 
     Drafts are drawn from the result. `Sampling.process` ends with this step.
     """

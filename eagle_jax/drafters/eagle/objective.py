@@ -35,7 +35,6 @@ from eagle_jax.train.objectives.base import (
     weighted_sums,
 )
 from eagle_jax.train.objectives.build import Vocabulary
-from eagle_jax.train.objectives.checks import check_length
 from eagle_jax.types import Hidden, ParamDict
 
 
@@ -167,7 +166,6 @@ def build(
             "--draft-vocabulary"
         )
     hf.check_fit(target_config, draft)
-    check_length("objective.target", target_config, config)
     return FeatureRegressionObjective(
         settings, target_config, target_params, config.attention, config.remat
     )

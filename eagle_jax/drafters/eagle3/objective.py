@@ -45,7 +45,6 @@ from eagle_jax.train.objectives.checks import (
     check_ahead,
     check_decay,
     check_layers,
-    check_length,
     check_same,
 )
 from eagle_jax.types import Hidden, KeyValue, ParamDict
@@ -273,7 +272,6 @@ def build(
     """
     settings: TrainingTimeTest = config.objective  # pyright: ignore[reportAssignmentType]
     draft = settings.draft
-    check_length("objective.target", target_config, config)
     check_same("vocab_size", draft.vocab_size, target_config.vocab_size)
     check_same("hidden_size", draft.feature_size, target_config.hidden_size)
     check_decay(settings.decay)

@@ -36,12 +36,7 @@ from eagle_jax.train.objectives.base import (
     weighted_sums,
 )
 from eagle_jax.train.objectives.build import Vocabulary
-from eagle_jax.train.objectives.checks import (
-    check_ahead,
-    check_decay,
-    check_length,
-    check_same,
-)
+from eagle_jax.train.objectives.checks import check_ahead, check_decay, check_same
 from eagle_jax.types import Hidden, ParamDict
 
 
@@ -159,7 +154,6 @@ def build(
     del vocabulary
     settings: MedusaTraining = config.objective  # pyright: ignore[reportAssignmentType]
     draft = settings.draft
-    check_length("objective.target", target_config, config)
     check_same("vocab_size", draft.vocab_size, target_config.vocab_size)
     check_same("hidden_size", draft.hidden_size, target_config.hidden_size)
     check_decay(settings.decay)

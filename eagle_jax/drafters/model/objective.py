@@ -116,7 +116,6 @@ def build(
     """
     del vocabulary
     settings: Distillation = config.objective  # pyright: ignore[reportAssignmentType]
-    check_length("objective.target", target_config, config)
     check_same("vocab_size", settings.draft.vocab_size, target_config.vocab_size)
     check_length("objective.draft", settings.draft, config)
     return DistillationObjective(

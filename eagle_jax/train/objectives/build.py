@@ -90,6 +90,7 @@ def assemble(
     assert not isinstance(settings, NextToken)
     spec = registry.by_objective(settings)
     check_head("objective.target", target_config)
+    check_length("objective.target", target_config, config)
     return resolve(spec.build)(config, target_config, target, vocabulary)
 
 
