@@ -270,7 +270,7 @@ def test_a_short_repr(model) -> None:
     """Catches a screen full of numbers, and a size or a dtype that is another model's."""
     params = eagle_jax.load(model)
     count = sum(x.size for x in params.target.values()) / 1000
-    start = f"Params(llama {count:.1f}k float32, drafts: "
+    start = f"Params(llama, {count:.1f}k weights in memory, float32, drafts: "
     assert repr(params).startswith(start) and repr(params).endswith(f"; from {params.directory})")
     assert all(f"{kind} " in repr(params) for kind in KINDS) and len(repr(params)) < 300
     assert "\n" not in repr(params)

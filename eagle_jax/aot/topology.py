@@ -6,7 +6,8 @@ import importlib.util
 import os
 from typing import Any
 
-# GPUs for XLA's target_config, by kind: name, bytes of memory, memory bandwidth in bytes/s.
+# GPUs for XLA's target_config, by kind: name, bytes of memory, memory bandwidth in bytes/s. These
+# are the figures that the driver reports; `eagle_jax.hardware` has those of the data sheets.
 _GPUS = {
     "h100": ("NVIDIA H100 80GB HBM3", 85_520_000_000, 3_352_320_000_000),
     "h200": ("NVIDIA H200", 150_750_000_000, 4_814_000_000_000),
