@@ -96,6 +96,7 @@ class Watch:
         try:
             yield
         finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.set_wakeup_fd(before)
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
