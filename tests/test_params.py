@@ -413,7 +413,7 @@ def test_missing_files(model, part, name, said) -> None:
 def test_a_missing_draft(model) -> None:
     """Catches a misspelt `draft=` that is ignored."""
     gone = model / "nowhere"
-    fails(f"{gone}/config.json: no such file", model, draft=gone)
+    fails(f"draft={str(gone)!r}: no such directory; give one", model, draft=gone)
 
 
 def test_weights_and_configuration_that_disagree(model) -> None:
