@@ -665,4 +665,4 @@ def test_every_benchmark_teaches() -> None:
     done = subprocess.run(
         [sys.executable, "benchmarks/step.py", "--help"], cwd=ROOT, capture_output=True, text=True
     )
-    assert "How long does the target take over T tokens?" in done.stdout and not done.stderr
+    assert "Measures the target's pass over T tokens" in done.stdout and not done.stderr
