@@ -74,7 +74,10 @@ def test_settings_are_values() -> None:
         ({"repetition_penalty": 0}, "repetition_penalty=0: must be from 0.001 to 1000 (1 is off)"),
         ({"presence_penalty": 1e4}, "presence_penalty=10000.0: must be from -1000 to 1000"),
         ({"frequency_penalty": None}, "frequency_penalty=None: must be a number"),
-        ({"logit_bias": 3}, "logit_bias=3: must be a list of pairs, or a mapping from token id to number"),
+        (
+            {"logit_bias": 3},
+            "logit_bias=3: must be a list of pairs, or a mapping from token id to number",
+        ),
         ({"logit_bias": [3]}, "logit_bias=3: must be a token id and a number"),
         ({"logit_bias": {"x": 1}}, "logit_bias='x': must be a token id"),
         ({"logit_bias": {3: float("inf")}}, "logit_bias[3]=inf: must be a finite number"),
