@@ -113,7 +113,7 @@ def test_token_counts(base, monkeypatch):
     want = counted(config)
     assert [want[i] for i in range(len(found))] == list(found) and want.total() == found.sum()
     assert found.dtype == np.int64 and found[-1] > 0
-    monkeypatch.setattr(data, "_open", None)
+    monkeypatch.setattr(data.prepared, "open_rows", None)
     assert (data.token_counts(config) == found).all()
 
 

@@ -111,7 +111,7 @@ def _filter(cls: type[T]) -> type[T]:
 
 def per_row(values: Any, like: Array) -> Array:
     """Returns `values` [b] with as many axes as `like`, so that the two broadcast."""
-    return jnp.reshape(values, (-1, *[1] * (like.ndim - 1)))
+    return jnp.reshape(jnp.asarray(values), (-1, *[1] * (like.ndim - 1)))
 
 
 @_filter
