@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from eagle_jax import sharding
 from eagle_jax.config import TransformerConfig
-from eagle_jax.decode import engine, executables
+from eagle_jax.decode import engine
+from eagle_jax.decode.executables import Clock, advance, prepare
 from eagle_jax.decode.method import Method
 from eagle_jax.decode.program import Program, State
 from eagle_jax.decode.sampling import Sampling, SamplingParams, Vocabulary
@@ -130,15 +131,10 @@ class Rounds:
                 f"{self.limit - span - 1} tokens with {rounds} rounds; change --cache or --used"
             )
         b = place.batch
-        row = jax.ShapeDtypeStruct((b,), jnp.int32)
-        shapes = jax.eval_shape(
-            functools.partial(engine.prefill, self.program),
-            self.program.weights(params),
-            jax.ShapeDtypeStruct((b, 2), jnp.int32),
-            row,
-            row,
-            jax.ShapeDtypeStruct((b,), jnp.uint32),
-        )
+        kinds = ((b, 2), jnp.int32), ((b,), jnp.int32), ((b,), jnp.int32), ((b,), jnp.uint32)
+        arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in kinds]
+        prefill = functools.partial(engine.prefill, self.program)
+        shapes = jax.eval_shape(prefill, self.program.weights(params), *arrays)
         vocab = params.target_config.vocab_size
         tokens = jax.random.randint(jax.random.key(0), (b, place.slots), 0, vocab, jnp.int32)
         noise = functools.partial(_noise, place.mesh)
@@ -147,17 +143,13 @@ class Rounds:
 
     def warm(self) -> None:
         """Compiles."""
-        executables.prepare(
-            self.program, self.params, self._begun(self.place.look()), self.settings
-        )
+        prepare(self.program, self.params, self._begun(self.place.look()), self.settings)
 
     def __call__(self) -> float:
         """Runs the rounds and returns the milliseconds of one."""
-        clock, state = executables.Clock(), self._begun(self.place.take())
+        clock, state = Clock(), self._begun(self.place.take())
         self.calls += 1
-        state = executables.advance(
-            self.program, self.params, state, self.settings, clock, self.rounds
-        )
+        state = advance(self.program, self.params, state, self.settings, clock, self.rounds)
         self.place.give(state.cache)
         self.state = dataclasses.replace(state, cache=())
         rounds = np.asarray(state.rounds)
