@@ -179,7 +179,9 @@ def _round(program: Program, models: Models, state: State, settings: Sampling) -
     verified = Verified(proposal, output, logits, targets, accepted.path, committed)
     # A round that reaches an end token or the limit may commit no bonus token.
     drafted = jnp.where(state.done, -1, jnp.minimum(committed, accepted.count))
-    step = jnp.arange(n)[None]
+    step, marks = jnp.arange(n)[None], state.drafted
+    if n > 1:  # vanilla decoding drafts nothing, so it writes no marks
+        marks = caches.place(marks, step < drafted[:, None], state.length, axis=0)
     return dataclasses.replace(
         state,
         tokens=_append(state.tokens, accepted.emitted, state.length, committed),
@@ -189,7 +191,7 @@ def _round(program: Program, models: Models, state: State, settings: Sampling) -
         method=method.update(models, method_state, verified),
         rounds=state.rounds + (~state.done).astype(jnp.int32),
         accepted=state.accepted + (drafted[:, None] == step).astype(jnp.int32),
-        drafted=caches.place(state.drafted, step < drafted[:, None], state.length, axis=0),
+        drafted=marks,
         logprobs=_report(state, logits, accepted),
     )
 
