@@ -24,6 +24,7 @@ from eagle_jax.settings import load
 from eagle_jax.testing import tiny_draft, tiny_target
 from eagle_jax.text import Tokenizer, read_conversations
 from eagle_jax.train import data, loop, metrics, objectives
+from eagle_jax.train.data import prepared
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"
 
@@ -113,7 +114,7 @@ def test_token_counts(base, monkeypatch):
     want = counted(config)
     assert [want[i] for i in range(len(found))] == list(found) and want.total() == found.sum()
     assert found.dtype == np.int64 and found[-1] > 0
-    monkeypatch.setattr(data.prepared, "open_rows", None)
+    monkeypatch.setattr(prepared, "open_rows", None)
     assert (data.token_counts(config) == found).all()
 
 
