@@ -2,7 +2,8 @@
 
     python train/pair.py --target SMOLLM2 --configs configs/smollm2 --drafts eagle3 eagle medusa \\
         --eval-config configs/eval/smollm2.py --data data/open.jsonl.gz \\
-        --validation data/open_val.jsonl --eval data --output runs/smollm2
+        --validation data/open_val.jsonl --eval data --output runs/smollm2 \\
+        --prompts 9000 --new-tokens 256
 
 SMOLLM2 is a directory with the target in Hugging Face's layout. The draft learns from the target's
 own answers. The objective is EAGLE-3's training-time test (arXiv 2503.01840, section 3.1) with

@@ -36,7 +36,7 @@ def pack(examples: Iterable[Example], length: int) -> Iterator[Row]:
     """Packs examples into rows, each example into the open row it fills best.
 
     Args:
-        examples: examples of at most `length` tokens each; their order is not kept.
+        examples: examples of at most `length` tokens each; they may come out in another order.
         length: number of tokens `t` in a row.
 
     Yields:
